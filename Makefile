@@ -1,0 +1,50 @@
+# On a fresh machine with Python 3.11 or newer:   make demo     make test
+# Each makes the environment first if it is not there. Another torch (CUDA, ROCm): make demo TORCH="torch>=2.4"
+PYTHON ?= python3
+TORCH  ?= torch==2.13.0
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+JOBS   ?= 2
+
+.PHONY: help demo test lab docs bench export run clean
+help:                ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+$(VENV)/.runtime: settings.ini setup.py constraints.txt
+	@echo "Setting up $(VENV): PyTorch first, then the rest (a few minutes, once)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "$(TORCH)"
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "Adding what the notebooks, the site and the tests need"
+	$(PIP) -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.runtime   ## train and explain a small DARNet on the built-in phantoms; leaves a report
+	$(BIN)/covid-ct demo
+
+test: $(VENV)/.dev       ## all tests: pages, library, site, browser
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+lab: $(VENV)/.dev        ## open the notebooks
+	$(BIN)/jupyter lab index.ipynb
+
+docs: $(VENV)/.dev       ## build the site in _docs/
+	$(BIN)/python docs/build.py
+
+bench: $(VENV)/.dev      ## speed and memory as ratios against peers; writes _bench/results.json
+	$(BIN)/python -m bench
+
+export: $(VENV)/.dev     ## notebooks -> covid_ct/ and README.md, then clean the notebooks
+	$(BIN)/nbdev_export
+	$(BIN)/python docs/nbs.py clean
+	$(BIN)/python docs/readme.py
+
+run: $(VENV)/.dev        ## execute every page in place (NB="nbs/core/00_scan.ipynb" for one)
+	$(BIN)/python docs/nbs.py run $(NB)
+
+clean:               ## remove what was built
+	rm -rf _build _docs _proc _bench _demo build dist *.egg-info

@@ -1,0 +1,63 @@
+"""The notebooks are the source: they run, they are clean, and the library and README.md are what they make."""
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import nbs
+import pytest
+from stage import ROOT, sources
+
+PAGES = [p.relative_to(ROOT).as_posix() for p in sources()]
+EXECUTED = [p for p in PAGES if not p.startswith("nbs/reports/")]
+
+
+def cells(page): return json.loads((ROOT / page).read_text("utf-8"))["cells"]
+
+
+@pytest.mark.parametrize("page", EXECUTED)
+def test_runs(page, tmp_path):
+    "Top to bottom in a fresh kernel, leaving nothing behind"
+    before = {p for p in (ROOT / page).parent.iterdir()}
+    code = "from nbdev.test import nbdev_test; nbdev_test()"
+    r = subprocess.run([sys.executable, "-c", code, "--path", page, "--n_workers", "0"], cwd=ROOT, capture_output=True, text=True,
+                       env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "TMPDIR": str(tmp_path)})
+    assert r.returncode == 0 and "Success" in r.stdout, (r.stdout + r.stderr)[-4000:]
+    assert {p for p in (ROOT / page).parent.iterdir() if "checkpoint" not in p.name} <= before, "the page left files beside itself"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tidy(page):
+    "Clean, small, with outputs, and a text behind every picture"
+    text = (ROOT / page).read_text("utf-8")
+    assert text == nbs.cleaned(text), "run `make export`"
+    assert len(text) < 1_100_000
+    ran = 0
+    for c in cells(page):
+        if c["cell_type"] != "code": continue
+        source = "".join(c["source"])
+        assert not re.search(r"^from .* import \*", source, re.M)
+        assert not any(o["output_type"] == "error" for o in c["outputs"])
+        ran += bool(c["outputs"])
+        if any("image/png" in o.get("data", {}) for o in c["outputs"]):
+            assert re.search(r"^#\| fig-alt: *\S", source, re.M), f"a figure without alt text: {source[:200]}"
+    assert ran, "the page is stored without its outputs: run `make run`"
+
+
+def test_export_in_sync(tmp_path):
+    "A fresh export gives the library that is committed, and leaves nothing out"
+    for d in ("nbs", "covid_ct"): shutil.copytree(ROOT / d, tmp_path / d, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    for py in (tmp_path / "covid_ct").rglob("*.py"): py.unlink()
+    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=tmp_path, check=True)
+    names = {p.relative_to(r).as_posix() for r in (ROOT, tmp_path) for p in (r / "covid_ct").rglob("*.py")}
+    _, differ, missing = filecmp.cmpfiles(ROOT, tmp_path, sorted(names), shallow=False)
+    assert not differ and not missing, f"run `make export`: {differ} {missing}"
+
+
+def test_readme_in_sync():
+    r = subprocess.run([sys.executable, "docs/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr[-500:]
