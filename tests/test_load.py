@@ -1,0 +1,231 @@
+"Loading: cache, failures, determinism over workers, and files as well as phantoms"
+import os
+from functools import partial
+import numpy as np, pandas as pd, pytest, torch
+from covid_ct.scan import CohortError, DataError, GeometryError, Scan, SplitError
+from covid_ct.data import load as L
+from covid_ct.data.augment import AUGMENTS
+from covid_ct.data.catalog import check_cohort
+from covid_ct.data.io import write_mask, write_scan
+from covid_ct.data.load import (MASKS, Cache, Loader, ScanDataset, cache_folder, cache_size, collate, make_loader, make_loaders, pack, prepare_cohort,
+                                unpack)
+from covid_ct.data.preprocess import Prep, prepare
+from covid_ct.data.sample import ClassBalancedSampler, UniformSampler
+
+SIZE = (6, 12, 10)
+PREP = Prep(size=SIZE)
+LABELS = ('healthy', 'cap', 'covid')
+
+
+class Toy:
+    "What a phantom offers, in a few voxels"
+    def __init__(self, row):
+        rng = np.random.default_rng(int(row['seed']))
+        self.scan = Scan(rng.normal(-600, 200, (8, 16, 14)).clip(-1000, 400).astype('i2'), (5., 2., 2.), scan_id=row['scan_id'], patient_id=row['patient_id'])
+        self.lungs = np.zeros(self.scan.shape, bool); self.lungs[1:7, 3:13, 2:12] = True
+        self.infection = np.zeros(self.scan.shape, bool); self.infection[2:4, 5:9, 3:7] = row['label'] != 'healthy'
+
+
+def toy(row): return Toy(row)
+
+
+def fails(row):
+    if row['scan_id'] == 'S04': raise OSError('scratched')
+    if row['scan_id'] == 'S07': raise CohortError('S07', 'is odd', 'Look.')
+    return Toy(row)
+
+
+@pytest.fixture
+def cohort():
+    return pd.DataFrame([dict(patient_id=f'P{i//2:02d}', scan_id=f'S{i:02d}', label=LABELS[i//2 % 3], seed=i) for i in range(12)], index=range(100, 112))
+
+
+def same(a, b):
+    "Equal to the bit, nan beside nan"
+    assert a.keys() == b.keys()
+    for k in a:
+        if torch.is_tensor(a[k]): assert a[k].dtype == b[k].dtype and torch.equal(torch.nan_to_num(a[k]), torch.nan_to_num(b[k])), k
+        else: assert a[k] == b[k] or (a[k] != a[k] and b[k] != b[k]), k
+
+
+def test_items_are_what_prepare_says(cohort):
+    d = ScanDataset(cohort, PREP, load=toy, masks=MASKS)
+    for i in (0, 5, 11):
+        t, it = Toy(cohort.iloc[i]), d[i]
+        p = prepare(t.scan, PREP)
+        assert np.abs(it['image'][0].numpy()-p.voxels).max() <= 1/131070+1e-7
+        assert (it['lung'][0].numpy() == p.forward(t.lungs)).all() and (it['infection'][0].numpy() == p.forward(t.infection)).all()
+        assert it['label'] == LABELS.index(cohort.label.iloc[i]) and (it['scan_id'], it['patient_id']) == tuple(cohort.iloc[i][['scan_id', 'patient_id']])
+    assert len(d) == 12
+
+
+def test_a_cache_changes_nothing(cohort, tmp_path):
+    plain, kept = ScanDataset(cohort, PREP, load=toy, masks=MASKS), ScanDataset(cohort, PREP, load=toy, masks=MASKS, cache=tmp_path)
+    for _ in range(2):
+        for i in range(12): same(plain[i], kept[i])
+
+    def never(row): raise AssertionError('read again')
+    never.__module__, never.__qualname__ = toy.__module__, toy.__qualname__
+    again = ScanDataset(cohort.sample(frac=1, random_state=1).assign(fold=3), PREP, load=never, masks=MASKS, cache=tmp_path)
+    assert sorted(again[i]['scan_id'] for i in range(12)) == sorted(cohort.scan_id)
+
+
+def test_size_is_predicted_to_the_byte_and_nothing_else_is_left(cohort, tmp_path):
+    d = ScanDataset(cohort, PREP, load=toy, masks=MASKS, cache=tmp_path)
+    assert prepare_cohort(d, jobs=1, progress=False).empty
+    files = [f for f in tmp_path.rglob('*') if f.is_file()]
+    assert len(files) == 36 and sum(f.stat().st_size for f in files) == cache_size(cohort, PREP, MASKS)
+    assert all(np.load(f, allow_pickle=False).dtype in ('u1', 'u2') for f in files)
+
+
+def test_changed_recipes_do_not_share(cohort, tmp_path):
+    other = [Prep(size=SIZE, window=(-1000., 400.)), Prep(size=(6, 12, 12)), Prep(size=SIZE, crop=100.)]
+    folders = {cache_folder(tmp_path, p, toy) for p in (PREP, *other)} | {cache_folder(tmp_path, PREP, f) for f in (fails, partial(toy), partial(toy, shape=3))}
+    assert len(folders) == 7
+    a = ScanDataset(cohort, PREP, load=toy, cache=tmp_path); a[0]
+    changed = cohort.assign(seed=cohort.seed+50)
+    same(ScanDataset(changed, PREP, load=toy, cache=tmp_path)[0], ScanDataset(changed, PREP, load=toy)[0])
+
+
+def test_damaged_files_are_made_again(cohort, tmp_path):
+    d = ScanDataset(cohort, PREP, load=toy, masks=('lung',), cache=tmp_path)
+    good = d[3]
+    for hurt in (lambda f: f.write_bytes(f.read_bytes()[:-3]), lambda f: f.write_bytes(b''), lambda f: np.save(open(f, 'wb'), np.zeros(3)), lambda f: f.unlink(),
+                 lambda f: np.save(open(f, 'wb'), np.array([{}], dtype=object), allow_pickle=True)):
+        for f in tmp_path.rglob('*.npy'): hurt(f)
+        same(d[3], good)
+
+
+def test_a_killed_write_leaves_no_file(tmp_path, monkeypatch):
+    def dies(f, *a, **k): f.write(b'half'); raise KeyboardInterrupt
+    monkeypatch.setattr(L.np, 'save', dies)
+    with pytest.raises(KeyboardInterrupt): L._write(tmp_path/'a.npy', np.zeros(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_failures_are_a_table_and_the_rest_goes_on(cohort, tmp_path, jobs):
+    d = ScanDataset(cohort, PREP, load=fails, cache=tmp_path)
+    bad = prepare_cohort(d, jobs=jobs, progress=False)
+    assert bad.scan_id.tolist() == ['S04', 'S07'] and bad.error.tolist() == ['OSError: scratched', 'CohortError: S07: is odd. Look.']
+    assert len(list(tmp_path.rglob('*.npy'))) == 10
+    stamp = {f: f.stat().st_mtime_ns for f in tmp_path.rglob('*.npy')}
+    assert len(prepare_cohort(d, jobs=1, progress=False)) == 2  # resumed: only what was missing is tried
+    assert stamp == {f: f.stat().st_mtime_ns for f in tmp_path.rglob('*.npy')}
+    with pytest.raises(OSError, match='scratched'): d[4]
+
+
+def test_full_disk_is_noticed_before_writing(cohort, tmp_path, monkeypatch):
+    monkeypatch.setattr(L.shutil, 'disk_usage', lambda p: type('U', (), dict(free=10)))
+    with pytest.raises(DataError, match='GB to write'): prepare_cohort(ScanDataset(cohort, PREP, load=toy, cache=tmp_path), jobs=1, progress=False)
+    assert not list(tmp_path.rglob('*.npy'))
+
+
+def test_refusals(cohort):
+    make = lambda **k: ScanDataset(**{**dict(cohort=cohort, prep=PREP, load=toy), **k})
+    with pytest.raises(CohortError, match='no rows'): make(cohort=cohort[:0])
+    with pytest.raises(CohortError, match="scan S04: its label 'covid'"): make(classes=('healthy', 'cap'))
+    with pytest.raises(CohortError, match='no size'): make(prep=Prep(size=None, spacing=(5., 2., 2.)))
+    with pytest.raises(CohortError, match="'lobes' is unknown"): make(masks=('lobes',))
+    with pytest.raises(CohortError, match='scan S00: has no lung_mask'): make(load=None, masks=('lung',))
+    with pytest.raises(CohortError, match="no column 'label'"): make(cohort=cohort.drop(columns='label'))
+    with pytest.raises(CohortError, match='no cache'): prepare_cohort(make())
+    d = make()
+    with pytest.raises(CohortError, match='batches of 0'): make_loader(d, 0)
+    with pytest.raises(CohortError, match='batches of 13'): make_loader(d, 13, drop_last=True)
+    assert len(list(make_loader(d, 13))) == 1
+    with pytest.raises(SplitError, match='train and valid: 1 patient.*P02'): make_loaders(make(cohort=cohort[:5]), make(cohort=cohort[5:]), 2)
+    with pytest.raises(CohortError, match='other classes'): make_loaders(make(cohort=cohort[:4]), make(cohort=cohort[4:], classes=('covid', 'cap', 'healthy')), 2)
+
+
+def test_a_scan_without_masks_does_not_get_empty_ones(cohort):
+    d = ScanDataset(cohort, PREP, load=lambda r: Toy(r).scan, masks=('infection',))
+    assert not d[0]['infection'].any()  # healthy: nothing to find
+    with pytest.raises(CohortError, match='has no infection_mask'): d[4]
+
+
+def test_ratio(cohort):
+    d = lambda **k: ScanDataset(**{**dict(cohort=cohort, prep=PREP, load=toy), **k})
+    assert np.isnan(d()[4]['ratio']) and d(cohort=cohort.assign(infection_ratio=.25))[4]['ratio'] == .25
+    b = d(masks=MASKS)[4]
+    assert b['ratio'] == pytest.approx(float((b['infection'] & b['lung']).sum()/b['lung'].sum()))
+    assert np.isnan(d(masks=('infection',))[4]['ratio'])
+
+
+def test_collate_types(cohort):
+    d = ScanDataset(cohort, PREP, load=toy, masks=MASKS)
+    b = collate([d[0], d[4], d[2]])
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in b.items() if torch.is_tensor(v)} == dict(
+        image=(torch.float32, (3, 1, *SIZE)), lung=(torch.bool, (3, 1, *SIZE)), infection=(torch.bool, (3, 1, *SIZE)), label=(torch.int64, (3,)), ratio=(torch.float32, (3,)))
+    assert b['scan_id'] == ['S00', 'S04', 'S02'] and b['label'].tolist() == [0, 2, 1]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_batches_depend_on_seed_and_epoch_only(cohort, tmp_path, workers):
+    def run(workers, seed, epochs=(0, 1)):
+        d = ScanDataset(cohort, PREP, load=toy, masks=MASKS, cache=tmp_path)
+        l = make_loader(d, 5, ClassBalancedSampler(cohort, seed=seed), workers, seed, AUGMENTS['darnet'])
+        out = []
+        for e in epochs: l.set_epoch(e); out += list(l)
+        return out
+    torch.manual_seed(1); before = torch.get_rng_state()
+    a = run(0, 0)
+    assert torch.get_rng_state().equal(before)
+    torch.manual_seed(77)
+    for x, y in zip(a, run(workers, 0)): same(x, y)
+    for x, y in zip(a[3:], run(workers, 0, epochs=(1,))): same(x, y)  # epoch 1 alone, as after a resume
+    assert not a[0]['image'].equal(a[3]['image']) and not a[0]['image'].equal(run(0, 1)[0]['image'])
+
+
+def test_validation_is_neither_shuffled_nor_augmented(cohort):
+    a, b = (ScanDataset(c, PREP, load=toy) for c in (cohort[:6], cohort[6:]))
+    train, valid = make_loaders(a, b, 4, augment=AUGMENTS['darnet'], seed=3)
+    assert valid.augment is None and sum((x['scan_id'] for x in valid), []) == cohort.scan_id[6:].tolist()
+    assert isinstance(train.loader.sampler, UniformSampler) and len(train) == 2 and train.dataset is a
+    same(next(iter(valid)), collate([b[i] for i in range(4)]))
+
+
+def test_files_on_disk(cohort, tmp_path):
+    "The default door: NIfTI scans and masks below a root, read, prepared, cached by size and time"
+    rows = []
+    for _, r in cohort[:6].iterrows():
+        t = Toy(r); write_scan(t.scan, tmp_path/f'{r.scan_id}.nii.gz'); write_mask(t.lungs, t.scan, tmp_path/f'{r.scan_id}_lung.nii.gz')
+        write_mask(t.infection, t.scan, tmp_path/f'{r.scan_id}_inf.nii.gz')
+        rows.append(dict(r, path=f'{r.scan_id}.nii.gz', lung_mask=f'{r.scan_id}_lung.nii.gz', infection_mask=f'{r.scan_id}_inf.nii.gz' if r.label != 'healthy' else None))
+    files = pd.DataFrame(rows)
+    d = ScanDataset(check_cohort(files, tmp_path), PREP, masks=MASKS, cache=tmp_path/'cache')  # the table knows its folder
+    direct = ScanDataset(cohort[:6], PREP, load=toy, masks=MASKS)
+    for i in range(6): same(d[i], direct[i])
+    moved = tmp_path.rename(tmp_path.with_name(tmp_path.name+'-moved'))
+    new = ScanDataset(files, PREP, root=moved, masks=MASKS, cache=moved/'cache')
+    n = len(list((moved/'cache').rglob('*.npy')))
+    assert prepare_cohort(new, jobs=1, progress=False).empty and len(list((moved/'cache').rglob('*.npy'))) == n  # moving a folder does not empty its cache
+    other = Toy(dict(cohort.iloc[1], seed=99)).scan
+    (moved/'S01.nii.gz').unlink(); write_scan(other, moved/'S01.nii.gz')
+    fresh = ScanDataset(files, PREP, root=moved, masks=MASKS, cache=moved/'cache')[1]
+    assert np.abs(fresh['image'][0].numpy()-prepare(other, PREP).voxels).max() < 1e-4  # a replaced file is not served from the cache
+    write_mask(np.zeros((4, 4, 4), bool), Scan(np.zeros((4, 4, 4), 'i2'), (1., 1., 1.)), moved/'small.nii.gz')
+    with pytest.raises(GeometryError): ScanDataset(files.assign(lung_mask='small.nii.gz'), PREP, root=moved, masks=('lung',))[0]
+
+
+def test_error_of_two_bytes():
+    x = np.linspace(0, 1, 1_000_003)
+    assert np.abs(unpack(pack(x))-x).max() <= 1/131070+6e-8 and pack(np.array([-1., 2.])).tolist() == [0, 65535]
+
+
+def test_memory_map_is_not_held_open(cohort, tmp_path):
+    "An epoch over many scans keeps no files open"
+    if not os.path.isdir('/proc/self/fd'): pytest.skip('counts open files through /proc')
+    d = ScanDataset(cohort, PREP, load=toy, masks=MASKS, cache=tmp_path)
+    for i in range(12): d[i]
+    n = len(os.listdir('/proc/self/fd'))
+    keep = [d[i] for i in range(12)]
+    assert len(os.listdir('/proc/self/fd')) == n and keep
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no accelerator here')
+def test_batches_lie_on_the_device(cohort):
+    l = make_loader(ScanDataset(cohort, PREP, load=toy, masks=MASKS), 4, augment=AUGMENTS['darnet'], device='cuda')
+    b = next(iter(l))
+    assert b['image'].is_cuda and b['lung'].is_cuda and isinstance(b['scan_id'], list)

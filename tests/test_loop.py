@@ -1,0 +1,304 @@
+"""The loop, its recipes and its run folders: determinism, kill and resume, bad folders, five folds."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from covid_ct.data.split import assert_disjoint, split_patients, test_part as held_out
+from covid_ct.models.zoo import ROWS
+from covid_ct.scan import DataError
+from covid_ct.train import loop
+from covid_ct.train.loop import TrainError, cross_validate, fit, fold_loaders, load_run, make_accelerator, predict, rate, shard, train_fold
+from covid_ct.train.recipes import RECIPES, Recipe, RecipeError, change, from_dict, recipe, source_table, sourced, to_dict
+from covid_ct.train.run import AuditWarning, RunError, audit_hint, read_tensors
+from torch import nn
+
+C3 = ("healthy", "cap", "covid")
+R = change(recipe(), "test", system="toy", name="toy", prep="", model="", model_kwargs={}, epochs=4, lr=1e-2, milestones=(2,), augment="none", batch_size=4)
+
+
+def blobs(n, seed, size=4):
+    "Batches in which the class is a brightness"
+    g = torch.Generator().manual_seed(seed); y = torch.arange(n) % 3
+    x = torch.rand(n, 1, 4, 6, 6, generator=g) + .25 * y[:, None, None, None, None]
+    return [dict(image=x[i:i + size], label=y[i:i + size], scan_id=[f"s{seed}-{j}" for j in range(i, min(n, i + size))], patient_id=[f"p{seed}-{j // 2}" for j in range(i, min(n, i + size))])
+            for i in range(0, n, size)]
+
+
+def net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv3d(1, 4, 3, 2, 1), nn.BatchNorm3d(4), nn.ReLU(), nn.Dropout(.3), nn.Flatten(), nn.Linear(4 * 2 * 3 * 3, 3))
+
+
+class Shuffled:
+    "Order from the global generator, which resuming must restore; with `stop`, an error in the middle"
+    def __init__(self, batches, stop=None, error=KeyboardInterrupt): self.batches, self.left, self.error, self.epochs = batches, stop, error, []
+    def __len__(self): return len(self.batches)
+    def set_epoch(self, e): self.epochs.append(e)
+    def __iter__(self):
+        order = torch.randperm(len(self.batches)).tolist(); random.random(); np.random.rand()
+        for i in order:
+            if self.left is not None:
+                self.left -= 1
+                if self.left < 0: raise self.error
+            yield self.batches[i]
+
+
+def go(out, model=None, train=None, r=R, **kw):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AuditWarning)
+        return fit(model or net(), train or Shuffled(blobs(22, 1)), blobs(9, 2), r, out, progress=False, **kw)
+
+
+def weights(out, which="last"): return read_tensors(out / "checkpoints" / f"{which}.safetensors")[0]
+def same(a, b): return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
+def told(run): return run.history.drop(columns="seconds")
+def snapshot(folder): return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory): return go(tmp_path_factory.mktemp("whole") / "run", about=dict(trained_on="phantom blobs", split_hash="h"))
+
+
+def test_same_seed_same_weights(whole, tmp_path):
+    twin = go(tmp_path / "twin")
+    assert same(weights(whole.folder), weights(twin.folder)) and told(whole).equals(told(twin))
+    assert not same(weights(whole.folder), weights(go(tmp_path / "other", r=change(R, seed=1)).folder))     # other dropout, other order
+
+
+def test_it_learns_and_keeps_the_best(whole):
+    h = whole.history
+    assert h.train_loss.iloc[-1] < h.train_loss.iloc[0] and list(h.epoch) == [1, 2, 3, 4] and np.allclose(h.lr, [1e-2, 1e-2, 1e-3, 1e-3])
+    assert whole.best["valid_loss"] == h.valid_loss.min() and same(whole.model.state_dict(), weights(whole.folder, "best")) and not whole.model.training
+    p = predict(whole.model, blobs(9, 2), C3)
+    assert np.allclose(p.filter(like="prob_"), whole.predictions.filter(like="prob_")) and list(p.scan_id) == list(whole.predictions.scan_id)
+    y = np.array([C3.index(c) for c in p.label]); ce = -np.log(p.filter(like="prob_").to_numpy()[range(9), y]).mean()
+    assert np.isclose(ce, whole.best["valid_loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("keep", ["accuracy", "auc"])
+def test_keep_is_obeyed(tmp_path, keep):
+    run = go(tmp_path / "r", r=change(R, keep=keep))
+    assert run.best[f"valid_{keep}"] == run.history[f"valid_{keep}"].max()
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 2, 3])
+def test_ctrl_c_and_resume_equal_uninterrupted(whole, tmp_path, epoch):
+    out, n = tmp_path / "r", len(blobs(22, 1))
+    run = go(out, train=Shuffled(blobs(22, 1), epoch * n + 2))
+    assert run.interrupted and len(run.history) == epoch and run.config["status"] == "interrupted"
+    assert (out / "checkpoints" / "last.safetensors").exists() and (epoch == 0) == (not (out / "checkpoints" / "best.safetensors").exists())
+    loader = Shuffled(blobs(22, 1))
+    torch.manual_seed(99); again = go(out, net(0), loader, resume=True)
+    assert loader.epochs == list(range(epoch, 4)) and not again.interrupted
+    assert same(weights(out), weights(whole.folder)) and same(weights(out, "best"), weights(whole.folder, "best")) and told(again).equals(told(whole))
+    assert pd.read_csv(out / "metrics.csv").epoch.tolist() == [1, 2, 3, 4] and not list(out.rglob(".*"))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL on this system")
+def test_a_killed_process_resumes(whole, tmp_path):
+    code = ("import sys,os,signal; sys.path.insert(0, sys.argv[1]); import test_loop as t\n"
+            "class Kill(Exception):\n    def __init__(self, *a): os.kill(os.getpid(), signal.SIGKILL)\n"
+            "class S(t.Shuffled):\n    def __iter__(self):\n        for b in super().__iter__():\n            self.seen=getattr(self,'seen',0)+1\n            if self.seen==15: os.kill(os.getpid(), signal.SIGKILL)\n            yield b\n"
+            "t.go(__import__('pathlib').Path(sys.argv[2]), train=S(t.blobs(22,1)))")
+    out = tmp_path / "r"
+    r = subprocess.run([sys.executable, "-c", code, os.path.dirname(__file__), str(out)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert r.returncode == -signal.SIGKILL, r.stderr[-2000:]
+    assert json.loads((out / "config.json").read_text())["status"] == "running" and len(pd.read_csv(out / "metrics.csv")) == 2
+    again = go(out, resume="auto")
+    assert same(weights(out), weights(whole.folder)) and told(again).equals(told(whole))
+
+
+@pytest.mark.parametrize("at", ["state.safetensors", "best.safetensors", "last.safetensors", "metrics.csv"])
+def test_a_write_that_fails_costs_one_epoch_at_most(whole, tmp_path, monkeypatch, at):
+    "The disk is full in the second epoch, at any of its files"
+    out, count, original = tmp_path / "r", [], os.replace
+    def full(a, b):
+        if str(b).endswith(at): count.append(b)
+        if str(b).endswith(at) and len(count) == 2: raise OSError("disk full")
+        original(a, b)
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError): go(out)
+    monkeypatch.undo()
+    assert not [p for p in out.rglob(".*")]
+    assert told(go(out, resume=True)).equals(told(whole)) and same(weights(out), weights(whole.folder))
+
+
+def test_nan_names_the_scans(tmp_path):
+    bad = blobs(22, 1); bad[3] = dict(bad[3], image=bad[3]["image"] * float("nan"))
+    with pytest.raises(TrainError, match="s1-12, s1-13, s1-14, s1-15.*nan in training"): fit(net(), bad, blobs(9, 2), R, tmp_path / "a", progress=False)
+    with pytest.raises(TrainError, match="s1-12.*in validation"): fit(net(), blobs(9, 2), bad, R, tmp_path / "b", progress=False)
+
+
+def test_iterators_and_empty_sets_are_refused(tmp_path):
+    with pytest.raises(TrainError, match="gave no batches"): fit(net(), iter(blobs(9, 1)), blobs(9, 2), R, tmp_path / "a", progress=False)
+    with pytest.raises(TrainError, match="valid.*gave no batches"): fit(net(), blobs(9, 1), [], R, tmp_path / "b", progress=False)
+    with pytest.raises(TrainError, match="outputs"): predict(nn.Sequential(nn.Flatten(), nn.Linear(144, 2)), blobs(3, 1), C3)
+
+
+def test_folders_of_others_stay_untouched(whole, tmp_path):
+    foreign = tmp_path / "foreign"; foreign.mkdir(); (foreign / "a.txt").write_text("mine")
+    broken = tmp_path / "broken"; broken.mkdir(); (broken / "config.json").write_text('{"recipe"')
+    for folder, kw in ((foreign, {}), (foreign, dict(resume="auto")), (broken, dict(resume=True)), (whole.folder, {}), (whole.folder, dict(resume="auto", r=change(R, lr=.5))),
+                       (whole.folder, dict(resume=True, about=dict(split_hash="other"))), (whole.folder, dict(resume="maybe"))):
+        before = snapshot(folder)
+        with pytest.raises(RunError): go(folder, **kw)
+        assert snapshot(folder) == before
+    with pytest.raises(RunError, match="no run to resume"): go(tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_resuming_a_finished_run_trains_nothing(whole):
+    loader = Shuffled(blobs(22, 1), 0, AssertionError)
+    run = go(whole.folder, net(5), loader, resume="auto")
+    assert same(run.model.state_dict(), weights(whole.folder, "best")) and told(run).equals(told(whole)) and run.config["trained_on"] == "phantom blobs" and run.config["split_hash"] == "h"
+
+
+def test_load_run(whole, tmp_path):
+    model, r, config = load_run(whole.folder, model=net(9))
+    assert r == R and config["recipe_hash"] == R.hash and same(model.state_dict(), weights(whole.folder, "best")) and not model.training
+    assert same(load_run(whole.folder, "last", net(9))[0].state_dict(), weights(whole.folder))
+    def copy(**change):
+        d = tmp_path / f"c{len(list(tmp_path.iterdir()))}"; (d / "checkpoints").mkdir(parents=True)
+        for name in ("config.json", "checkpoints/best.safetensors"): (d / name).write_bytes((whole.folder / name).read_bytes())
+        c = json.loads((d / "config.json").read_text()); c.update(change); (d / "config.json").write_text(json.dumps(c)); return d
+    cut = copy(); (cut / "checkpoints/best.safetensors").write_bytes((whole.folder / "checkpoints/best.safetensors").read_bytes()[:-20])
+    text = copy(); (text / "checkpoints/best.safetensors").write_text("hello")
+    lost = copy(); (lost / "checkpoints/best.safetensors").unlink()
+    raw = to_dict(R)
+    for folder, kw in ((tmp_path / "no", {}), (whole.folder, {}), (whole.folder, dict(model=nn.Linear(2, 2))), (cut, dict(model=net())), (text, dict(model=net())), (lost, dict(model=net())),
+                       (copy(recipe={**raw, "lr": 1.}), dict(model=net())), (copy(recipe={**raw, "pickle": 1}), dict(model=net())), (copy(recipe=3), dict(model=net())),
+                       (copy(recipe={**raw, "model": "darnet", "model_kwargs": {"wings": 2}}), {})):
+        with pytest.raises(RunError): load_run(folder, **kw)
+
+
+def test_nothing_in_a_folder_is_a_pickle(whole):
+    import pickletools
+    for p, b in snapshot(whole.folder).items():
+        with pytest.raises(Exception): list(pickletools.genops(b))
+        assert b"PK\x03\x04" not in b[:4], p
+
+
+def test_card_and_config_say_what_they_must(whole):
+    card, c = (whole.folder / "model_card.md").read_text(), json.loads((whole.folder / "config.json").read_text())
+    for words in ("Not for clinical use", "phantom blobs", R.hash, "interval over patients", "| covid vs rest | AUC |", "| macro | F1 |"): assert words in card
+    assert c["status"] == "finished" and c["hardware"]["device"] == "cpu" and c["versions"]["torch"] == torch.__version__ and from_dict(c["recipe"]) == R and c["split_hash"] == "h"
+
+
+def test_too_good_is_said(tmp_path):
+    easy = blobs(24, 1)
+    for b in easy: b["image"] = b["label"].float()[:, None, None, None, None].expand(-1, 1, 4, 6, 6).contiguous()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(144, 3))
+    r = change(R, epochs=30, milestones=(), lr=3e-2)
+    with pytest.warns(AuditWarning, match="Audit the data"): fit(model, easy, easy, r, tmp_path / "a", progress=False)
+    assert "Audit" in (tmp_path / "a" / "model_card.md").read_text()
+    assert "phantoms" in audit_hint(1., "240 phantom patients") and not audit_hint(.9)
+
+
+def test_outputs_reach_the_loss_and_precisions_alternate(tmp_path, monkeypatch):
+    class Talks(nn.Module):
+        def __init__(self): super().__init__(); self.body = net()
+        def forward(self, x): return self.body(x)
+        def outputs(self, x): return dict(logits=self.body(x), extra=x.mean())
+    seen = []
+    def loss(outputs, batch):
+        seen.append((sorted(outputs), outputs["logits"].dtype)); total = nn.functional.cross_entropy(outputs["logits"], batch["label"])
+        return total, dict(twice=2 * total.detach())
+    monkeypatch.setattr(loop, "build_loss", lambda *a, **k: loss)
+    model = Talks(); forward = model.forward
+    for precision in ("bf16", "no"):
+        run = go(tmp_path / precision, model, r=change(R, precision=precision, epochs=1))
+        assert np.isclose(run.history.train_twice[0], 2 * run.history.train_loss[0])
+    assert set(map(str, seen)) == {"(['extra', 'logits'], torch.float32)"} and model.forward == forward
+
+
+def test_fp16_without_a_gpu_is_refused():
+    if torch.cuda.is_available(): pytest.skip("this machine has a GPU, where fp16 works")
+    with pytest.raises(TrainError, match="fp16"): make_accelerator("fp16")
+    assert make_accelerator("no").mixed_precision == "no"
+
+
+def test_rate_and_shard():
+    p = recipe("darnet", "paper")
+    assert np.allclose([rate(p, e) for e in (0, 29, 30, 59, 60, 79)], [1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
+    assert [list(shard(range(8), r, 3)) for r in range(3)] == [[0, 3], [1, 4], [2, 5]]
+
+
+def test_predict_restores_mode_and_knows_unlabelled_scans():
+    m = net().train(); p = predict(m, [dict(image=torch.rand(2, 1, 4, 6, 6), scan_id=["a", "b"])], C3)
+    assert m.training and list(p.scan_id) == ["a", "b"] and p.label.isna().all() and np.allclose(np.exp(p.logit_cap - p.logit_covid), p.prob_cap / p.prob_covid)
+
+
+# recipes
+
+@pytest.mark.parametrize("key", RECIPES)
+def test_recipes_are_complete(key):
+    r = RECIPES[key]
+    assert from_dict(json.loads(json.dumps(to_dict(r)))) == r and (r.system, r.name) == key
+    assert list(source_table(r).index) == sourced() and r.model in ROWS and r.hash == from_dict(to_dict(r)).hash
+
+
+def test_recipe_refusals():
+    for bad in (dict(prep="x"), dict(model="x"), dict(augment="x"), dict(sampler="x"), dict(loss="x"), dict(precision="x"), dict(keep="x"), dict(optimizer="x"), dict(epochs=0), dict(epochs=2.5),
+                dict(batch_size=True), dict(lr=0), dict(lr="1"), dict(weight_decay=-1), dict(seed=.5), dict(classes=("a",)), dict(milestones=(5, 3)), dict(model_kwargs=dict(classes=2, depth=32)),
+                dict(model_kwargs={}), dict(loss_kwargs=dict(weights=[1, 2])), dict(model_kwargs=dict(gates={1, 2})), dict(wings=2)):
+        with pytest.raises(RecipeError): change(recipe(), **bad)
+    with pytest.raises(RecipeError, match="no source"): Recipe("a", "b", C3)
+    with pytest.raises(RecipeError, match="no recipe"): recipe("darnet", "huge")
+    for bad in ([], {}, {**to_dict(R), "x": 1}, {**to_dict(R), "milestones": 3}, {**to_dict(R), "epochs": "ten"}):
+        with pytest.raises(RecipeError): from_dict(bad)
+    assert issubclass(RecipeError, DataError) and change(recipe(), epochs=2).epochs == 2
+
+
+# folds
+
+def load(row):
+    "A scan of a class brightness, in no time"
+    from covid_ct.scan import Scan
+    v = np.random.default_rng(int(row.seed)).normal(-900 + 150 * C3.index(row.label), 60, (8, 12, 12)).astype("i2")
+    return Scan(v, (5., 5., 5.), patient_id=row.patient_id, scan_id=row.scan_id)
+
+
+@pytest.fixture
+def study(monkeypatch):
+    from covid_ct.data.preprocess import PREPS, Prep
+    monkeypatch.setitem(PREPS, "brick", Prep(size=(8, 32, 32)))
+    from covid_ct.phantom import phantom_cohort
+    return (split_patients(phantom_cohort(30, seed=2), folds=3, test=.2), change(recipe(), "test", prep="brick", model="darnet-none", model_kwargs=dict(classes=3, depth=8, width=4), epochs=1))
+
+
+def test_folds(study, tmp_path, monkeypatch):
+    cohort, r = study
+    train, valid, test = fold_loaders(cohort, 0, r, load=load)
+    assert_disjoint(train.dataset.cohort, valid.dataset.cohort, test.dataset.cohort)
+    assert train.augment and not valid.augment and not test.augment and type(train.loader.sampler).__name__ == "ClassBalancedSampler"
+    table = cross_validate(cohort, r, tmp_path / "cv", dict(trained_on="bricks"), progress=False, load=load)
+    assert list(table.columns) == ["fold_0", "fold_1", "fold_2", "mean", "std"] and len(table) == 10
+    assert np.allclose(table["mean"], table.iloc[:, :3].mean(axis=1)) and np.allclose(table["std"], np.std(table.iloc[:, :3], axis=1, ddof=1))
+    for k in range(3):
+        p = pd.read_csv(tmp_path / "cv" / f"fold_{k}" / "predictions.csv", dtype=str)
+        assert set(p[p.part == "test"].scan_id) == set(held_out(cohort).scan_id) and set(p[p.part == "valid"].scan_id) == set(cohort[cohort.fold == k].scan_id)
+        model, _, c = load_run(tmp_path / "cv" / f"fold_{k}"); assert c["fold"] == k and "## Test set" in (tmp_path / "cv" / f"fold_{k}" / "model_card.md").read_text()
+    monkeypatch.setattr(loop, "train_epoch", None)                                  # finished folds are not trained again
+    assert cross_validate(cohort, r, tmp_path / "cv", progress=False, load=load).equals(table)
+    with pytest.raises(RunError, match="another recipe"): cross_validate(cohort, change(r, lr=.1), tmp_path / "cv", progress=False, load=load)
+    with pytest.raises(RunError, match="another split"): cross_validate(split_patients(cohort.drop(columns="fold"), 3, seed=7), r, tmp_path / "cv", progress=False, load=load)
+
+
+def test_a_fold_is_deterministic(study, tmp_path):
+    cohort, r = study
+    a, b = (train_fold(cohort, 1, r, tmp_path / n, progress=False, load=load) for n in "ab")
+    assert same(weights(a.folder), weights(b.folder)) and a.predictions.equals(b.predictions)
+
+
+def test_folds_that_cannot_be(study, tmp_path):
+    cohort, r = study
+    with pytest.raises(TrainError, match="no test set"): cross_validate(split_patients(cohort.drop(columns="fold"), 3, test=0.), r, tmp_path / "cv", progress=False, load=load)
+    with pytest.raises(TrainError, match="names no prep"): fold_loaders(cohort, 0, R)
