@@ -10,13 +10,13 @@ import argparse, json, sys
 from pathlib import Path
 from .scan import DataError
 
-# %% ../nbs/core/90_cli.ipynb #4e926947
+# %% ../nbs/core/90_cli.ipynb #d748fc56
 def show_facts(
     facts:dict, # from `covid_ct.apply.inspect`
 )->str: # lines for a terminal
     "A summary that a person reads"
     f,size = facts,lambda v,unit='': ' × '.join(f'{x:g}' for x in v)+unit
-    lines = [('series', f"{s['index']}  {s['slices']} slices  {s['description']}") for s in f['series'] if f['shape'] is None]
+    lines = [('series', f"{s['index']}  {s['slices']} slices  {s['description']}  {s['kernel']}") for s in f['series'] if f['shape'] is None]
     if f['shape']:
         lines += [('shape', f"{size(f['shape'])} (D,H,W)"), ('units', f['units']), ('orientation', f['orientation']),
                   ('spacing', size([round(x,3) for x in f['spacing']],' mm (z,y,x)') if f['geometry_known'] else 'unknown')]

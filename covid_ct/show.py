@@ -38,10 +38,13 @@ def greys(
     level,width = WINDOWS[name] if isinstance(name, str) else name
     return level, width, f'{name+" " if isinstance(name,str) else ""}window, level {level:g}, width {width:g} HU'
 
-# %% ../nbs/core/02_show.ipynb #3b6fa00a
+# %% ../nbs/core/02_show.ipynb #7a3c2133
 class Picture(Figure):
     "A matplotlib figure that shows itself once, without pyplot, and carries its alt text"
     alt,colours = '',192 # alt text; size of the palette of the PNG, 0 for all colours
+    def __init__(self,
+                 **options, # of matplotlib's `Figure`: `figsize`, `layout` …
+                ): super().__init__(**options)
     def _repr_mimebundle_(self, include=None, exclude=None)->dict:
         return {'image/png':png(self), 'text/plain':self.alt or 'figure without alt text'}
 

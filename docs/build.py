@@ -29,7 +29,7 @@ def toctree(pages):
     for room, caption in ROOMS.items():
         of_room = [p[:-6] for p in pages if p.startswith(room + "/")]
         if of_room: out.append("```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```" % (caption, "\n".join(of_room)))
-    return "\n\n".join(out)
+    return "\n\n".join([*out, "```{toctree}\n:hidden:\n:caption: Project\n\nCONTRIBUTING\n```"])
 
 
 def main():
@@ -42,6 +42,8 @@ def main():
     index = nbformat.read(STAGE / "index.ipynb", 4)
     index.cells.append(nbformat.v4.new_markdown_cell(toctree(pages)))
     nbformat.write(index, STAGE / "index.ipynb")
+    shutil.copytree(ROOT / "docs/_static", STAGE / "docs/_static")             # pictures of the front page
+    shutil.copy(ROOT / "CONTRIBUTING.md", STAGE)
     print(f"staged {len(pages)} notebooks in {time.time() - t0:.1f} s")
     if a.stage: return
     t0 = time.time()

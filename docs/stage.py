@@ -1,8 +1,14 @@
 """One nbdev notebook -> one MyST notebook under _build/src/. Imported, never run: IPython takes over `__main__`."""
-import inspect, json, os, re
+import functools
+import inspect
+import json
+import os
+import re
+from importlib import import_module
 from pathlib import Path, PurePosixPath
 
 from fastcore.docments import DocmentTbl, ShowDocRenderer
+from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,20 +54,34 @@ def to_myst(md, links):
 
 
 # ---------------------------------------------------------------- one notebook
-def label(url):
-    "The anchor of a symbol: one per page and name, as `.../models/darnet.html#darnet.forward`"
-    return re.sub(r"[^\w.]+", "-", "api-" + re.sub(r"\.html", "", url)).lower()
+def label(name, is_class=False):
+    "The anchor of a symbol, from its module and name; docutils folds case, so that `Recipe` and `recipe` need to differ"
+    return re.sub(r"[^\w.]+", "-", f"api-{name}").lower() + ("-class" if is_class else "")
+
+
+@functools.cache
+def anchors():
+    "URL that nbdev gives a symbol -> our anchor, for all that `show_doc` shows"
+    out = {}
+    for module, symbols in import_module(f"{get_config().lib_name}._modidx").d["syms"].items():
+        shown = getattr(import_module(module), "__all__", ())
+        for name, (url, _) in symbols.items():
+            symbol = name.removeprefix(module + ".")
+            if symbol in shown: out[url] = label(name, inspect.isclass(getattr(import_module(module), symbol)))
+    return out
 
 
 class TableRenderer(ShowDocRenderer):
     "show_doc as a heading, a signature, a summary and a table of the parameters"
     def _repr_markdown_(self):
         lookup = NbdevLookup()
-        src, doc = lookup.code(self.fn), lookup.doc(self.fn)
+        name = f"{self.sym.__module__}.{self.sym.__qualname__}"
+        src = lookup.code(name)
         sig = re.sub(r"\s*#[^\n]*", "", str(self.dm))
         sig = re.sub(r"\(\s+", "(", re.sub(r",?\s*\n\)", ")", re.sub(r",\s*\n\s+", ", ", sig)))
         if inspect.isclass(self.sym): sig = sig.replace("def ", "class ", 1)
-        out = [f"({label(doc)})="] if doc else []
+        sig = re.sub(r"<(?:class|function) '?(?:[\w.]+\.)?(\w+)[^>]*>", r"\1", sig)
+        out = [f"({label(name, inspect.isclass(self.sym))})="]
         out += [f"{'#' * self.title_level} {self.nm}", ""]
         if src: out += [f"[source]({src}){{.source-link}}", ""]
         out += ["```python", sig, "```", "", self.docs or "", "", str(DocmentTbl(self.sym))]
@@ -73,7 +93,6 @@ def process(src: Path):
     os.environ["IN_TEST"] = "1"
     cwd = os.getcwd(); os.chdir(src.parent)
     from execnb.nbio import read_nb
-    from nbdev.config import get_config
     from nbdev.processors import FilterDefaults
     get_config()["renderer"] = f"{__name__}.TableRenderer"
     nb = read_nb(src)
@@ -85,7 +104,6 @@ def process(src: Path):
 
 def stage(src: Path):
     import nbformat
-    from nbdev.config import get_config
     nb, fm = process(src)
     cfg = get_config()
     site = cfg.doc_host.rstrip("/") + cfg.doc_baseurl.rstrip("/") + "/"
@@ -95,7 +113,8 @@ def stage(src: Path):
         if url.startswith(site):                         # a link that nbdev made
             page, _, anchor = url[len(site):].partition("#")
             target = PurePosixPath(page).with_suffix(".ipynb")
-            return f"#{label(url)}" if anchor else os.path.relpath(target, here.parent)
+            known = anchors().get(url[len(site):])
+            return f"#{known}" if known else os.path.relpath(target, here.parent)
         path, _, anchor = url.partition("#")
         if path.endswith(".ipynb") and "://" not in path:
             target = page_name((src.parent / path).resolve())
@@ -117,21 +136,22 @@ def stage(src: Path):
         outs = json.loads(json.dumps(list(c.get("outputs", [])), default=lambda o: dict(o)))
         if opts.get("include") == "false": continue
         if opts.get("output") == "asis":
-            for o in outs: md("".join(o["data"]["text/markdown"]))
+            for o in outs: md("".join(o["data"]["text/markdown"] if "data" in o else o["text"]))
             continue
         tags = []
         if opts.get("echo") == "false": tags.append("remove-input")
         if opts.get("output") == "false": tags.append("remove-output")
         if "code-fold" in opts: tags.append("hide-input")
+        figure = {"image": {"alt": opts["fig-alt"]}} if "fig-alt" in opts else {}
+        if opts.get("label", "").startswith("fig-"):
+            figure["figure"] = {"name": opts["label"], "caption": opts.get("fig-cap", "")}
         cell = nbformat.v4.new_code_cell(s, metadata={"tags": tags} if tags else {})
         for o in outs:
             for k, v in o.get("data", {}).items():
                 if isinstance(v, list): o["data"][k] = "".join(v)
             if isinstance(o.get("text"), list): o["text"] = "".join(o["text"])
-        cell.outputs = [nbformat.from_dict(o) for o in outs]
-        figure = {"image": {"alt": opts["fig-alt"]}} if "fig-alt" in opts else {}
-        if opts.get("label", "").startswith("fig-"):
-            figure["figure"] = {"name": opts["label"], "caption": opts.get("fig-cap", "")}
+        pictures = [o for o in outs if "image/png" in o.get("data", {})]
+        cell.outputs = [nbformat.from_dict(o) for o in (pictures if figure and pictures else outs)]
         if figure: cell.metadata["mystnb"] = figure
         new.cells.append(cell)
     dst = STAGE / here

@@ -290,7 +290,7 @@ def test_hostile_text_stays_text(opened, parts):
     scan, lesion, heat = parts
     page = opened(VolumeViewer(scan.replace(scan_id=EVIL), {EVIL: lesion}, {EVIL: heat}))
     assert page.title() != "owned" and page.locator("img").count() == 0
-    assert page.locator("button[data-mask] span").inner_text() == page.locator(".cct-title").inner_text() == EVIL.replace("\u2028", "\n") or page.locator(".cct-title").evaluate("(e) => e.textContent") == EVIL
+    for where in ("button[data-mask] span", ".cct-title"): assert page.locator(where).evaluate("(e) => e.textContent") == EVIL
     assert page.locator("select option").first.evaluate("(e) => e.value") == EVIL and EVIL in page.locator(".cct-read").evaluate("(e) => e.textContent")
 
 

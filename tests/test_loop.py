@@ -21,7 +21,7 @@ from covid_ct.train.run import AuditWarning, RunError, audit_hint, read_tensors
 from torch import nn
 
 C3 = ("healthy", "cap", "covid")
-R = change(recipe(), "test", system="toy", name="toy", prep="", model="", model_kwargs={}, epochs=4, lr=1e-2, milestones=(2,), augment="none", batch_size=4)
+R = change(recipe(), "test", system="toy", name="toy", prep="", model="", model_kwargs={}, epochs=4, lr=1e-2, milestones=(2,), augment="none", batch_size=4, keep="loss")
 
 
 def blobs(n, seed, size=4):
@@ -184,6 +184,12 @@ def test_nothing_in_a_folder_is_a_pickle(whole):
     for p, b in snapshot(whole.folder).items():
         with pytest.raises(Exception): list(pickletools.genops(b))
         assert b"PK\x03\x04" not in b[:4], p
+
+
+def test_others_may_read_it(whole):
+    "Every file gets the permissions of a file made here, also those that safetensors makes private"
+    (whole.folder.parent / "plain").touch(); mode = (whole.folder.parent / "plain").stat().st_mode
+    assert {p.stat().st_mode for p in whole.folder.rglob("*") if p.is_file()} == {mode}
 
 
 def test_card_and_config_say_what_they_must(whole):

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np, pandas as pd, pydicom, SimpleITK as sitk
 from ..scan import Scan, Grid, DataError, ReadError, GeometryError, UnitsError
 
-# %% ../../nbs/core/09_dicom.ipynb #f4177e0b
+# %% ../../nbs/core/09_dicom.ipynb #81775c54
 _CT = '1.2.840.10008.5.1.4.1.1.2' # class of a CT image; the enhanced ones begin with it
-_TAGS = '''SOPClassUID SOPInstanceUID Modality SeriesInstanceUID SeriesDescription PatientID ImageType Rows Columns NumberOfFrames SamplesPerPixel
+_TAGS = '''SOPClassUID SOPInstanceUID Modality SeriesInstanceUID FrameOfReferenceUID SeriesDescription PatientID ImageType Rows Columns NumberOfFrames SamplesPerPixel
 PhotometricInterpretation BitsAllocated BitsStored PixelRepresentation ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept
 RescaleType GantryDetectorTilt ConvolutionKernel LossyImageCompression SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence'''.split()
 
@@ -132,11 +132,13 @@ def read_header(path, # any file
         d.pixels_at = f.tell() # where pydicom stopped
     return d if sure or 'SOPClassUID' in d or 'Modality' in d else None
 
-# %% ../../nbs/core/09_dicom.ipynb #29c43522
+# %% ../../nbs/core/09_dicom.ipynb #b09f0cf0
+def _series_of(d)->str: return str(d.get('SeriesInstanceUID') or d.get('FrameOfReferenceUID') or '') # anonymisers blank the first
+
 def _sort_in(found, d, path)->None:
     text = lambda k: ' '.join(str(d.get(k) or '').split())
-    why = foreign(d)
-    s = found.setdefault((text('SeriesInstanceUID'),why), Series(*map(text, ('SeriesInstanceUID','Modality','SeriesDescription','ConvolutionKernel','PatientID')), why))
+    why,uid = foreign(d),_series_of(d)
+    s = found.setdefault((uid,why), Series(uid, *map(text, ('Modality','SeriesDescription','ConvolutionKernel','PatientID')), why))
     s.files.append(path)
     if why: return
     if bad:=damage(d, path): s.broken.append((path,bad))
@@ -151,7 +153,7 @@ def find_series(files, # paths
         try:
             d = None if why else read_header(p)
             if d is not None and getattr(d.file_meta,'MediaStorageSOPClassUID','')=='1.2.840.10008.1.3.10': continue # a DICOMDIR: we look ourselves
-            if d is not None and d.get('Modality') and d.get('SeriesInstanceUID'): _sort_in(found, d, p); continue
+            if d is not None and d.get('Modality') and _series_of(d): _sort_in(found, d, p); continue
             if d is not None: why = 'has a damaged header: it names no modality or no series'
         except Exception as e: why = f'has a damaged header ({type(e).__name__}: {str(e)[:80]})'
         rest.files.append(p)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TISSUE', 'AIR', 'dice', 'lung_volume_l', 'check_hu', 'hu_warnings', 'working_copy', 'regions', 'inside_body',
-           'trachea', 'airways', 'wide_parts', 'hull', 'choose_lungs', 'two_sides', 'grown', 'closed', 'fill_lung',
+           'trachea', 'airways', 'wide_parts', 'choose_lungs', 'two_sides', 'grown', 'closed', 'fill_lung',
            'costal_gaps', 'with_dense', 'refine', 'lung_mask']
 
 # %% ../../nbs/core/14_lungs.ipynb #be03d70a
@@ -39,14 +39,13 @@ def check_hu(scan:Scan, # any scan
     raise UnitsError(scan.source or scan.scan_id or 'scan', f'no voxel lies below −300 HU (the lowest is {low:.0f}), so there is no air in it',
                      'Check that the rescale intercept was applied and that nobody windowed the values.')
 
-# %% ../../nbs/core/14_lungs.ipynb #519558d1
+# %% ../../nbs/core/14_lungs.ipynb #899f60aa
 def hu_warnings(scan:Scan, # any scan
                )->tuple: # plain sentences, empty if all is well
     "What is odd about the values of a scan"
     if scan.units!='HU': return (f'The values are {scan.units}, not Hounsfield units: CT numbers cannot be measured in them.',)
     v = scan.voxels[tuple(slice(None,None,max(1,n//128)) for n in scan.shape)].astype('f4').ravel()
-    lo,hi,air = v.min(),v.max(),v[(v>-1100)&(v<-900)]
-    values,counts = np.unique(v, return_counts=True)
+    lo,hi,air = v.min(),v.max(),v[(v>-1100)&(v<-900)]; values,counts = np.unique(v, return_counts=True)
     seen = v[v!=values[counts.argmax()]] if counts.max()>.3*v.size else v
     tissue,dark = (abs(seen-50)<250).sum(), (abs(seen+750)<250).sum()
     odd = {f'There is no air peak near −1000 HU: only {air.size/v.size:.1%} of the voxels lie between −1100 and −900.': air.size<.01*v.size,
@@ -57,14 +56,16 @@ def hu_warnings(scan:Scan, # any scan
            'There is hardly any tissue around the lungs: the background looks masked already.': counts.max()>.3*v.size and tissue<.35*(tissue+dark)}
     return tuple(k for k,is_so in odd.items() if is_so)
 
-# %% ../../nbs/core/14_lungs.ipynb #80683eb6
+# %% ../../nbs/core/14_lungs.ipynb #7bf29e30
 def working_copy(scan:Scan, # in HU
                  mm:float=2., # smallest voxel worth having
                 )->Scan: # the same extent, float32, nothing below −1024 HU
     "A scan with voxels of at least `mm`, antialiased"
     n = np.maximum(1, np.round(np.array(scan.grid.size_mm)/np.maximum(scan.spacing,mm))).astype(int)
     grid = sub_grid(scan.grid, faces(scan.grid), n)
-    v = np.maximum(resample(scan.voxels, scan.grid, grid), -1024)
+    v,corner = scan.voxels, scan.voxels[:,[0,0,-1,-1],[0,-1,0,-1]]
+    if corner.min()==corner.max()>-900: v = np.where((v==corner[0,0]).all(0), -1024, v) # padding of the value of water, say
+    v = np.maximum(resample(v, scan.grid, grid), -1024)
     return scan.replace(voxels=v, spacing=grid.spacing, origin=grid.origin)
 
 # %% ../../nbs/core/14_lungs.ipynb #93931a5d
@@ -102,7 +103,7 @@ def inside_body(scan:Scan, # working copy in HU
     outside = _rim_share(labels,len(size))>.25; outside[0] = False
     return ~outside[labels]
 
-# %% ../../nbs/core/14_lungs.ipynb #0478cf66
+# %% ../../nbs/core/14_lungs.ipynb #ea9aacad
 def trachea(air:np.ndarray, # bool `(D,H,W)`, air inside the body
             inside:np.ndarray, # bool, the body
             spacing:tuple, # mm
@@ -113,8 +114,7 @@ def trachea(air:np.ndarray, # bool `(D,H,W)`, air inside the body
     for k,(_,y,x) in enumerate(ndimage.find_objects(labels),1):
         h,w = (y.stop-y.start)*spacing[1],(x.stop-x.start)*spacing[2]; area = size[k]*spacing[1]*spacing[2]
         hole[k] = 40<area<800 and max(h,w)<3*min(h,w) and area>.45*h*w and abs((x.start+x.stop)/2-middle)*spacing[2]<45
-    chains,_ = regions(hole[labels])
-    tall = [(z.stop-z.start)*spacing[0] for z,_,_ in ndimage.find_objects(chains)]
+    chains,_ = regions(hole[labels]); tall = [(z.stop-z.start)*spacing[0] for z,_,_ in ndimage.find_objects(chains)]
     return chains==1+np.argmax(tall) if tall and max(tall)>=30 else np.zeros_like(air)
 
 # %% ../../nbs/core/14_lungs.ipynb #22fc768b
@@ -144,9 +144,8 @@ def wide_parts(tubes:np.ndarray, # bool, from `airways`
     if core.any(): out[o] = ndimage.distance_transform_edt(~core,sampling=spacing)<=2.5+max(spacing[1:])
     return out
 
-# %% ../../nbs/core/14_lungs.ipynb #3d3c6b30
-def hull(picture:np.ndarray, # bool `(H,W)`
-        )->np.ndarray: # bool `(H,W)`
+# %% ../../nbs/core/14_lungs.ipynb #64d71c2a
+def _hull(picture)->np.ndarray: # bool `(H,W)`
     "Convex hull of a slice"
     try: sides = ConvexHull(np.argwhere(picture^ndimage.binary_erosion(picture))).equations
     except (QhullError,ValueError): return picture.copy()
@@ -161,12 +160,11 @@ def choose_lungs(air:np.ndarray, # bool `(D,H,W)`, air inside the body, airways 
     core = np.where(ndimage.binary_erosion(air), labels, 0)
     middle = lambda k: np.median(scan.voxels[m]) if (m:=core==k).any() else np.median(scan.voxels[labels==k])
     lung = [k for k in np.argsort(-ml)[:12] if ml[k]>2 and middle(k)>AIR+40]
-    main = [k for k in lung if ml[k]>.15*ml[lung[0]]]
-    out = np.isin(labels, main)
+    main = [k for k in lung if ml[k]>.15*ml[lung[0]]]; out = np.isin(labels, main)
     floor,whole = np.percentile(np.nonzero(out)[0],33) if main else 0, out.copy()
     for k in lung[len(main):]:
         z,y,x = np.round(np.mean(np.nonzero(labels==k),1)).astype(int)
-        if z>floor and hull(whole[z])[y,x]: out |= labels==k
+        if z>floor and _hull(whole[z])[y,x]: out |= labels==k
     return out
 
 # %% ../../nbs/core/14_lungs.ipynb #51ea8e94
@@ -187,13 +185,14 @@ def _repeated(part, k, shape)->np.ndarray: # `shape`
     for a,j in enumerate(k): part = np.repeat(part,j,axis=a).take(np.arange(shape[a]),axis=a)
     return part
 
-# %% ../../nbs/core/14_lungs.ipynb #3d8252f3
+# %% ../../nbs/core/14_lungs.ipynb #f35e17fb
 def two_sides(mask:np.ndarray, # bool `(D,H,W)`
               spacing:tuple, # mm
              )->np.ndarray: # `(D,H,W)`: 1 right, 2 left, 0 none; all 1 where there is one lung
     "Split a mask into the right and the left lung"
-    out,o = mask.astype('u1'), ndimage.find_objects(mask.astype('u1'))[0]
-    part,k,s = _thinned(mask[o], 4., spacing)
+    out = mask.astype('u1')
+    if not mask.any(): return out
+    o = ndimage.find_objects(out)[0]; part,k,s = _thinned(mask[o], 4., spacing)
     depth = ndimage.distance_transform_edt(part, sampling=s)
     for mm in (0,2,4,6,8,10,12):
         labels,size = regions(depth>mm)
@@ -230,25 +229,27 @@ def closed(mask:np.ndarray, # bool `(D,H,W)`
     out[o] = _repeated(shut,k,out[o].shape)|mask[o]
     return out
 
-# %% ../../nbs/core/14_lungs.ipynb #4b2551ea
+# %% ../../nbs/core/14_lungs.ipynb #188ad2fe
 def fill_lung(mask:np.ndarray, # bool `(D,H,W)`, one lung
               spacing:tuple, # mm
              )->np.ndarray: # bool
     "A lung with its vessels and with what a slice encloses"
     out = closed(mask, 8., spacing)
-    labels,_ = regions(~out, in_plane=True)
-    enclosed = np.ones(labels.max()+1,bool); enclosed[0] = False
-    for rim in (labels[:,[0,-1]],labels[:,:,[0,-1]]): enclosed[rim] = False
-    return out|enclosed[labels]
+    for o in ndimage.find_objects(out.astype('u1')): # one box, or none
+        labels,size = regions(~out[o], in_plane=True); enclosed = size>0; enclosed[0] = False
+        for rim in (labels[:,[0,-1]],labels[:,:,[0,-1]]): enclosed[rim] = False
+        out[o] |= enclosed[labels]
+    return out
 
-# %% ../../nbs/core/14_lungs.ipynb #c84c1429
+# %% ../../nbs/core/14_lungs.ipynb #4c98d228
 def _free_way(lung, around, spacing, deep)->np.ndarray: # bool `(H,W)`
     "Pixels within `deep` mm of the hull around a slice whose straight way to it does not cross lung"
-    far,near = ndimage.distance_transform_edt(np.pad(around,1), sampling=spacing, return_indices=True)
-    at = np.array(np.nonzero((far[1:-1,1:-1]<deep)&around&~lung)); way = near[:,at[0]+1,at[1]+1]-1-at
+    lung,around = np.pad(lung,1),np.pad(around,1) # so that the hull has an outside on every side
+    far,near = ndimage.distance_transform_edt(around, sampling=spacing, return_indices=True)
+    at = np.array(np.nonzero((far<deep)&around&~lung)); way = near[:,at[0],at[1]]-at
     free = ~np.any([lung[tuple(np.round(at+t*way).astype(int))] for t in np.linspace(.1,.9,9)], axis=0)
-    out = np.zeros_like(lung); out[at[0][free],at[1][free]] = True
-    return out
+    out = np.zeros_like(lung); out[tuple(at[:,free])] = True
+    return out[1:-1,1:-1]
 
 def costal_gaps(lungs, # bool `(D,H,W)` of each lung
                 scan:Scan, # working copy in HU
@@ -258,16 +259,16 @@ def costal_gaps(lungs, # bool `(D,H,W)` of each lung
     both,rolled = np.any(lungs,axis=0), [closed(m,mm,scan.spacing) for m in lungs]
     gap = np.any(rolled,axis=0) & ~both & (scan.voxels>-250) & (scan.voxels<200)
     few,k,s = _thinned(both, 4., (4.,*scan.spacing[1:])); way = np.zeros_like(few) # every slice, every 4 mm in it
-    for z in np.flatnonzero(gap.any((1,2))): way[z] = _free_way(few[z], hull(few[z]), s[1:], mm)
+    for z in np.flatnonzero(gap.any((1,2))): way[z] = _free_way(few[z], _hull(few[z]), s[1:], mm)
     gap = _opened(gap&_repeated(way,k,gap.shape), 3., scan.spacing)
     return [gap&m for m in rolled]
 
-# %% ../../nbs/core/14_lungs.ipynb #aa09319a
+# %% ../../nbs/core/14_lungs.ipynb #cba8b6d6
 def with_dense(lungs, # bool `(D,H,W)` of each lung, aerated
                scan:Scan, # working copy in HU
               )->np.ndarray: # bool `(D,H,W)`, all lungs
     "Lungs with their vessels, enclosed lesions and consolidation at the chest wall"
-    lungs = [fill_lung(m,scan.spacing) for m in lungs]
+    lungs = [fill_lung(m,scan.spacing) for m in lungs] or [np.zeros(scan.shape,bool)]
     return np.any([fill_lung(m|g,scan.spacing) for m,g in zip(lungs,costal_gaps(lungs,scan))], axis=0)
 
 # %% ../../nbs/core/14_lungs.ipynb #147fb1fb
@@ -286,25 +287,24 @@ def refine(scan:Scan, # full resolution, HU
     out[o] = np.where(solid>.25, inner>.5, (inner>.9)|(inner>.1)&(scan.voxels[o]<TISSUE))
     return out
 
-# %% ../../nbs/core/14_lungs.ipynb #fa35d0aa
-def _refuse(scan, fault): return NotAChestError(scan.source or scan.scan_id or 'scan', fault, 'Give a CT of the chest in HU; look at it in the viewer if it is one.')
+# %% ../../nbs/core/14_lungs.ipynb #596ebc66
+def _check_chest(mask, copy, tube)->None:
+    "Raise `NotAChestError` unless these can be the lungs of an adult or a child"
+    litres,area = lung_volume_l(mask,copy), mask.sum((1,2)); z,cut = np.arange(len(area)), area[-1]/max(area.max(),1)
+    high = tube.any() and np.average(z,weights=tube.sum((1,2)))>np.average(z,weights=area+1e-9)
+    if .5<=litres<=10 and (high or litres>=2 or litres>=1 and cut<.4): return
+    raise NotAChestError(copy.source or copy.scan_id or 'scan', f'found {litres:.2f} l that look like lung' +
+                         f', no trachea above them, and {cut:.0%} of their width in the top slice'*(not high),
+                         ' '.join((*hu_warnings(copy), 'Give a CT of the whole chest in HU: half a litre to ten of lung.')))
 
-def _check_chest(mask, copy, has_trachea)->None:
-    "Raise `NotAChestError` unless this can be the lungs of an adult or a child"
-    litres = lung_volume_l(mask,copy)
-    if not .5<=litres<=10: raise _refuse(copy, f'found {litres:.2f} l that look like lung, a chest has 0.5 to 10')
-    area = mask.sum((1,2)); cut = area[-1]/area.max()
-    if not has_trachea and (litres<1 or cut>.4): raise _refuse(copy, f'found no trachea, and {litres:.2f} l of lung with {cut:.0%} of their width at the top slice')
-
+# %% ../../nbs/core/14_lungs.ipynb #1fa8e7d8
 def lung_mask(scan:Scan, # a chest in HU
              )->np.ndarray: # bool `(D,H,W)`: both lungs without trachea and main bronchi
     "Both lungs; raises `UnitsError` for what is not HU and `NotAChestError` for what is not a chest"
     copy = working_copy(check_hu(scan)); v,s = copy.voxels,copy.spacing
     inside = inside_body(copy); air = inside&(v<TISSUE)
     seed = trachea(air,inside,s); tubes = airways(v,seed,s)
-    aerated = choose_lungs(air&~ndimage.binary_dilation(tubes), copy)
-    if not aerated.any(): raise _refuse(scan, 'found no air inside a body that looks like lung')
-    side = two_sides(aerated,s)
+    side = two_sides(choose_lungs(air&~ndimage.binary_dilation(tubes),copy), s)
     mask = with_dense([side==k for k in (1,2) if (side==k).any()],copy) & inside & ~wide_parts(tubes,s)
-    _check_chest(mask, copy, seed.any())
+    _check_chest(mask, copy, seed)
     return refine(scan, copy, mask, v>=TISSUE)

@@ -7,8 +7,9 @@ __all__ = ['METRICS', 'PredictionError', 'classes_of', 'scored', 'auc', 'confusi
            'classification_metrics', 'draw_patients', 'Interval', 'interval', 'metric', 'bootstrap', 'metrics_table',
            'roc_band', 'roc_figure', 'confusion_figure', 'energy_in', 'pointing_game']
 
-# %% ../../nbs/core/60_metrics.ipynb #3b35d4be
+# %% ../../nbs/core/60_metrics.ipynb #aef32e73
 from collections import namedtuple
+from collections.abc import Callable
 from inspect import Parameter, signature
 import numpy as np
 import pandas as pd
@@ -140,12 +141,12 @@ def interval(
     out.reason = why
     return out
 
-# %% ../../nbs/core/60_metrics.ipynb #c6b3cd50
+# %% ../../nbs/core/60_metrics.ipynb #fce17e89
 def metric(
     name:str='AUC', # one of `METRICS`
     positive:str|None='covid', # class against the rest; None: macro over the classes
     classes=None, # labels; None: as in the table
-):  # function of (predictions, weights) for `bootstrap`
+)->Callable: # function of (predictions, weights) for `bootstrap`
     "A metric as a statistic"
     if name not in METRICS: raise PredictionError('metric', f'unknown name {name!r}', f'Use one of {", ".join(METRICS)}.')
     def statistic(predictions, weights=None):

@@ -111,7 +111,7 @@ def center_gaussian(
     out = bell[0][:,None,None]*bell[1][:,None]*bell[2]
     return (out/out.max()).astype('f4')
 
-# %% ../../nbs/core/70_cam.ipynb #13e433e2
+# %% ../../nbs/core/70_cam.ipynb #51ef8755
 METHODS = {'CAM': cam, 'contrast CAM': contrast_cam, 'Grad-CAM': grad_cam} # name → function of (model, x, label)
 
 def explain(
@@ -130,7 +130,9 @@ def explain(
     x = torch.tensor(np.asarray(prepared.voxels), device=next(model.parameters()).device)[None,None]
     heat = normalise(METHODS[method](model, x, k).relu())[0].cpu().numpy()
     layer = find_layer(model)[0] if method=='Grad-CAM' or hasattr(model,'stages') else 'features'
-    return Map(prepared.back(heat).clip(0,1), scan.grid, str(classes[k]), layer, method)
+    values = prepared.back(heat).clip(0,1)
+    if getattr(prepared,'kept',None) is not None: values = values*prepared.back(prepared.kept, 0) # the network saw nothing else
+    return Map(values/max(values.max(), 1e-12), scan.grid, str(classes[k]), layer, method)
 
 def baselines(
     scan, # `Scan` or `Grid`

@@ -11,7 +11,7 @@ import torch
 from .attention import ChannelAttention, DepthAttention
 from .resnet3d import ResNet3d, resnet_stages
 
-# %% ../../nbs/papers/1_darnet.ipynb #a8234af3
+# %% ../../nbs/papers/1_darnet.ipynb #7565a357
 CLASSES = ('healthy','cap','covid') # order of the logits
 DUAL = dict(depth=DepthAttention, channel=ChannelAttention)
 
@@ -22,8 +22,10 @@ class DARNet(ResNet3d):
                  depth:int=64, # slices of the input, which the depth gates fix
                  width:int=64, # channels of the first stage; teaching models use 8
                  gates=DUAL, # name → callable `gate(channels, depth)`, applied in this order
+                 blocks=(2,2,2,2), # blocks of each stage; teaching models use one
+                 strides=(1,2,2,2), # step of each stage; a last 1 keeps a finer map for CAM on small inputs
                 ):
-        super().__init__(resnet_stages(width), classes, depth, gates=gates)
+        super().__init__(resnet_stages(width, blocks, strides), classes, depth, gates=gates)
 
     def outputs(self, x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
                )->dict: # `logits` `(B,K)`, `features`, `depth_gates` [`(B,C,D)`], `channel_gates` [`(B,C)`]

@@ -81,7 +81,7 @@ def check_input(
         raise GeometryError(who, f'built for depth {model.depth}, the input has {shape[2]}', f'Resample to {model.depth} slices, or build the network with depth={shape[2]}.')
     if not x.is_floating_point(): raise UnitsError(who, f'needs floating point voxels in [0,1], these are {x.dtype}', 'Window the scan with `prepare` first.')
 
-# %% ../../nbs/core/32_resnet3d.ipynb #cb5866dd
+# %% ../../nbs/core/32_resnet3d.ipynb #7b324ee3
 class ResNet3d(nn.Module):
     "A 3-D residual network made of parts (He et al. 2016); an input that does not fit raises `GeometryError` or `UnitsError`"
     def __init__(self,
@@ -107,7 +107,7 @@ class ResNet3d(nn.Module):
                 )->torch.Tensor: # the last feature map, `(B,C,D',H',W')`
         "Everything up to the global mean"
         check_input(self, x)
-        x = self.stem(x)
+        x = self.stem(x.contiguous(memory_format=torch.channels_last_3d)) # channels last: several times faster on a CPU
         for stage in self.stages: x = stage(x, seen)
         return x
 

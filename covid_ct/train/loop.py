@@ -7,8 +7,9 @@ __all__ = ['TrainError', 'predict', 'WithOutputs', 'make_accelerator', 'shard', 
            'make_optimizer', 'save_epoch', 'load_epoch', 'fit', 'load_run', 'fold_loaders', 'score_test', 'train_fold',
            'cross_validate']
 
-# %% ../../nbs/core/50_loop.ipynb #8f1ce0a2
+# %% ../../nbs/core/50_loop.ipynb #b5f79294
 import json, time, warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,12 +81,12 @@ def make_accelerator(
     if precision=='fp16' and acc.device.type=='cpu': raise TrainError('recipe', "precision 'fp16' needs a GPU", "Use 'no' or 'bf16'.")
     return acc
 
-# %% ../../nbs/core/50_loop.ipynb #d6258569
+# %% ../../nbs/core/50_loop.ipynb #8b861a62
 def shard(
     batches, # iterable
     rank:int=0, # which process this is
     world:int=1, # how many there are
-):  # yields the batches of this process
+)->Iterator: # the batches of this process
     "Every n-th batch, in whole rounds"
     full = []
     for b in batches:
@@ -274,17 +275,17 @@ def load_run(
         except TypeError as e: raise RunError(folder, f'{r.model} does not take {r.model_kwargs}', 'Restore config.json.') from e
     return load_weights(model, tensors, folder).eval(), r, c
 
-# %% ../../nbs/core/50_loop.ipynb #ef3f4cb2
+# %% ../../nbs/core/50_loop.ipynb #5385069e
 def fold_loaders(
     cohort:pd.DataFrame, # with `fold`
     k:int, # fold that validates
     recipe:Recipe, # its prep, classes, batch size, sampler, augmentation, seed
     workers:int=0, # processes that read
-    **data, # `load`, `root`, `cache` … for `ScanDataset`
+    **kwargs, # `load`, `root`, `cache` … for `ScanDataset`
 )->tuple: # loaders of training, validation, test
     "Batches of one fold and the test set"
     if not recipe.prep: raise TrainError('recipe', 'names no prep', 'Use a recipe with a row of PREPS to train from a cohort.')
-    sets = [ScanDataset(rows, PREPS[recipe.prep], recipe.classes, **data) for rows in (*fold_parts(cohort, k), test_part(cohort))]
+    sets = [ScanDataset(rows, PREPS[recipe.prep], recipe.classes, **kwargs) for rows in (*fold_parts(cohort, k), test_part(cohort))]
     sampler = ClassBalancedSampler(sets[0].cohort, recipe.classes, seed=recipe.seed) if recipe.sampler=='class_balanced' else UniformSampler(sets[0], seed=recipe.seed)
     kw = dict(workers=workers, seed=recipe.seed, device='cuda' if torch.cuda.is_available() else None)
     train, valid = make_loaders(sets[0], sets[1], recipe.batch_size, sampler, augment=None if recipe.augment=='none' else AUGMENTS[recipe.augment], **kw)
@@ -301,7 +302,7 @@ def score_test(
     write_text(run.folder/'predictions.csv', run.predictions.to_csv(index=False)); write_documents(run)
     return classification_metrics(test, positive_of(run.recipe), run.recipe.classes)
 
-# %% ../../nbs/core/50_loop.ipynb #a357fe4f
+# %% ../../nbs/core/50_loop.ipynb #392ba8b9
 def train_fold(
     cohort:pd.DataFrame, # with `fold`
     k:int, # fold that validates
@@ -309,23 +310,23 @@ def train_fold(
     out, # folder of this fold's run
     about:dict=None, # facts for config.json, as `trained_on`
     progress:bool=True, # show a bar
-    **data, # for `fold_loaders`
+    **kwargs, # for `fold_loaders`
 )->Run: # with predictions on validation and test set
     "Train and test one fold, or go on where it was stopped"
-    train, valid, test = fold_loaders(cohort, k, recipe, **data)
+    train, valid, test = fold_loaders(cohort, k, recipe, **kwargs)
     set_seed(recipe.seed)
     run = fit(build(recipe.model, **recipe.model_kwargs), train, valid, recipe, out, 'auto', {**(about or {}), 'split_hash':split_hash(cohort), 'fold':k}, progress)
     if not run.interrupted and len(test.dataset): score_test(run, test)
     return run
 
-# %% ../../nbs/core/50_loop.ipynb #58078443
+# %% ../../nbs/core/50_loop.ipynb #8a717073
 def cross_validate(
     cohort:pd.DataFrame, # one row per scan; without `fold` it is split into five and a test set
     recipe:Recipe, # how, and which network
     out, # folder; `fold_0` … are made in it
     about:dict=None, # facts for config.json, as `trained_on`
     progress:bool=True, # show bars
-    **data, # for `fold_loaders`
+    **kwargs, # for `fold_loaders`
 )->pd.DataFrame: # index (setting, metric); a column per fold, mean, std
     "Train each fold, test all on the same patients (Shi et al. 2021, IV-A); finished folds are not trained again"
     cohort = cohort if 'fold' in cohort else split_patients(cohort, seed=recipe.seed)
@@ -333,7 +334,7 @@ def cross_validate(
     Path(out).mkdir(parents=True, exist_ok=True); scores = {}
     for k in sorted(cohort.fold[cohort.fold>=0].unique()):
         folder = Path(out)/f'fold_{k}'
-        run = _finished(folder, recipe, split_hash(cohort)) or train_fold(cohort, int(k), recipe, folder, about, progress, **data)
+        run = _finished(folder, recipe, split_hash(cohort)) or train_fold(cohort, int(k), recipe, folder, about, progress, **kwargs)
         if isinstance(run, Run) and run.interrupted: break
         test = pd.read_csv(folder/'predictions.csv').query("part=='test'")
         scores[f'fold_{k}'] = classification_metrics(test, positive_of(recipe), recipe.classes).unstack()

@@ -90,14 +90,14 @@ def inverse_frequency(
     if not all(count): raise LossError('labels', f'no scan of class {list(classes)[count.index(0)]!r}', 'Drop the class or add scans of it.')
     return tuple(sum(count)/(len(count)*n) for n in count)
 
-# %% ../../nbs/core/40_losses.ipynb #e608a22e
+# %% ../../nbs/core/40_losses.ipynb #15ab8559
 LOSSES = {'cross_entropy': CrossEntropy, 'focal': Focal}
 
 def build_loss(
     name:str, # a key of `LOSSES`
-    **kw, # its settings, as `gamma`
+    **kwargs, # its settings, as `gamma`
 )->CrossEntropy|Focal: # callable `(outputs, batch)`
     "Loss by name; raises `LossError` for an unknown name or setting"
     if name not in LOSSES: raise LossError('recipe', f'unknown loss {name!r}', f'Use one of {", ".join(LOSSES)}.')
-    try: return LOSSES[name](**{k: tuple(v) if isinstance(v, list) else v for k,v in kw.items()})
-    except TypeError as e: raise LossError(name, f'does not take {", ".join(kw)}', f'It has the settings {", ".join(LOSSES[name].__dataclass_fields__)}.') from e
+    try: return LOSSES[name](**{k: tuple(v) if isinstance(v, list) else v for k,v in kwargs.items()})
+    except TypeError as e: raise LossError(name, f'does not take {", ".join(kwargs)}', f'It has the settings {", ".join(LOSSES[name].__dataclass_fields__)}.') from e

@@ -6,8 +6,9 @@
 __all__ = ['SAMPLERS', 'OPTIMIZERS', 'PRECISIONS', 'KEEPS', 'RECIPES', 'RecipeError', 'Recipe', 'sourced', 'check_recipe',
            'to_dict', 'from_dict', 'recipe_hash', 'change', 'source_table', 'recipe']
 
-# %% ../../nbs/core/51_recipes.ipynb #9a9f98a2
+# %% ../../nbs/core/51_recipes.ipynb #c984e9e0
 import hashlib, json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 import pandas as pd
 from ..scan import DataError
@@ -71,10 +72,10 @@ def sourced()->list:
     "Fields that need a source"
     return [f.name for f in fields(Recipe) if f.name not in _FREE]
 
-# %% ../../nbs/core/51_recipes.ipynb #0a01f41d
+# %% ../../nbs/core/51_recipes.ipynb #80fc3e7a
 def check_recipe(
     r:Recipe, # with any values
-):  # yields `(fault, remedy)`
+)->Iterator: # of `(fault, remedy)`
     "What is wrong with a recipe, one fault after the other"
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
     for k in ('batch_size','epochs'):
@@ -133,16 +134,16 @@ def recipe_hash(
     d = {k:v for k,v in to_dict(recipe).items() if k not in _FREE}
     return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../../nbs/core/51_recipes.ipynb #0181a25c
+# %% ../../nbs/core/51_recipes.ipynb #235d7375
 def change(
     recipe:Recipe, # to start from
     why:str='set by the caller', # source of the new values
-    **values, # new values of fields
+    **kwargs, # new values of fields
 )->Recipe: # another recipe
     "A recipe with other values, their source noted; raises `RecipeError` for an unknown field"
-    unknown = sorted(set(values)-{f.name for f in fields(Recipe)})
+    unknown = sorted(set(kwargs)-{f.name for f in fields(Recipe)})
     if unknown: raise RecipeError('change', f'unknown field {unknown[0]!r}', f'Fields are {", ".join(f.name for f in fields(Recipe))}.')
-    return replace(recipe, **values, sources={**recipe.sources, **{k: why for k in values if k not in _FREE}})
+    return replace(recipe, **kwargs, sources={**recipe.sources, **{k: why for k in kwargs if k not in _FREE}})
 
 # %% ../../nbs/core/51_recipes.ipynb #83da33e7
 def source_table(
@@ -151,7 +152,7 @@ def source_table(
     "Every field with its value and where that comes from"
     return pd.DataFrame({k: (str(getattr(recipe,k)), recipe.sources[k]) for k in sourced()}, index=['value','source']).T
 
-# %% ../../nbs/core/51_recipes.ipynb #f692641f
+# %% ../../nbs/core/51_recipes.ipynb #59067bbc
 _PAPER, _CODE, _OURS = 'Shi et al. 2021, IV-B', 'authors\' release', 'ours: the paper is silent'
 _TINY = 'ours: minutes on two cores'
 
@@ -167,8 +168,8 @@ _release = change(replace(_paper, name='release', faults=('the flip always flips
 _fixed = change(change(replace(_paper, name='fixed'), 'ours: the same voxels, spent on the lungs', prep='darnet_lungs'),
     'ours', sampler='class_balanced', precision='bf16', keep='auc')
 
-_tiny = change(change(replace(_fixed, name='tiny'), _TINY, prep='darnet_tiny', model_kwargs=dict(classes=3, depth=32, width=8), epochs=12, milestones=(8,), precision='no'),
-    'ours: smooth enough to choose by on few patients', keep='loss')
+_tiny = change(replace(_fixed, name='tiny'), _TINY, prep='darnet_tiny', precision='no', lr=3e-3, epochs=14, milestones=(9,12),
+    model_kwargs=dict(classes=3, depth=32, width=8, blocks=(1,1,1,1), strides=(1,2,2,1)))
 
 RECIPES = {(r.system, r.name): r for r in (_tiny, _paper, _release, _fixed)}
 

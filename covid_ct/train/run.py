@@ -24,20 +24,33 @@ from ..evaluate.metrics import confusion_figure, metrics_table, roc_figure
 from ..show import Picture, describe
 from .recipes import Recipe, to_dict
 
-# %% ../../nbs/core/45_run.ipynb #128090c4
+# %% ../../nbs/core/45_run.ipynb #78caedaa
 class RunError(DataError): "A run folder that is missing, foreign, damaged or of another recipe"
 
 def _write(path, make):
     "Let `make(tmp)` write beside `path`, then rename"
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    try: make(tmp); os.replace(tmp, path)
+    try:
+        tmp.touch(); mode = tmp.stat().st_mode; make(tmp)
+        tmp.chmod(mode); os.replace(tmp, path) # safetensors lets nobody else read; a run folder is for others
     finally: tmp.unlink(missing_ok=True)
 
-def write_text(path, text): _write(path, lambda tmp: tmp.write_text(text, 'utf-8'))
-def write_tensors(path, tensors, **plain):
+def write_text(
+    path, # file to write; its folder is made
+    text:str, # what goes into it
+)->None:
+    "Write a text file in one go"
+    _write(path, lambda tmp: tmp.write_text(text, 'utf-8'))
+
+def write_tensors(
+    path, # file to write; its folder is made
+    tensors:dict, # by name
+    **kwargs, # plain values for the header, anything that JSON can hold
+)->None:
+    "Write a safetensors file in one go"
     t = {k: v.detach().cpu().contiguous().clone() for k,v in tensors.items()}
-    _write(path, lambda tmp: save_file(t, tmp, metadata=dict(plain=json.dumps(plain))))
+    _write(path, lambda tmp: save_file(t, tmp, metadata=dict(plain=json.dumps(kwargs))))
 
 # %% ../../nbs/core/45_run.ipynb #82a40cf0
 def read_tensors(
@@ -114,8 +127,10 @@ def best_epoch(
     v = history[f'valid_{keep}'].to_numpy(float)*(1 if keep=='loss' else -1)
     return int(np.argmin(np.where(np.isnan(v), np.inf, v)))
 
-# %% ../../nbs/core/45_run.ipynb #b3f03802
-def read_config(folder)->dict:
+# %% ../../nbs/core/45_run.ipynb #02543622
+def read_config(
+    folder, # of a run
+)->dict: # what config.json holds
     "config.json of a run; raises `RunError` where there is none or it cannot be read"
     p = Path(folder)/'config.json'
     if not p.is_file(): raise RunError(folder, 'is no run folder: it has no config.json', 'Give the folder that fit wrote.')

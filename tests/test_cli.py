@@ -1,0 +1,81 @@
+"""The commands as a script meets them: exit codes, JSON, one line of error, nothing half written."""
+import json
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from covid_ct.cli import main
+from covid_ct.data.catalog import write_series
+from covid_ct.data.io import write_scan
+from covid_ct.data.lungs import dice
+from covid_ct.phantom import make_phantom
+
+
+@pytest.fixture(scope="module")
+def chest(tmp_path_factory):
+    "A phantom as a volume in RAS, and as a DICOM folder"
+    d, p = tmp_path_factory.mktemp("cli"), make_phantom("covid", seed=3, shape=(48, 80, 80))
+    write_scan(p.scan.replace(stored_as="RAS"), d / "chest.nii.gz")
+    write_series(p.scan, d / "series")
+    return d, p
+
+
+def run(capsys, *argv):
+    code = main([str(a) for a in argv])
+    return code, *capsys.readouterr()
+
+
+def test_models_json(capsys):
+    code, out, _ = run(capsys, "models", "--json")
+    rows = {r["name"]: r for r in json.loads(out)}
+    want = {"darnet": 35_237_163, "darnet-ca": 33_238_075, "darnet-da": 35_148_083, "darnet-none": 33_148_995}
+    assert code == 0 and {k: rows[k]["trainable_parameters"] for k in want} == want
+    assert rows["darnet"]["input_size"] == [1, 64, 224, 224] and rows["darnet"]["feature_size"] == [512, 8, 14, 14]
+    assert all(r["parameters_with_running_statistics"] - r["trainable_parameters"] == 9600 for r in rows.values())
+
+
+@pytest.mark.parametrize("name", ["chest.nii.gz", "series"])
+def test_inspect_json(capsys, chest, name):
+    d, p = chest
+    code, out, err = run(capsys, "inspect", d / name, "--json")
+    f = json.loads(out)
+    assert code == 0 and not err and f["shape"] == [48, 80, 80] and f["units"] == "HU"
+    assert f["orientation"] == ("RAS" if name.endswith("gz") else "LPS") and len(f["series"]) == (name == "series")
+    assert np.allclose(f["spacing"], p.scan.spacing, atol=1e-3) and f["warnings"] == []
+
+
+def test_lungs_in_the_scans_own_geometry(capsys, chest, tmp_path):
+    d, p = chest
+    out = tmp_path / "lungs.nii.gz"
+    assert run(capsys, "lungs", d / "chest.nii.gz", out)[0] == 0
+    mask, scan = sitk.ReadImage(str(out)), sitk.ReadImage(str(d / "chest.nii.gz"))
+    for what in ("GetSize", "GetSpacing", "GetOrigin", "GetDirection"):
+        assert np.allclose(getattr(mask, what)(), getattr(scan, what)(), atol=1e-4), what
+    assert dice(sitk.GetArrayFromImage(sitk.DICOMOrient(mask, "LPS")) > 0, p.lungs) > .95
+    assert run(capsys, "lungs", d / "chest.nii.gz", out)[0] == 2                     # never overwritten unasked
+
+
+@pytest.mark.parametrize("argv, said", [
+    (("inspect", "nowhere"), "nowhere"),
+    (("lungs", "{d}/text.nii.gz", "{d}/out.nii.gz"), "text.nii.gz"),
+    (("lungs", "{d}/brick.nii.gz", "{d}/out.nii.gz"), "brick.nii.gz"),
+    (("predict", "{d}/chest.nii.gz", "--weights", "{d}/no_run"), "no_run"),
+    (("predict", "{d}/chest.nii.gz", "--weights", "{d}/series"), "series"),
+    (("inspect", "{d}/empty"), "empty"),
+])
+def test_bad_input(capsys, chest, argv, said):
+    d, p = chest
+    (d / "empty").mkdir(exist_ok=True)
+    (d / "text.nii.gz").write_text("no image")
+    if not (d / "brick.nii.gz").exists():
+        v = np.where(np.random.default_rng(0).random(p.scan.shape) < .5, -1000, 40).astype("i2")
+        v[8:40, 20:60, 20:60] = 40
+        write_scan(p.scan.replace(voxels=v), d / "brick.nii.gz")
+    code, out, err = run(capsys, *(a.format(d=d) for a in argv))
+    assert code == 2 and out == "" and err.count("\n") == 1 and said in err
+    assert not (d / "out.nii.gz").exists()
+
+
+def test_demo_refuses_too_few(capsys, tmp_path):
+    code, _, err = run(capsys, "demo", "--patients", 5, "--out", tmp_path / "d")
+    assert code == 2 and "30" in err and not (tmp_path / "d").exists()
