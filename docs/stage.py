@@ -73,9 +73,11 @@ def anchors():
 
 class TableRenderer(ShowDocRenderer):
     "show_doc as a heading, a signature, a summary and a table of the parameters"
+    module = ""
     def _repr_markdown_(self):
         lookup = NbdevLookup()
-        name = f"{self.sym.__module__}.{self.sym.__qualname__}"
+        home = self.module if self.sym.__module__ == "__main__" else self.sym.__module__     # a page runs its own cells as __main__
+        name = f"{home}.{self.sym.__qualname__}"
         src = lookup.code(name)
         sig = re.sub(r"\s*#[^\n]*", "", str(self.dm))
         sig = re.sub(r"\(\s+", "(", re.sub(r",?\s*\n\)", ")", re.sub(r",\s*\n\s+", ", ", sig)))
@@ -96,6 +98,8 @@ def process(src: Path):
     from nbdev.processors import FilterDefaults
     get_config()["renderer"] = f"{__name__}.TableRenderer"
     nb = read_nb(src)
+    exp = re.search(r"#\| default_exp (\S+)", "\n".join(c.source for c in nb.cells[:2]))
+    TableRenderer.module = f"{get_config().lib_name}.{exp[1]}" if exp else ""
     nb.metadata.pop("widgets", None)                     # execnb cannot write a jslink's state, and we need none
     FilterDefaults()(nb)
     os.chdir(cwd)
