@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nbs
 import pytest
@@ -22,8 +23,8 @@ def cells(page): return json.loads((ROOT / page).read_text("utf-8"))["cells"]
 def test_runs(page, tmp_path):
     "Top to bottom in a fresh kernel, leaving nothing behind"
     before = {p for p in (ROOT / page).parent.iterdir()}
-    code = "from nbdev.test import nbdev_test; nbdev_test()"
-    r = subprocess.run([sys.executable, "-c", code, "--path", page, "--n_workers", "0"], cwd=ROOT, capture_output=True, text=True,
+    nbdev_test = Path(sys.executable).with_name("nbdev_test")          # called as a function from `-c`, it would not see its arguments
+    r = subprocess.run([nbdev_test, "--path", page, "--n_workers", "0"], cwd=ROOT, capture_output=True, text=True,
                        env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "TMPDIR": str(tmp_path)})
     assert r.returncode == 0 and "Success" in r.stdout, (r.stdout + r.stderr)[-4000:]
     assert {p for p in (ROOT / page).parent.iterdir() if "checkpoint" not in p.name} <= before, "the page left files beside itself"
