@@ -8,19 +8,16 @@ import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
-NEEDS_SITE = {"site", "served", "browser", "lab"}
 
 
 def pytest_collection_modifyitems(items):
-    "What needs the site or a browser runs in one worker, so that the site is built once"
     for item in items:
-        if NEEDS_SITE & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group("site"))
         if "browser" in getattr(item, "fixturenames", ()): item.add_marker(pytest.mark.browser)
 
 
@@ -38,10 +35,15 @@ def data_dir():
 
 
 @pytest.fixture(scope="session")
-def site():
-    "The site, built once"
-    r = subprocess.run([sys.executable, "docs/build.py"], cwd=ROOT, capture_output=True, text=True)
-    assert r.returncode == 0, r.stdout + r.stderr
+def site(tmp_path_factory):
+    "The site, built once, also when several workers ask for it"
+    temp = tmp_path_factory.getbasetemp()
+    shared = temp.parent if "PYTEST_XDIST_WORKER" in os.environ else temp
+    with FileLock(shared / "site.lock"):
+        if not (shared / "site.built").exists():
+            r = subprocess.run([sys.executable, "docs/build.py"], cwd=ROOT, capture_output=True, text=True)
+            assert r.returncode == 0, r.stdout + r.stderr
+            (shared / "site.built").touch()
     return ROOT / "_docs"
 
 

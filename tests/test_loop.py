@@ -193,7 +193,7 @@ def test_others_may_read_it(whole):
 
 
 def test_card_and_config_say_what_they_must(whole):
-    card, c = (whole.folder / "model_card.md").read_text(), json.loads((whole.folder / "config.json").read_text())
+    card, c = (whole.folder / "model_card.md").read_text("utf-8"), json.loads((whole.folder / "config.json").read_text())
     for words in ("Not for clinical use", "phantom blobs", R.hash, "interval over patients", "| covid vs rest | AUC |", "| macro | F1 |"): assert words in card
     assert c["status"] == "finished" and c["hardware"]["device"] == "cpu" and c["versions"]["torch"] == torch.__version__ and from_dict(c["recipe"]) == R and c["split_hash"] == "h"
 
@@ -204,7 +204,7 @@ def test_too_good_is_said(tmp_path):
     model = nn.Sequential(nn.Flatten(), nn.Linear(144, 3))
     r = change(R, epochs=30, milestones=(), lr=3e-2)
     with pytest.warns(AuditWarning, match="Audit the data"): fit(model, easy, easy, r, tmp_path / "a", progress=False)
-    assert "Audit" in (tmp_path / "a" / "model_card.md").read_text()
+    assert "Audit" in (tmp_path / "a" / "model_card.md").read_text("utf-8")
     assert "phantoms" in audit_hint(1., "240 phantom patients") and not audit_hint(.9)
 
 
@@ -291,7 +291,7 @@ def test_folds(study, tmp_path, monkeypatch):
     for k in range(3):
         p = pd.read_csv(tmp_path / "cv" / f"fold_{k}" / "predictions.csv", dtype=str)
         assert set(p[p.part == "test"].scan_id) == set(held_out(cohort).scan_id) and set(p[p.part == "valid"].scan_id) == set(cohort[cohort.fold == k].scan_id)
-        model, _, c = load_run(tmp_path / "cv" / f"fold_{k}"); assert c["fold"] == k and "## Test set" in (tmp_path / "cv" / f"fold_{k}" / "model_card.md").read_text()
+        model, _, c = load_run(tmp_path / "cv" / f"fold_{k}"); assert c["fold"] == k and "## Test set" in (tmp_path / "cv" / f"fold_{k}" / "model_card.md").read_text("utf-8")
     monkeypatch.setattr(loop, "train_epoch", None)                                  # finished folds are not trained again
     assert cross_validate(cohort, r, tmp_path / "cv", progress=False, load=load).equals(table)
     with pytest.raises(RunError, match="another recipe"): cross_validate(cohort, change(r, lr=.1), tmp_path / "cv", progress=False, load=load)

@@ -31,7 +31,7 @@ def test_every_picture_has_alt_text(site):
 def test_api_is_documented(site):
     "The parameters of a function stand on its page as a table"
     html = (site / "core/scan.html").read_text("utf-8")
-    assert "check_same_grid" in html and "Raise <code" in html and "<table" in html
+    assert "check_same_grid" in html and "to a hundredth of a voxel" in html and "<table" in html
 
 
 def test_mathematics_and_search(served, browser):
