@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import bench
-from covid_ct.evaluate.report import write_atomic
+from covid_ct.scan import write_atomic
 
 PEERS = "covid_ct torch numpy SimpleITK monai torchio captum scikit-learn matplotlib".split()
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['facts_of', 'inspect', 'inspect_report', 'predict', 'trained_on', 'predict_scan', 'predict_report']
 
-# %% ../nbs/core/92_apply.ipynb #2691348f
+# %% ../nbs/core/92_apply.ipynb #c94bde7f
 from pathlib import Path
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from .data.lungs import hu_warnings, lung_mask, lung_volume_l
 from .data.preprocess import PREPS, prepare
 from .evaluate.report import HtmlReport
 from .explain.cam import explain
-from .scan import DataError, NotAChestError
+from .scan import NotAChestError
 from .show import show_planes
 from .train.loop import load_run
 

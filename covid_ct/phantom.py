@@ -7,14 +7,14 @@ __all__ = ['LABELS', 'LESIONS', 'RATIOS', 'ARRAYS', 'SWITCHES', 'SHORTCUTS', 'dr
            'mesh', 'draw_lesions', 'draw_effusion', 'scan_chest', 'draw_ratio', 'known', 'Phantom', 'make_phantom',
            'phantom_cohort', 'phantom_of']
 
-# %% ../nbs/core/01_phantom.ipynb #f722f25e
+# %% ../nbs/core/01_phantom.ipynb #7a98d8ab
 import math
 from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 from scipy import ndimage as ndi
 from .scan import DataError, Scan
-from .anatomy import FOV, LOBES, Chest, cage, draw_anatomy, field, fissures, grow, heart, lobe_at, middle, new_chest, paint, pleura, spread, stream, tube
+from .anatomy import FOV, Chest, cage, draw_anatomy, field, fissures, grow, heart, lobe_at, middle, new_chest, paint, pleura, spread, stream, tube
 
 # %% ../nbs/core/01_phantom.ipynb #a7423c2a
 LABELS = ('healthy','cap','covid','ild') # what a phantom can be

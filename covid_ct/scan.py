@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'DataError', 'ReadError', 'GeometryError', 'UnitsError', 'VoxelError', 'NotAChestError', 'CohortError',
-           'SplitError', 'Grid', 'check_same_grid', 'Scan', 'Map']
+           'SplitError', 'write_atomic', 'Grid', 'check_same_grid', 'Scan', 'Map']
 
-# %% ../nbs/core/00_scan.ipynb #e96021aa
+# %% ../nbs/core/00_scan.ipynb #c456645a
+import os, uuid
 from dataclasses import dataclass, replace
+from pathlib import Path
 import numpy as np
 
 # %% ../nbs/core/00_scan.ipynb #90fb9207
@@ -31,6 +33,22 @@ class VoxelError(DataError):    "Voxel values that cannot be a picture: NaN, inf
 class NotAChestError(DataError): "A volume in which no lungs can be found"
 class CohortError(DataError):   "A table of scans that breaks the schema"
 class SplitError(DataError):    "A split in which a patient stands on both sides"
+
+# %% ../nbs/core/00_scan.ipynb #bddc2b92
+def write_atomic(
+    path, # file to write; its folder must exist
+    content, # `str`, `bytes`, or a function that writes to the path it is given
+)->Path: # the same path
+    "Write a whole file or none; raises `ReadError` where the folder is missing"
+    path = Path(path)
+    if not path.parent.is_dir(): raise ReadError(path.parent, 'no such folder', 'Create it, or give another path.')
+    tmp = path.with_name(f'.{uuid.uuid4().hex[:8]}{"".join(path.suffixes[-2:])}')
+    try:
+        if callable(content): content(tmp)
+        else: tmp.write_bytes(content.encode('utf-8') if isinstance(content, str) else content)
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
+    return path
 
 # %% ../nbs/core/00_scan.ipynb #6667a278
 _EYE = ((1.,0.,0.),(0.,1.,0.),(0.,0.,1.))

@@ -221,7 +221,7 @@ def _tell(scan, what, window, masks, heat, title)->str:
     layers = [f'outlined {", ".join(masks)}'] if masks else []
     return ', '.join([f'{title or "Scan"}: {what}', greys(scan,window)[2], *layers, *(['a heat-map in colour'] if heat is not None else [])])+'.'
 
-# %% ../nbs/core/02_show.ipynb #9c0509f2
+# %% ../nbs/core/02_show.ipynb #94bcfabe
 def show_slices(
     scan:Scan, # volume to draw
     n:int=5, # number of slices
@@ -235,7 +235,7 @@ def show_slices(
     "A row of axial slices"
     masks,heat = check_layers(scan, masks, heat)
     at = np.round(np.linspace(0,1,n+2)[1:-1]*(scan.shape[0]-1)).astype(int) if at is None else np.atleast_1d(at)
-    title,(d,h,w) = scan.scan_id if title is None else title, scan.grid.size_mm
+    title,(_,h,w) = scan.scan_id if title is None else title, scan.grid.size_mm
     fig = Picture(figsize=(width, .5+.24*bool(title)+.97*width/len(at)*h/w), layout='constrained')
     for ax,i in zip(np.atleast_1d(fig.subplots(1, len(at))), at): draw_panel(ax, scan, 'axial', int(i), window, masks, heat)
     finish(fig, scan, window, masks, heat, title)

@@ -1,11 +1,9 @@
 "Cohort tables: the schema, folders, phantoms on disk, rows that load"
-import json
 import numpy as np, pandas as pd, pytest
 from covid_ct.data import catalog
 from covid_ct.data.catalog import check_cohort, cohort_from_folder, load_mask, load_row, open_cohort, read_cohort, write_cohort, write_phantom_cohort, write_series, ADAPTERS
-from covid_ct.data.io import read, write_scan
 from covid_ct.phantom import phantom_cohort, phantom_of
-from covid_ct.scan import CohortError, DataError, GeometryError, ReadError
+from covid_ct.scan import CohortError, GeometryError, ReadError
 
 SHAPE = (16,40,40)
 

@@ -1,12 +1,11 @@
 "Readers and writers against hand-made files, SimpleITK, pydicom and nibabel; every fault gets a typed error and no noise"
-import gzip, os, shutil, warnings
+import shutil
+import warnings
 from pathlib import Path
 import numpy as np, pydicom, pytest, SimpleITK as sitk
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
-from covid_ct.data import io
 from covid_ct.data.catalog import write_series
-from covid_ct.data.dicom import find_series, list_files
 from covid_ct.data.io import list_series, orientation, read, read_mask, reorient, write_map, write_mask, write_scan
 from covid_ct.scan import DataError, GeometryError, Map, ReadError, Scan, UnitsError, VoxelError, check_same_grid
 

@@ -7,8 +7,7 @@ from covid_ct.data import load as L
 from covid_ct.data.augment import AUGMENTS
 from covid_ct.data.catalog import check_cohort
 from covid_ct.data.io import write_mask, write_scan
-from covid_ct.data.load import (MASKS, Cache, Loader, ScanDataset, cache_folder, cache_size, collate, make_loader, make_loaders, pack, prepare_cohort,
-                                unpack)
+from covid_ct.data.load import (MASKS, ScanDataset, cache_folder, cache_size, collate, make_loader, make_loaders, pack, prepare_cohort, unpack)
 from covid_ct.data.preprocess import Prep, prepare
 from covid_ct.data.sample import ClassBalancedSampler, UniformSampler
 

@@ -1,10 +1,9 @@
 "The phantom against itself (determinism, truth, knobs) and against a real chest (marked data)"
-import importlib.util, zlib
 import numpy as np, pytest
 from scipy import ndimage as ndi
 from scipy.stats import wasserstein_distance
-from covid_ct.anatomy import draw_anatomy, field, new_chest, stream
-from covid_ct.phantom import ARRAYS, LABELS, RATIOS, SHORTCUTS, SWITCHES, make_phantom, phantom_cohort, phantom_of
+from covid_ct.anatomy import field, new_chest, stream
+from covid_ct.phantom import ARRAYS, LABELS, SHORTCUTS, SWITCHES, make_phantom, phantom_cohort, phantom_of
 from covid_ct.scan import DataError
 
 SMALL = (32,64,64)

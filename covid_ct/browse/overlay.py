@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['overlay', 'compare']
 
-# %% ../../nbs/core/81_overlay.ipynb #4f1ea67f
-import numpy as np
+# %% ../../nbs/core/81_overlay.ipynb #c1e4d5fc
 from .viewer import VolumeViewer, named_maps, named_masks
 from ..scan import DataError, Scan
 from ..show import PLANES, Picture, describe, draw_panel, find_centre, finish

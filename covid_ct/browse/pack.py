@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'ESM', 'to_bytes', 'to_values', 'presets_of', 'greys', 'tile', 'untile', 'pack_volume', 'pack_masks',
-           'fit_shape', 'shrink', 'shrink_grid', 'message_of', 'for_script', 'html_page', 'save_page']
+           'fit_shape', 'shrink', 'shrink_grid', 'message_of', 'for_script', 'html_page']
 
-# %% ../../nbs/core/79_pack.ipynb #5e1e92bb
-import base64, gzip, html, io, json, math, os, tempfile
+# %% ../../nbs/core/79_pack.ipynb #94c49799
+import base64, gzip, html, io, json, math
 from pathlib import Path
 import numpy as np
 from PIL import Image
@@ -193,18 +193,3 @@ def html_page(
     head,rest = _PAGE.split('__TITLE__')
     body,rest = rest.split('__DATA__')
     return head+html.escape(title)+body+for_script(data)+rest.replace('__FRONT__', esm)
-
-# %% ../../nbs/core/79_pack.ipynb #bc131f96
-def save_page(
-    page:str, # HTML
-    path, # file to write; its folder must exist
-)->Path: # the same path
-    "Write a page whole or not at all"
-    path = Path(path)
-    if not path.parent.is_dir(): raise DataError(path.parent, 'no such folder', 'Create it, or give another path.')
-    handle,tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(handle, 'w', encoding='utf-8') as f: f.write(page)
-        os.chmod(tmp, 0o644); os.replace(tmp, path)
-    except BaseException: os.unlink(tmp); raise
-    return path

@@ -6,15 +6,15 @@
 __all__ = ['ramp', 'paint', 'letters_of', 'named_masks', 'named_maps', 'allowed', 'ViewerState', 'meta_of', 'still', 'alt_of',
            'poster_of', 'page_of', 'frame_of', 'WrittenViewer', 'VolumeViewer']
 
-# %% ../../nbs/core/80_viewer.ipynb #ac49e1b4
+# %% ../../nbs/core/80_viewer.ipynb #fe05f3ef
 import base64, html, io, math
 from pathlib import Path
 import anywidget
 import numpy as np
 import traitlets as T
 from PIL import Image, ImageDraw, ImageFont
-from .pack import ESM, RANGES, fit_shape, greys, html_page, message_of, presets_of, save_page, shrink_grid, to_bytes
-from ..scan import DataError, GeometryError, Grid, Map, Scan, VoxelError, check_same_grid
+from .pack import ESM, RANGES, fit_shape, greys, html_page, message_of, presets_of, shrink_grid, to_bytes
+from ..scan import DataError, GeometryError, Grid, Map, Scan, VoxelError, check_same_grid, write_atomic
 from ..show import COLOURS, PLANES, WINDOWS, cut, find_centre
 
 # %% ../../nbs/core/80_viewer.ipynb #eebd8b76
@@ -239,13 +239,13 @@ def frame_of(
             f'<iframe data-covid-ct="1" title="CT viewer: {alt}" loading="lazy" allow="fullscreen" style="position:absolute;inset:0;width:100%;height:100%;border:0;background:transparent" '
             f'srcdoc="{html.escape(page)}"></iframe></div>')
 
-# %% ../../nbs/core/80_viewer.ipynb #c00925c4
+# %% ../../nbs/core/80_viewer.ipynb #81858bac
 class WrittenViewer(ViewerState):
     "A viewer that can leave the kernel: as a page, a frame, a still, a file"
     def page(self, title=None, quality:int=85)->str: return page_of(self, title, quality)
     def frame(self, quality:int=85)->str: return frame_of(self, self.page(quality=quality))
     def poster(self, width:int=900)->bytes: return poster_of(self, width)
-    def save(self, path, **kwargs)->Path: return save_page(self.page(**kwargs), path)
+    def save(self, path, **kwargs)->Path: return write_atomic(path, self.page(**kwargs))
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
         data,meta = bundle if isinstance(bundle, tuple) else (bundle, {})

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['AUGMENTS', 'Augment', 'seeded', 'View', 'draw', 'theta', 'warp', 'permute', 'shade', 'apply']
 
-# %% ../../nbs/core/16_augment.ipynb #46bd2b39
-import hashlib, math
+# %% ../../nbs/core/16_augment.ipynb #e29932e1
+import hashlib
 from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F

@@ -7,14 +7,14 @@ __all__ = ['NEEDED', 'MASKS', 'OPTIONAL', 'KNOWN', 'LABEL_OF', 'ADAPTERS', 'chec
            'load_row', 'load_mask', 'write_phantom_cohort', 'write_series', 'cohort_from_folder', 'Adapter',
            'open_cohort']
 
-# %% ../../nbs/core/11_catalog.ipynb #3d7b5097
-import hashlib, json, os
+# %% ../../nbs/core/11_catalog.ipynb #1b66a2e2
+import hashlib, json
 from dataclasses import dataclass
 from pathlib import Path
 import joblib, numpy as np, pandas as pd, pydicom
 from tqdm.auto import tqdm
-from ..scan import Scan, CohortError
-from ..phantom import phantom_cohort, phantom_of
+from ..scan import Scan, CohortError, write_atomic
+from ..phantom import phantom_of
 from .dicom import _CT
 from .io import _IO, _ending, _natural, _stem, read, read_mask, write_mask, write_scan
 
@@ -67,7 +67,7 @@ def check_cohort(df:pd.DataFrame, # one row a scan
     df.attrs.update(root=str(root))
     return df
 
-# %% ../../nbs/core/11_catalog.ipynb #bede7bde
+# %% ../../nbs/core/11_catalog.ipynb #901850fe
 def read_cohort(csv, # table on disk
                 root=None, # folder that paths start from; None: the folder of the table
                 labels=KNOWN, # labels that may occur
@@ -84,10 +84,7 @@ def write_cohort(df:pd.DataFrame, # cohort
                  csv, # where to write it
                 )->Path: # the file
     "Write a cohort table, whole or not at all"
-    csv = Path(csv); tmp = csv.with_name(f'.{csv.name}.{os.getpid()}')
-    try: df.to_csv(tmp, index=False); os.replace(tmp, csv)
-    finally: tmp.unlink(missing_ok=True)
-    return csv
+    return write_atomic(csv, df.to_csv(index=False))
 
 # %% ../../nbs/core/11_catalog.ipynb #f946424e
 def load_row(row, # row of a cohort, Series or dict

@@ -6,7 +6,7 @@
 __all__ = ['Slice', 'slices_of', 'foreign', 'damage', 'reading', 'list_files', 'Series', 'read_header', 'find_series', 'stack',
            'decode', 'check_series', 'list_series', 'choose_series', 'pseudonym', 'read_dicom']
 
-# %% ../../nbs/core/09_dicom.ipynb #5b9ba3c8
+# %% ../../nbs/core/09_dicom.ipynb #133e3119
 import hashlib, re, warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 import numpy as np, pandas as pd, pydicom, SimpleITK as sitk
-from ..scan import Scan, Grid, DataError, ReadError, GeometryError, UnitsError
+from ..scan import Grid, DataError, ReadError, GeometryError, UnitsError
 
 # %% ../../nbs/core/09_dicom.ipynb #81775c54
 _CT = '1.2.840.10008.5.1.4.1.1.2' # class of a CT image; the enhanced ones begin with it

@@ -6,13 +6,13 @@
 __all__ = ['reorient', 'orientation', 'guess_units', 'from_image', 'read', 'to_image', 'write_scan', 'write_mask', 'write_map',
            'read_mask', 'list_series']
 
-# %% ../../nbs/core/10_io.ipynb #1fcf0a91
-import gzip, os, re, uuid, zlib
+# %% ../../nbs/core/10_io.ipynb #81089d08
+import gzip, re, zlib
 from collections import Counter
 from pathlib import Path
 import numpy as np, SimpleITK as sitk
 from PIL import Image
-from ..scan import Scan, Grid, Map, DataError, ReadError, GeometryError, UnitsError, VoxelError, check_same_grid
+from ..scan import Scan, Grid, Map, DataError, ReadError, GeometryError, UnitsError, VoxelError, check_same_grid, write_atomic
 from .dicom import list_files, list_series, read_dicom, read_header, reading
 
 # %% ../../nbs/core/10_io.ipynb #344d2b87
@@ -238,7 +238,7 @@ def read(path, # volume file, DICOM folder or file, folder of pictures
     if volumes: raise ReadError(path, f'has {len(volumes)} volume files ({", ".join(f.name for f in volumes[:5])} …)', 'Name one of them.')
     raise ReadError(path, 'has no scan in a format that is read here', 'Give NIfTI, MHA, NRRD, DICOM or a folder of pictures.')
 
-# %% ../../nbs/core/10_io.ipynb #10e22a9f
+# %% ../../nbs/core/10_io.ipynb #f7842f58
 def to_image(voxels:np.ndarray, # `(D,H,W)` on the grid of the scan; bool becomes 0 and 1
              scan:Scan, # whose stored geometry the image gets
             )->sitk.Image: # along the axes of the file that the scan came from
@@ -254,12 +254,10 @@ def _write(image, path, overwrite)->Path:
     path = Path(path); end = _ending(path)
     if end not in ('.nii','.nii.gz','.mha','.nrrd'): raise DataError(path, 'has no ending that is written here', 'Use .nii.gz, .nii, .mha or .nrrd.')
     if path.exists() and not overwrite: raise DataError(path, 'exists already', 'Choose another name, or pass overwrite=True.')
-    tmp = path.with_name(f'.{uuid.uuid4().hex[:8]}{end}')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sitk.WriteImage(image, str(tmp), end!='.nii'); os.replace(tmp, path)
+        write_atomic(path, lambda tmp: sitk.WriteImage(image, str(tmp), end!='.nii'))
     except Exception as e: raise DataError(path, f'cannot be written ({str(e).splitlines()[-1]})', 'Check the folder, its rights and the space left.') from e
-    finally: tmp.unlink(missing_ok=True) if path.parent.is_dir() else None
     return path
 
 # %% ../../nbs/core/10_io.ipynb #8a5d3300

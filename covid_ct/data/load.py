@@ -6,7 +6,7 @@
 __all__ = ['MASKS', 'FILES', 'CLASSES', 'pack', 'unpack', 'cache_size', 'cache_folder', 'Cache', 'ScanDataset', 'prepare_cohort',
            'collate', 'Loader', 'make_loader', 'make_loaders']
 
-# %% ../../nbs/core/21_load.ipynb #a5a46de6
+# %% ../../nbs/core/21_load.ipynb #8078119e
 import hashlib, os, shutil, sys
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
-from ..scan import CohortError, DataError
+from ..scan import CohortError, DataError, write_atomic
 from .catalog import load_mask, load_row
 from .preprocess import prepare
 from .lungs import lung_mask
@@ -79,15 +79,13 @@ def cache_folder(
     "Where the scans of one preprocessing lie"
     return Path(root)/_digest('uint16', sorted(asdict(prep).items()), *map(_called, (prepare, load, lungs)))
 
-# %% ../../nbs/core/21_load.ipynb #11ff0cdc
+# %% ../../nbs/core/21_load.ipynb #0f6894e7
 def _write(path, array):
-    "Write `.npy` under another name, then rename: never half a file"
+    "Write `.npy`, never half a file"
+    def save(tmp):
+        with open(tmp, 'wb') as f: np.save(f, array, allow_pickle=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        with open(new, 'wb') as f: np.save(f, array, allow_pickle=False)
-        new.replace(path)
-    finally: new.unlink(missing_ok=True)
+    write_atomic(path, save)
 
 def _read(path, kind, shape):
     "Memory-mapped array, or None where there is none of this type and shape"

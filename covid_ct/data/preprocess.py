@@ -168,14 +168,14 @@ def crop_box(scan:Scan, # the scan to cut
     half = np.broadcast_to(np.asarray(prep.crop,float),3)/scan.spacing/2
     return whole.mean(1)[:,None]+np.stack([-half,half],1)
 
-# %% ../../nbs/core/13_preprocess.ipynb #cf09ac99
+# %% ../../nbs/core/13_preprocess.ipynb #65de52e1
 def network_grid(grid:Grid, # grid of the scan
                  box:np.ndarray, # `(3,2)` faces in voxels, from `crop_box`
                  prep:Prep, # size, spacing or both
                 )->Grid: # parallel to `grid`
     "Grid of the network's voxels over a box"
     if prep.spacing is None: return sub_grid(grid, box, prep.size)
-    s,step = np.array(grid.spacing), np.array(prep.spacing)/grid.spacing
+    step = np.array(prep.spacing)/grid.spacing
     n = prep.size or np.maximum(1, np.round((box[:,1]-box[:,0])/step)).astype(int)
     mid,half = box.mean(1), np.array(n)*step/2
     return sub_grid(grid, np.stack([mid-half,mid+half],1), n)

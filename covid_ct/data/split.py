@@ -6,12 +6,11 @@
 __all__ = ['leak', 'expected_leak', 'shuffled', 'strata', 'split_patients', 'assert_disjoint', 'fold_parts', 'test_part',
            'split_hash', 'write_split', 'read_split']
 
-# %% ../../nbs/core/15_split.ipynb #f7ca20b5
-import hashlib, os
+# %% ../../nbs/core/15_split.ipynb #9f28f998
+import hashlib
 from math import prod
-from pathlib import Path
 import pandas as pd
-from ..scan import CohortError, SplitError
+from ..scan import CohortError, SplitError, write_atomic
 
 # %% ../../nbs/core/15_split.ipynb #fc8c0934
 def leak(
@@ -115,7 +114,7 @@ def test_part(
 
 test_part.__test__ = False # pytest would run whatever is called test_
 
-# %% ../../nbs/core/15_split.ipynb #6da8dc00
+# %% ../../nbs/core/15_split.ipynb #316b5756
 def _text(cohort):
     "The split as sorted CSV text: `scan_id,patient_id,fold`"
     t = cohort[['scan_id','patient_id','fold']].astype({'fold':int}).astype(str)
@@ -132,8 +131,7 @@ def write_split(
     path, # CSV file to write
 )->str: # its `split_hash`
     "Store a split; the file is whole or not there"
-    path = Path(path); new = path.with_name(f'.{path.name}.{os.getpid()}')
-    new.write_bytes(_text(cohort).encode()); new.replace(path)
+    write_atomic(path, _text(cohort))
     return split_hash(cohort)
 
 # %% ../../nbs/core/15_split.ipynb #1eb68d11

@@ -7,7 +7,7 @@ __all__ = ['RunError', 'write_text', 'write_tensors', 'read_tensors', 'pack_opti
            'unpack_random', 'Run', 'best_epoch', 'read_config', 'open_run', 'describe_run', 'load_weights',
            'AuditWarning', 'audit_hint', 'model_card', 'positive_of', 'history_figure', 'write_documents']
 
-# %% ../../nbs/core/45_run.ipynb #8e0f390f
+# %% ../../nbs/core/45_run.ipynb #2680d23d
 import json, os, platform, random
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,22 +19,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from .. import __version__
-from ..scan import DataError
+from ..scan import DataError, write_atomic
 from ..evaluate.metrics import confusion_figure, metrics_table, roc_figure
 from ..show import Picture, describe
 from .recipes import Recipe, to_dict
 
-# %% ../../nbs/core/45_run.ipynb #78caedaa
+# %% ../../nbs/core/45_run.ipynb #965f3707
 class RunError(DataError): "A run folder that is missing, foreign, damaged or of another recipe"
 
 def _write(path, make):
-    "Let `make(tmp)` write beside `path`, then rename"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        tmp.touch(); mode = tmp.stat().st_mode; make(tmp)
-        tmp.chmod(mode); os.replace(tmp, path) # safetensors lets nobody else read; a run folder is for others
-    finally: tmp.unlink(missing_ok=True)
+    "Let `make(tmp)` write beside `path`, then rename; the folder is made"
+    def readable(tmp):
+        tmp.touch(); mode = tmp.stat().st_mode; make(tmp); tmp.chmod(mode) # safetensors lets nobody else read; a run folder is for others
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, readable)
 
 def write_text(
     path, # file to write; its folder is made
