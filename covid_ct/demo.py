@@ -21,7 +21,7 @@ from .evaluate.report import HtmlReport
 from .explain.cam import baselines, explain
 from .phantom import phantom_cohort
 from .scan import CohortError
-from .train.loop import train_fold
+from .train.study import train_fold
 from .train.run import history_figure
 from .train.recipes import change, recipe
 

@@ -15,9 +15,11 @@ from covid_ct.data.split import assert_disjoint, split_patients, test_part as he
 from covid_ct.models.zoo import ROWS
 from covid_ct.scan import DataError
 from covid_ct.train import loop
-from covid_ct.train.loop import TrainError, cross_validate, fit, fold_loaders, load_run, make_accelerator, predict, rate, shard, train_fold
+from covid_ct.train.loop import TrainError, fit, load_run, make_accelerator, predict, rate, shard
 from covid_ct.train.recipes import RECIPES, Recipe, RecipeError, change, from_dict, recipe, source_table, sourced, to_dict
 from covid_ct.train.run import AuditWarning, RunError, audit_hint, read_tensors
+from covid_ct.train.study import cross_validate, fold_loaders, train_fold
+from covid_ct.train.task import TaskError, dice, dice_rows, dice_table, segment_rows
 from torch import nn
 
 C3 = ("healthy", "cap", "covid")
@@ -140,7 +142,7 @@ def test_nan_names_the_scans(tmp_path):
 def test_iterators_and_empty_sets_are_refused(tmp_path):
     with pytest.raises(TrainError, match="gave no batches"): fit(net(), iter(blobs(9, 1)), blobs(9, 2), R, tmp_path / "a", progress=False)
     with pytest.raises(TrainError, match="valid.*gave no batches"): fit(net(), blobs(9, 1), [], R, tmp_path / "b", progress=False)
-    with pytest.raises(TrainError, match="outputs"): predict(nn.Sequential(nn.Flatten(), nn.Linear(144, 2)), blobs(3, 1), C3)
+    with pytest.raises(TaskError, match="for the classes"): predict(nn.Sequential(nn.Flatten(), nn.Linear(144, 2)), blobs(3, 1), C3)
 
 
 def test_folders_of_others_stay_untouched(whole, tmp_path):
@@ -308,3 +310,68 @@ def test_folds_that_cannot_be(study, tmp_path):
     cohort, r = study
     with pytest.raises(TrainError, match="no test set"): cross_validate(split_patients(cohort.drop(columns="fold"), 3, test=0.), r, tmp_path / "cv", progress=False, load=load)
     with pytest.raises(TrainError, match="names no prep"): fold_loaders(cohort, 0, R)
+
+
+def painted(n, seed, size=4):
+    "Pictures in which the bright half is the class"
+    g = torch.Generator().manual_seed(seed)
+    x = torch.rand(n, 1, 8, 8, generator=g); m = torch.rand(n, 1, 1, generator=g).expand(n, 8, 8) > torch.linspace(0, 1, 8)
+    return [dict(image=(x + m[:, None])[i:i + size], mask=m[i:i + size].long(), scan_id=[f"s{seed}-{j}" for j in range(i, min(n, i + size))], patient_id=[f"p{seed}-{j}" for j in range(i, min(n, i + size))])
+            for i in range(0, n, size)]
+
+
+SEG = change(R, "test", task="segment", classes=("background", "thing"), loss="segmentation", keep="dice", lr=5e-2, epochs=8, milestones=())
+
+
+def painter(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+
+def test_the_loop_segments_and_resumes(tmp_path):
+    whole = fit(painter(), painted(20, 1), painted(6, 2), SEG, tmp_path / "a", progress=False)
+    assert whole.history.valid_dice.max() > .9 and whole.best["valid_dice"] == whole.history.valid_dice.max()
+    assert {"dice.png", "history.png"} == {p.name for p in (tmp_path / "a" / "figures").iterdir()}
+    assert "Dice thing" in (tmp_path / "a" / "model_card.md").read_text("utf-8")
+    stop = Shuffled(painted(20, 1), 12)
+    twin = Shuffled(painted(20, 1))
+    full = fit(painter(), twin, painted(6, 2), SEG, tmp_path / "b", progress=False)
+    fit(painter(), stop, painted(6, 2), SEG, tmp_path / "c", progress=False)
+    again = fit(painter(), Shuffled(painted(20, 1)), painted(6, 2), SEG, tmp_path / "c", resume=True, progress=False)
+    assert told(full).equals(told(again)) and same(weights(tmp_path / "b"), weights(tmp_path / "c"))
+    back = predict(load_run(tmp_path / "a", model=painter(3))[0], painted(6, 2), SEG.classes, "segment")
+    assert np.isclose(dice(back), whole.best["valid_dice"])
+
+
+def test_step_size_falls_by_steps_across_a_resume(tmp_path):
+    r = change(R, "test", milestones=(), decay=.5, decay_every=4)
+    a = fit(net(), Shuffled(blobs(22, 1)), blobs(9, 2), r, tmp_path / "a", progress=False)        # six steps an epoch
+    assert a.history.steps.tolist() == [6, 12, 18, 24] and np.allclose(a.history.lr, 1e-2 * .5 ** np.array([0, 1, 3, 4]))
+    fit(net(), Shuffled(blobs(22, 1), 9), blobs(9, 2), r, tmp_path / "b", progress=False)
+    b = fit(net(), Shuffled(blobs(22, 1)), blobs(9, 2), r, tmp_path / "b", resume=True, progress=False)
+    assert told(a).equals(told(b)) and same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_counts_and_every_reading_of_dice():
+    rng = np.random.default_rng(0)
+    m, z = rng.integers(3, size=(4, 5, 6, 7)), rng.normal(size=(4, 3, 5, 6, 7)); m[1] = 0
+    t = segment_rows(dict(logits=torch.tensor(z)), dict(mask=torch.tensor(m)), ("bg", "a", "b"))
+    f = z.argmax(1)
+    for i in range(4):
+        for c, k in (("a", 1), ("b", 2)):
+            n = (m[i] == k).sum() + (f[i] == k).sum()
+            assert np.isclose(dice_rows(t, c)[i], 2 * ((m[i] == k) & (f[i] == k)).sum() / n)
+    assert np.isclose(dice(t, "a", pooled=True), 2 * ((m == 1) & (f == 1)).sum() / ((m == 1).sum() + (f == 1).sum()))
+    assert np.isclose(dice(t), np.mean([dice(t, "a"), dice(t, "b")])) and dice(t, background=True) != dice(t)
+    with pytest.raises(Exception, match="patient_id"): dice_table(t)
+
+
+@pytest.mark.parametrize("bad,words", [(dict(mask=torch.zeros(2, 4, 4)), "for a mask"), (dict(), "has no mask"), (dict(mask=torch.full((2, 4, 5), 7)), "mask values"), (dict(mask=torch.full((2, 4, 5), -1)), "mask values")])
+def test_masks_that_do_not_fit(bad, words):
+    with pytest.raises(TaskError, match=words): segment_rows(dict(logits=torch.zeros(2, 3, 4, 5)), bad, ("bg", "a", "b"))
+
+
+def test_keep_fits_the_task():
+    with pytest.raises(RecipeError, match="judged by dice"): change(SEG, "test", keep="auc")
+    with pytest.raises(RecipeError, match="judged by accuracy"): change(R, "test", keep="dice")
+    with pytest.raises(RecipeError, match="decay_every"): change(R, "test", decay_every=-1)

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['TrainError', 'predict', 'WithOutputs', 'make_accelerator', 'shard', 'train_epoch', 'valid_epoch', 'rate',
-           'make_optimizer', 'save_epoch', 'load_epoch', 'fit', 'load_run', 'fold_loaders', 'score_test', 'train_fold',
-           'cross_validate']
+           'make_optimizer', 'save_epoch', 'load_epoch', 'fit', 'load_run']
 
-# %% ../../nbs/core/50_loop.ipynb #b5f79294
+# %% ../../nbs/core/50_loop.ipynb #78354180
 import json, time, warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,40 +21,27 @@ from accelerate.utils import send_to_device, set_seed
 from torch import nn
 from tqdm.auto import tqdm
 from ..scan import DataError
-from ..data.augment import AUGMENTS
-from ..data.load import ScanDataset, make_loader, make_loaders
-from ..data.preprocess import PREPS
-from ..data.sample import ClassBalancedSampler, UniformSampler
-from ..data.split import fold_parts, split_hash, split_patients, test_part, write_split
-from ..evaluate.metrics import all_metrics, classification_metrics
 from ..models.zoo import build
 from .losses import build_loss
 from .recipes import Recipe, from_dict
+from .task import TASKS
 from .run import (AuditWarning, Run, RunError, audit_hint, best_epoch, describe_run, load_weights, open_run, pack_optimizer, pack_random, positive_of,
                                 read_config, read_tensors, unpack_optimizer, unpack_random, write_documents, write_tensors, write_text)
 
-# %% ../../nbs/core/50_loop.ipynb #c2df9de0
+# %% ../../nbs/core/50_loop.ipynb #6230b998
 class TrainError(DataError): "A training that cannot start or cannot go on"
 
-def _rows(logits, batch, classes):
-    "Predictions of one batch as a table"
-    z = logits.detach().float().cpu(); n = len(z)
-    if z.shape[1]!=len(classes): raise TrainError('predict', f'{z.shape[1]} outputs for the classes {tuple(classes)}', 'Give the classes that the network was built for.')
-    y = [classes[int(i)] for i in batch['label']] if 'label' in batch else [None]*n
-    scan = batch.get('scan_id', [None]*n); cols = dict(scan_id=scan, patient_id=batch.get('patient_id', scan), label=y)
-    for name,v in (('prob',z.double().softmax(1)), ('logit',z.double())): cols |= {f'{name}_{c}': v[:,i].numpy() for i,c in enumerate(classes)}
-    return pd.DataFrame(cols).assign(predicted=[classes[i] for i in z.argmax(1)])
-
-# %% ../../nbs/core/50_loop.ipynb #36635841
+# %% ../../nbs/core/50_loop.ipynb #64afb03a
 def predict(
     model:nn.Module, # `forward` gives logits `(B,K)`
     batches, # iterable of Batch dicts
     classes=('healthy','cap','covid'), # labels in the order of the outputs
-)->pd.DataFrame: # one row per scan: scan_id patient_id label prob_<class> logit_<class> predicted
-    "Probabilities of every scan; the mode of the network is restored. Raises `TrainError` for no batches or a wrong number of outputs"
+    task:str='classify', # key of `TASKS`
+)->pd.DataFrame: # one row per scan: for a class its probabilities, for a mask its counts
+    "Answers of a network, scan by scan; its mode is restored. Raises `TrainError` for no batches, `TaskError` for outputs that do not fit"
     was, device = model.training, next((p.device for p in model.parameters()), torch.device('cpu'))
     try:
-        with torch.inference_mode(): parts = [_rows(model.eval()(b['image'].to(device)), b, classes) for b in batches]
+        with torch.inference_mode(): parts = [TASKS[task].rows(dict(logits=model.eval()(b['image'].to(device))), b, classes) for b in batches]
     finally: model.train(was)
     if not parts: raise TrainError('predict', 'the batches are empty', 'An iterator can be used once: give a list or a loader.')
     return pd.concat(parts, ignore_index=True)
@@ -93,7 +79,7 @@ def shard(
         full.append(b)
         if len(full)==world: yield full[rank]; full = []
 
-# %% ../../nbs/core/50_loop.ipynb #ed9438ab
+# %% ../../nbs/core/50_loop.ipynb #79ce0505
 def _finite(value, batch, where):
     "Raise `TrainError` naming the scans of a batch whose loss is NaN or infinite"
     if not np.isfinite(value): raise TrainError(f'scans {", ".join(map(str, batch.get("scan_id", ["?"])))}', f'the loss is {value} in {where}',
@@ -107,46 +93,49 @@ def train_epoch(
     loss, # callable (outputs, batch) → (total, parts)
     optimizer, # over the weights of `net`
     accelerator:Accelerator, # that prepared both
-    tell=lambda **now: None, # told the running mean after each step
+    tell=lambda **now: None, # told the loss after each step
+    before=lambda: None, # called before each step, as to set its size
 )->dict: # means over scans: `loss` and its parts
     "One pass over the training set; raises `TrainError` naming the scans where the loss is not finite"
     net.train(); parts, sizes = [], []
     for batch in shard(batches, accelerator.process_index, accelerator.num_processes):
-        batch = send_to_device(batch, accelerator.device)
+        before(); batch = send_to_device(batch, accelerator.device)
         total, named = loss(net(batch['image']), batch)
         _finite(value := total.item(), batch, 'training')
         optimizer.zero_grad(); accelerator.backward(total); optimizer.step()
-        parts.append(dict(loss=value, **{k: float(v) for k,v in named.items()})); sizes.append(len(batch['label']))
+        parts.append(dict(loss=value, **{k: float(v) for k,v in named.items()})); sizes.append(len(batch['image']))
         tell(loss=value)
     if not parts: raise TrainError('train', 'gave no batches', 'An iterator can be used once: give a list or a loader.')
     return _mean(parts, sizes)
 
-# %% ../../nbs/core/50_loop.ipynb #c4b1b60c
+# %% ../../nbs/core/50_loop.ipynb #6940d73f
 def valid_epoch(
     net:nn.Module, # gives the dict of outputs
     batches, # iterable of Batch dicts, not augmented
     loss, # callable (outputs, batch) → (total, parts)
     accelerator:Accelerator, # that prepared `net`
     classes, # labels in the order of the outputs
-)->tuple: # mean loss, table of predictions
+    task:str='classify', # key of `TASKS`
+)->tuple: # means over scans (`loss` and its parts), table of predictions
     "One look at the validation set; raises `TrainError` like `train_epoch`"
     net.eval(); tables, parts = [], []
     with torch.inference_mode():
         for batch in batches:
             out = net(send_to_device(batch['image'], accelerator.device))
-            total, _ = loss(out, send_to_device(batch, accelerator.device))
+            total, named = loss(out, send_to_device(batch, accelerator.device))
             _finite(total.item(), batch, 'validation')
-            parts.append(dict(loss=total.item())); tables.append(_rows(out['logits'], batch, classes))
+            parts.append(dict(loss=total.item(), **{k: float(v) for k,v in named.items()})); tables.append(TASKS[task].rows(out, batch, classes))
     if not tables: raise TrainError('valid', 'gave no batches', 'An iterator can be used once: give a list or a loader.')
-    return _mean(parts, list(map(len, tables)))['loss'], pd.concat(tables, ignore_index=True)
+    return _mean(parts, list(map(len, tables))), pd.concat(tables, ignore_index=True)
 
-# %% ../../nbs/core/50_loop.ipynb #5a7c5d53
+# %% ../../nbs/core/50_loop.ipynb #f051b11a
 def rate(
     recipe:Recipe, # its lr, decay and milestones
     epoch:int, # counted from 0
+    step:int=0, # steps taken since the beginning
 )->float: # step size
-    "Step size of an epoch (@eq-rate)"
-    return recipe.lr*recipe.decay**sum(m<=epoch for m in recipe.milestones)
+    "Step size at a moment of a training (@eq-rate)"
+    return recipe.lr*recipe.decay**(sum(m<=epoch for m in recipe.milestones)+(step//recipe.decay_every if recipe.decay_every else 0))
 
 def make_optimizer(
     model:nn.Module, # what to train
@@ -173,7 +162,7 @@ def save_epoch(
     write_tensors(at/'last.safetensors', weights, epoch=len(history))
     write_text(s.folder/'metrics.csv', history.to_csv(index=False))
 
-# %% ../../nbs/core/50_loop.ipynb #81eb52f2
+# %% ../../nbs/core/50_loop.ipynb #2e68d656
 def load_epoch(
     s, # state of `fit`, fresh
 )->None:
@@ -182,13 +171,13 @@ def load_epoch(
     load_weights(s.model, {k[6:]:v for k,v in tensors.items() if k.startswith('model.')}, s.folder)
     unpack_optimizer(s.optimizer, tensors, plain['optimizer']); unpack_random(tensors, plain['random'])
     if plain['scaler'] and s.accelerator.scaler: s.accelerator.scaler.load_state_dict(plain['scaler'])
-    s.history = plain['history']
+    s.history = plain['history']; s.steps = s.history[-1]['steps'] if s.history else 0
     write_text(s.folder/'metrics.csv', pd.DataFrame(s.history).to_csv(index=False))
 
-# %% ../../nbs/core/50_loop.ipynb #852af7cd
+# %% ../../nbs/core/50_loop.ipynb #e3a575c0
 @dataclass
 class _State: # of a training on its way
-    model:nn.Module; net:nn.Module; optimizer:object; accelerator:Accelerator; recipe:Recipe; folder:Path; loss:object; history:list; config:dict
+    model:nn.Module; net:nn.Module; optimizer:object; accelerator:Accelerator; recipe:Recipe; folder:Path; loss:object; history:list; config:dict; steps:int=0
 
 def _start(model, recipe, out, resume, about):
     "State of a new or resumed training, its folder made"
@@ -205,22 +194,23 @@ def _start(model, recipe, out, resume, about):
 
 def _epoch(s, train, valid, epoch, bar):
     "Train, validate and save one epoch"
-    start, r = time.perf_counter(), s.recipe
+    start, r, task = time.perf_counter(), s.recipe, TASKS[s.recipe.task]
     getattr(train, 'set_epoch', lambda e: None)(epoch)
-    for g in s.optimizer.param_groups: g['lr'] = rate(r, epoch)
+    last = s.history[-1] if s.history else {}
+    said = ''.join(f', valid {k} {last[f"valid_{k}"]:.3f}' for k in ('loss',*task.shown)) if last else ''
+    def before():
+        for g in s.optimizer.param_groups: g['lr'] = rate(r, epoch, s.steps)
+        s.steps += 1
     def tell(loss):
         bar.set_postfix_str(f'loss {loss:.3f}{said}', refresh=False); bar.update()
-    last = s.history[-1] if s.history else {}
-    said = f', valid loss {last["valid_loss"]:.3f} accuracy {last["valid_accuracy"]:.3f} AUC {last["valid_auc"]:.3f}' if last else ''
     bar.set_description(f'epoch {epoch+1}/{r.epochs}')
-    means = train_epoch(s.net, train, s.loss, s.optimizer, s.accelerator, tell)
-    loss, table = valid_epoch(s.net, valid, s.loss, s.accelerator, r.classes)
-    m = {k: float(v[0]) for k,v in all_metrics(table, positive_of(r), r.classes).items()}
-    s.history.append(dict(epoch=epoch+1, lr=rate(r, epoch), **{f'train_{k}':v for k,v in means.items()}, valid_loss=loss, valid_accuracy=m['macro','accuracy'], valid_auc=m['macro','AUC'],
-                          **{f'valid_auc_{positive_of(r)}': m[f'{positive_of(r)} vs rest','AUC']}, seconds=round(time.perf_counter()-start, 3)))
+    lr, means = rate(r, epoch, s.steps), train_epoch(s.net, train, s.loss, s.optimizer, s.accelerator, tell, before)
+    seen, table = valid_epoch(s.net, valid, s.loss, s.accelerator, r.classes, r.task)
+    scores = {**seen, **task.scores(table, r.classes, positive_of(r))}
+    s.history.append(dict(epoch=epoch+1, steps=s.steps, lr=lr, **{f'train_{k}':v for k,v in means.items()}, **{f'valid_{k}':v for k,v in scores.items()}, seconds=round(time.perf_counter()-start, 3)))
     save_epoch(s, table)
 
-# %% ../../nbs/core/50_loop.ipynb #e9834613
+# %% ../../nbs/core/50_loop.ipynb #d39f45b0
 def _finish(s, interrupted):
     "The run as it stands, its best weights loaded, its documents written"
     at, history = s.folder/'checkpoints', pd.DataFrame(s.history)
@@ -229,15 +219,15 @@ def _finish(s, interrupted):
     if s.history: load_weights(s.model, read_tensors(at/'best.safetensors')[0], at)
     table = pd.read_csv(s.folder/'predictions.csv', dtype=dict(scan_id=str, patient_id=str, label=str)) if s.history else pd.DataFrame()
     run = Run(s.folder, s.model.eval(), s.recipe, s.config, history, table, interrupted)
-    hint = audit_hint(run.best.get('valid_accuracy', 0), s.config['trained_on']) if len(s.recipe.classes)==3 else ''
+    hint = audit_hint(run.best.get('valid_accuracy', 0), s.config['trained_on']) if s.recipe.task=='classify' and len(s.recipe.classes)==3 else ''
     s.config |= dict(status='interrupted' if interrupted else 'finished', warnings=[hint] if hint else [])
     if hint: warnings.warn(hint, AuditWarning, stacklevel=3)
     if s.accelerator.is_main_process: write_documents(run)
     return run
 
-# %% ../../nbs/core/50_loop.ipynb #e473555b
+# %% ../../nbs/core/50_loop.ipynb #c9ba134b
 def fit(
-    model:nn.Module, # gives logits `(B,K)`; trained in place
+    model:nn.Module, # gives logits `(B,K)`, or `(B,C,…)` to segment; trained in place
     train, # iterable of Batch dicts, iterated once per epoch after `set_epoch`, if it has one
     valid, # iterable of Batch dicts, not augmented
     recipe:Recipe, # how
@@ -274,80 +264,3 @@ def load_run(
         try: model = build(r.model, **r.model_kwargs)
         except TypeError as e: raise RunError(folder, f'{r.model} does not take {r.model_kwargs}', 'Restore config.json.') from e
     return load_weights(model, tensors, folder).eval(), r, c
-
-# %% ../../nbs/core/50_loop.ipynb #5385069e
-def fold_loaders(
-    cohort:pd.DataFrame, # with `fold`
-    k:int, # fold that validates
-    recipe:Recipe, # its prep, classes, batch size, sampler, augmentation, seed
-    workers:int=0, # processes that read
-    **kwargs, # `load`, `root`, `cache` … for `ScanDataset`
-)->tuple: # loaders of training, validation, test
-    "Batches of one fold and the test set"
-    if not recipe.prep: raise TrainError('recipe', 'names no prep', 'Use a recipe with a row of PREPS to train from a cohort.')
-    sets = [ScanDataset(rows, PREPS[recipe.prep], recipe.classes, **kwargs) for rows in (*fold_parts(cohort, k), test_part(cohort))]
-    sampler = ClassBalancedSampler(sets[0].cohort, recipe.classes, seed=recipe.seed) if recipe.sampler=='class_balanced' else UniformSampler(sets[0], seed=recipe.seed)
-    kw = dict(workers=workers, seed=recipe.seed, device='cuda' if torch.cuda.is_available() else None)
-    train, valid = make_loaders(sets[0], sets[1], recipe.batch_size, sampler, augment=None if recipe.augment=='none' else AUGMENTS[recipe.augment], **kw)
-    return train, valid, make_loader(sets[2], recipe.batch_size, **kw)
-
-# %% ../../nbs/core/50_loop.ipynb #d4ce0171
-def score_test(
-    run:Run, # finished
-    batches, # iterable of Batch dicts of the test set
-)->pd.DataFrame: # index metric, one column per reading
-    "Predict the test set by the best weights; adds it to predictions.csv, card and figures"
-    test = predict(run.model, batches, run.recipe.classes).assign(part='test')
-    run.predictions = pd.concat([run.predictions[run.predictions.part!='test'], test], ignore_index=True)
-    write_text(run.folder/'predictions.csv', run.predictions.to_csv(index=False)); write_documents(run)
-    return classification_metrics(test, positive_of(run.recipe), run.recipe.classes)
-
-# %% ../../nbs/core/50_loop.ipynb #392ba8b9
-def train_fold(
-    cohort:pd.DataFrame, # with `fold`
-    k:int, # fold that validates
-    recipe:Recipe, # how, and which network
-    out, # folder of this fold's run
-    about:dict=None, # facts for config.json, as `trained_on`
-    progress:bool=True, # show a bar
-    **kwargs, # for `fold_loaders`
-)->Run: # with predictions on validation and test set
-    "Train and test one fold, or go on where it was stopped"
-    train, valid, test = fold_loaders(cohort, k, recipe, **kwargs)
-    set_seed(recipe.seed)
-    run = fit(build(recipe.model, **recipe.model_kwargs), train, valid, recipe, out, 'auto', {**(about or {}), 'split_hash':split_hash(cohort), 'fold':k}, progress)
-    if not run.interrupted and len(test.dataset): score_test(run, test)
-    return run
-
-# %% ../../nbs/core/50_loop.ipynb #8a717073
-def cross_validate(
-    cohort:pd.DataFrame, # one row per scan; without `fold` it is split into five and a test set
-    recipe:Recipe, # how, and which network
-    out, # folder; `fold_0` … are made in it
-    about:dict=None, # facts for config.json, as `trained_on`
-    progress:bool=True, # show bars
-    **kwargs, # for `fold_loaders`
-)->pd.DataFrame: # index (setting, metric); a column per fold, mean, std
-    "Train each fold, test all on the same patients (Shi et al. 2021, IV-A); finished folds are not trained again"
-    cohort = cohort if 'fold' in cohort else split_patients(cohort, seed=recipe.seed)
-    if not len(test_part(cohort)): raise TrainError('cohort', 'has no test set', 'Split it with split_patients(cohort, test=.2).')
-    Path(out).mkdir(parents=True, exist_ok=True); scores = {}
-    for k in sorted(cohort.fold[cohort.fold>=0].unique()):
-        folder = Path(out)/f'fold_{k}'
-        run = _finished(folder, recipe, split_hash(cohort)) or train_fold(cohort, int(k), recipe, folder, about, progress, **kwargs)
-        if isinstance(run, Run) and run.interrupted: break
-        test = pd.read_csv(folder/'predictions.csv').query("part=='test'")
-        scores[f'fold_{k}'] = classification_metrics(test, positive_of(recipe), recipe.classes).unstack()
-    write_split(cohort, Path(out)/'split.csv')
-    t = pd.DataFrame(scores); t.index.names = ['setting','metric']
-    t = t.assign(mean=t.mean(axis=1, skipna=False), std=t.std(axis=1, skipna=False))
-    write_text(Path(out)/'cross_validation.csv', t.to_csv())
-    return t
-
-# %% ../../nbs/core/50_loop.ipynb #3e053f66
-def _finished(folder, recipe, split):
-    "Whether a fold of this recipe and split was trained and tested"
-    if not (folder/'config.json').exists(): return False
-    open_run(folder, recipe, 'auto', split)
-    p = folder/'predictions.csv'
-    return read_config(folder)['status']=='finished' and p.exists() and (pd.read_csv(p).part=='test').any()

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLERS', 'OPTIMIZERS', 'PRECISIONS', 'KEEPS', 'RECIPES', 'RecipeError', 'Recipe', 'sourced', 'check_recipe',
            'to_dict', 'from_dict', 'recipe_hash', 'change', 'source_table', 'recipe']
 
-# %% ../../nbs/core/51_recipes.ipynb #c984e9e0
+# %% ../../nbs/core/51_recipes.ipynb #232e8c9b
 import hashlib, json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -16,8 +16,9 @@ from ..data.augment import AUGMENTS
 from ..data.preprocess import PREPS
 from ..models.zoo import ROWS
 from .losses import build_loss
+from .task import TASKS
 
-# %% ../../nbs/core/51_recipes.ipynb #3437bdc5
+# %% ../../nbs/core/51_recipes.ipynb #66ab9737
 class RecipeError(DataError): "A recipe with an unknown, impossible or contradictory field"
 
 def _plain(r, k):
@@ -26,16 +27,17 @@ def _plain(r, k):
     except (TypeError, ValueError) as e: raise RecipeError(f'recipe {r.system} {r.name}', f'{k} cannot be written as JSON ({e})', 'Use numbers, words, lists and dicts.') from e
 
 SAMPLERS, OPTIMIZERS = ('uniform','class_balanced'), ('adam','adamw','sgd')
-PRECISIONS, KEEPS = ('no','bf16','fp16'), ('accuracy','auc','loss')
-_SYMBOLS = dict(sampler=SAMPLERS, optimizer=OPTIMIZERS, precision=PRECISIONS, keep=KEEPS)
+PRECISIONS, KEEPS = ('no','bf16','fp16'), ('accuracy','auc','loss','dice')
+_SYMBOLS = dict(task=tuple(TASKS), sampler=SAMPLERS, optimizer=OPTIMIZERS, precision=PRECISIONS, keep=KEEPS)
 
-# %% ../../nbs/core/51_recipes.ipynb #eb461af2
+# %% ../../nbs/core/51_recipes.ipynb #97ac5635
 @dataclass(frozen=True)
 class Recipe:
     "A training run as data; raises `RecipeError` for what cannot be one"
     system:str # network of a paper, as 'darnet'
     name:str # row of that system, as 'tiny'
     classes:tuple # labels in the order of the network's outputs, `(K,)`
+    task:str='classify' # key of `TASKS`
     prep:str='' # key of `PREPS`; '': the caller brings batches
     model:str='' # key of the zoo's `ROWS`; '': the caller brings a module
     model_kwargs:dict=field(default_factory=dict) # arguments of the network
@@ -46,10 +48,12 @@ class Recipe:
     epochs:int=10 # passes over the training set
     milestones:tuple=() # epochs at which the step size falls, counted from 0
     decay:float=.1 # what it is multiplied with there
+    decay_every:int=0 # steps after which it falls too, again and again; 0: never
     loss:str='cross_entropy' # key of `LOSSES`
     loss_kwargs:dict=field(default_factory=dict) # settings of the loss
     augment:str='none' # key of `AUGMENTS`
     sampler:str='uniform' # one of `SAMPLERS`
+    sampler_kwargs:dict=field(default_factory=dict) # settings of the sampler
     precision:str='no' # 'no' is float32; one of `PRECISIONS`
     keep:str='loss' # value on the validation set by which the best epoch is kept
     seed:int=0 # seed of weights, order and views
@@ -58,7 +62,7 @@ class Recipe:
 
     def __post_init__(self):
         for k in ('classes','milestones','faults'): object.__setattr__(self, k, tuple(getattr(self, k)))
-        for k in ('model_kwargs','loss_kwargs','sources'): object.__setattr__(self, k, _plain(self, k))
+        for k in ('model_kwargs','loss_kwargs','sampler_kwargs','sources'): object.__setattr__(self, k, _plain(self, k))
         for fault,remedy in check_recipe(self): raise RecipeError(f'recipe {self.system} {self.name}', fault, remedy)
 
     def __hash__(self)->int: return hash(self.hash)
@@ -72,7 +76,7 @@ def sourced()->list:
     "Fields that need a source"
     return [f.name for f in fields(Recipe) if f.name not in _FREE]
 
-# %% ../../nbs/core/51_recipes.ipynb #80fc3e7a
+# %% ../../nbs/core/51_recipes.ipynb #041fcb84
 def check_recipe(
     r:Recipe, # with any values
 )->Iterator: # of `(fault, remedy)`
@@ -84,6 +88,7 @@ def check_recipe(
         v = getattr(r,k)
         if isinstance(v,(bool,str)) or not low<v<float('inf'): yield f'{k}={v!r}', 'Give a finite number above 0 (weight_decay may be 0).'
     if not whole(r.seed): yield f'seed={r.seed!r}', 'Give a whole number.'
+    if not whole(r.decay_every) or r.decay_every<0: yield f'decay_every={r.decay_every!r}', 'Give a whole number of steps, or 0.'
     if len(r.classes)<2 or len(set(r.classes))<len(r.classes): yield f'classes {r.classes}', 'Give two or more different labels.'
     for k,known in {**_SYMBOLS, 'augment':tuple(AUGMENTS), **({'prep':tuple(PREPS)} if r.prep else {}), **({'model':tuple(ROWS)} if r.model else {})}.items():
         if getattr(r,k) not in known: yield f'unknown {k} {getattr(r,k)!r}', f'Use one of {", ".join(known)}.'
@@ -92,9 +97,10 @@ def check_recipe(
     if lacking: yield f'no source for {", ".join(lacking[:4])}', 'Say in sources where each value comes from; change() does it for you.'
     if set(r.sources)-set(sourced()): yield f'a source for {sorted(set(r.sources)-set(sourced()))[0]!r}, which is no field', f'Fields are {", ".join(sourced())}.'
 
-# %% ../../nbs/core/51_recipes.ipynb #38ff9213
+# %% ../../nbs/core/51_recipes.ipynb #063a272b
 def _contradictions(r):
     "Values that are fine alone and wrong together"
+    if r.task in TASKS and r.keep not in ('loss', *TASKS[r.task].shown): yield f'keep={r.keep!r} in a task that is judged by {", ".join(TASKS[r.task].shown)}', f'Use loss or {TASKS[r.task].shown[0]}.'
     if list(r.milestones)!=sorted(set(r.milestones)) or any(m<1 for m in r.milestones):
         yield f'milestones {r.milestones}', 'Let them rise, from epoch 1 on.'
     k = r.model_kwargs.get('classes', len(r.classes))
@@ -152,15 +158,15 @@ def source_table(
     "Every field with its value and where that comes from"
     return pd.DataFrame({k: (str(getattr(recipe,k)), recipe.sources[k]) for k in sourced()}, index=['value','source']).T
 
-# %% ../../nbs/core/51_recipes.ipynb #59067bbc
+# %% ../../nbs/core/51_recipes.ipynb #7fe5bab9
 _PAPER, _CODE, _OURS = 'Shi et al. 2021, IV-B', 'authors\' release', 'ours: the paper is silent'
 _TINY = 'ours: minutes on two cores'
 
 _paper = Recipe('darnet', 'paper', ('healthy','cap','covid'), prep='darnet', model='darnet', model_kwargs=dict(classes=3, depth=64), batch_size=8, lr=1e-3, epochs=80,
     milestones=(30,60), augment='darnet', keep='accuracy', sources=dict(
         classes='Shi et al. 2021, IV-A', prep=f'{_PAPER}: 64×224×224; window ours', model='Shi et al. 2021, III', model_kwargs='Shi et al. 2021, III', batch_size=_PAPER, optimizer=_PAPER,
-        lr=_PAPER, weight_decay=_OURS, epochs=_PAPER, milestones=_PAPER, decay=_PAPER, loss=_PAPER, loss_kwargs=_PAPER, augment=f'{_PAPER}; ranges from the {_CODE}',
-        sampler=_OURS, precision=_OURS, keep='ours: "the best model" is all the paper says', seed=_OURS))
+        task='Shi et al. 2021, I', lr=_PAPER, weight_decay=_OURS, epochs=_PAPER, milestones=_PAPER, decay=_PAPER, decay_every=_PAPER, loss=_PAPER, loss_kwargs=_PAPER, augment=f'{_PAPER}; ranges from the {_CODE}',
+        sampler=_OURS, sampler_kwargs=_OURS, precision=_OURS, keep='ours: "the best model" is all the paper says', seed=_OURS))
 
 _release = change(replace(_paper, name='release', faults=('the flip always flips', 'validation is augmented', 'workers share a seed', 'the first split leaked patients: 54 % of its test scans')),
     f'{_CODE}: 8 bit, no window, 48 px cut off each side', prep='darnet_release')

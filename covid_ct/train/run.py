@@ -7,7 +7,7 @@ __all__ = ['RunError', 'write_text', 'write_tensors', 'read_tensors', 'pack_opti
            'unpack_random', 'Run', 'best_epoch', 'read_config', 'open_run', 'describe_run', 'load_weights',
            'AuditWarning', 'audit_hint', 'model_card', 'positive_of', 'history_figure', 'write_documents']
 
-# %% ../../nbs/core/45_run.ipynb #2680d23d
+# %% ../../nbs/core/45_run.ipynb #630e5aa1
 import json, os, platform, random
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch import nn
 from .. import __version__
 from ..scan import DataError, write_atomic
-from ..evaluate.metrics import confusion_figure, metrics_table, roc_figure
 from ..show import Picture, describe
 from .recipes import Recipe, to_dict
+from .task import TASKS
 
 # %% ../../nbs/core/45_run.ipynb #965f3707
 class RunError(DataError): "A run folder that is missing, foreign, damaged or of another recipe"
@@ -193,7 +193,7 @@ def audit_hint(
     return (f'Validation accuracy is {accuracy:.1%}; honest patient splits of three-class CT data reach 88 to 89 %. Audit the data before believing it: '
             'patients on both sides, backgrounds already removed, slice counts, repeated scans.')
 
-# %% ../../nbs/core/45_run.ipynb #455fd400
+# %% ../../nbs/core/45_run.ipynb #94283045
 def model_card(
     run:Run, # with predictions
     n:int=1000, # bootstrap cohorts
@@ -205,7 +205,7 @@ def model_card(
             f'- {len(run.history)} of {run.recipe.epochs} epochs; kept: the best {run.recipe.keep} on the validation set, epoch {run.best.get("epoch","none")}.', *(f'- **{w}**' for w in c['warnings'])]
     out += [f'- Known fault of the original, not repeated here: {f}.' for f in run.recipe.faults]
     for part,rows in run.predictions.groupby('part', sort=False) if len(run.predictions) else ():
-        t = metrics_table(rows, run.recipe.classes, positive_of(run.recipe), n)
+        t = TASKS[run.recipe.task].table(rows, run.recipe.classes, positive_of(run.recipe), n)
         out += ['', f'## {"Test" if part=="test" else "Validation"} set: {len(rows)} scans of {rows.patient_id.nunique()} patients', '', '| reading | metric | value | 95 % interval over patients |', '|---|---|---|---|']
         out += [f'| {x.setting} | {x.metric} | {x.value:.3f} | {x.low:.3f} … {x.high:.3f}{" ("+x.note+")" if x.note else ""} |' for x in t.itertuples()]
     return '\n'.join(out)+'\n'
@@ -216,18 +216,19 @@ def positive_of(
     "Class that is read against the rest"
     return 'covid' if 'covid' in recipe.classes else recipe.classes[-1]
 
-# %% ../../nbs/core/45_run.ipynb #a336a431
+# %% ../../nbs/core/45_run.ipynb #eba48ccc
 def history_figure(
     run:Run, # with at least one epoch
 )->Picture: # with alt text
     "Losses and validation scores over the epochs"
     h, fig = run.history, Picture(figsize=(7,2.6), layout='constrained')
-    for ax,cols,ylabel in zip(fig.subplots(1,2), (('train_loss','valid_loss'), ('valid_accuracy','valid_auc')), ('loss','score')):
-        for c,colour in zip(cols, ('#2a6f97','#c8553d')): ax.plot(h.epoch, h[c], '.-', color=colour, label=c.replace('_',' ').replace('auc','AUC'))
+    shown = TASKS[run.recipe.task].shown
+    for ax,cols,ylabel in zip(fig.subplots(1,2), (('train_loss','valid_loss'), [f'valid_{k}' for k in shown]), ('loss','score')):
+        for c,colour in zip(cols, ('#2a6f97','#c8553d')): ax.plot(h.epoch, h[c], '.-', color=colour, label=c.replace('_',' ').replace('auc','AUC').replace('dice','Dice'))
         ax.axvline(run.best['epoch'], color='.7', ls=':', lw=1); ax.set(xlabel='epoch', ylabel=ylabel); ax.legend(frameon=False, fontsize=8); ax.spines[['top','right']].set_visible(False); ax.xaxis.get_major_locator().set_params(integer=True)
-    return describe(fig, f'Training and validation loss, validation accuracy and AUC over {len(h)} epochs; epoch {run.best["epoch"]} is kept, with validation loss {run.best["valid_loss"]:.3f}.')
+    return describe(fig, f'Training and validation loss, validation {" and ".join(shown)} over {len(h)} epochs; epoch {run.best["epoch"]} is kept, with validation loss {run.best["valid_loss"]:.3f}.')
 
-# %% ../../nbs/core/45_run.ipynb #1c8e7095
+# %% ../../nbs/core/45_run.ipynb #65aacef5
 def write_documents(
     run:Run, # to describe
 )->None:
@@ -236,6 +237,5 @@ def write_documents(
     if run.history.empty: return
     write_text(run.folder/'model_card.md', model_card(run))
     rows = run.predictions[run.predictions.part==run.predictions.part.iloc[-1]]
-    figures = dict(history=history_figure(run), confusion=confusion_figure(rows, run.recipe.classes))
-    if 0<(rows.label==positive_of(run.recipe)).sum()<len(rows): figures['roc'] = roc_figure(rows, positive_of(run.recipe), run.recipe.classes)
+    figures = dict(history=history_figure(run)) | TASKS[run.recipe.task].figures(rows, run.recipe.classes, positive_of(run.recipe))
     for name,fig in figures.items(): _write(run.folder/'figures'/f'{name}.png', lambda tmp: fig.savefig(tmp, format='png', dpi=100))
