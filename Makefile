@@ -7,7 +7,8 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS   ?= 2
 
-.PHONY: help demo test lab docs bench export run clean
+.PHONY: help demo test lab docs bench fuzz export run clean
+MINUTES ?= 10
 help:                ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
@@ -37,6 +38,9 @@ docs: $(VENV)/.dev       ## build the site in _docs/
 
 bench: $(VENV)/.dev      ## speed and memory as ratios against peers; writes _bench/results.json
 	$(BIN)/python -m bench
+
+fuzz: $(VENV)/.dev       ## feed the readers broken files for MINUTES=10
+	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)
 
 export: $(VENV)/.dev     ## notebooks -> covid_ct/ and README.md, then clean the notebooks
 	$(BIN)/nbdev_export

@@ -41,11 +41,11 @@ def facts_of(
                 direction=[list(r) for r in scan.direction], geometry_known=scan.geometry_known, lung_volume_l=None if mask is None else lung_volume_l(mask, scan),
                 histogram=_histogram(scan), warnings=[*scan.remarks, *(hu_warnings(scan) if scan.units=='HU' else ()), *said])
 
-# %% ../nbs/core/92_apply.ipynb #b7445b57
+# %% ../nbs/core/92_apply.ipynb #6a7bce03
 def inspect(
     path, # volume file, DICOM folder, folder of slice images
     series=None, # number, UID or part of the description, where there are several
-    allow_unknown_geometry:bool=False, # take placeholder millimetres where the files name none
+    **how, # of `read`: `allow_unknown_geometry`, `tilt`
 )->dict: # facts in plain types, ready for JSON; `shape` is None where a series has to be chosen
     "What is at a path; raises `DataError` for what cannot be read"
     rows = list_series(path) if Path(path).is_dir() else None
@@ -53,26 +53,26 @@ def inspect(
     good = [r for r in found if r['readable']]
     if series is None and len(good)>1:
         return dict(path=str(path), series=found, shape=None, histogram=None, warnings=[f'{len(good)} series that can be read: choose one with --series'])
-    scan = read(path, series=series, allow_unknown_geometry=allow_unknown_geometry)
+    scan = read(path, series=series, **how)
     return dict(path=str(path), series=found, **facts_of(scan))
 
-# %% ../nbs/core/92_apply.ipynb #2507d3f2
+# %% ../nbs/core/92_apply.ipynb #ab3e3376
 def inspect_report(
     path, # as for `inspect`
     out, # HTML file to write
     series=None, # as for `inspect`
-    allow_unknown_geometry:bool=False, # as for `inspect`
+    **how, # as for `inspect`
 )->Path: # the file
     "Write what is at a path as a page with planes and viewer"
-    scan = read(path, series=series, allow_unknown_geometry=allow_unknown_geometry)
+    scan = read(path, series=series, **how)
     f,(mask,_) = facts_of(scan),_lungs(scan)
-    r = HtmlReport(Path(path).name, 'What this scan is, before any network sees it.')
+    r = HtmlReport(scan.scan_id or 'A scan', 'What this scan is, before any network sees it.')
     r.facts({'voxels (D,H,W)':' × '.join(map(str,f['shape'])), 'mm (z,y,x)':' × '.join(f'{s:.3g}' for s in f['spacing']) if f['geometry_known'] else 'unknown',
              'units':f['units'], 'lungs':'–' if mask is None else f"{f['lung_volume_l']:.2f} L"})
     for w in f['warnings']: r.note(w)
     return r.section('Browse').html(overlay(scan, masks={} if mask is None else {'lungs':mask}).frame()).write(out)
 
-# %% ../nbs/core/92_apply.ipynb #0a2aea3f
+# %% ../nbs/core/92_apply.ipynb #1181b6d8
 def predict(
     scan, # `Scan` in the unit that the recipe needs
     run, # run folder of `covid_ct.train.loop.fit`
@@ -95,14 +95,14 @@ def predict_scan(
     run, # run folder
     report=None, # HTML file to write
     series=None, # as for `inspect`
-    allow_unknown_geometry:bool=False, # as for `inspect`
+    **how, # as for `inspect`
 )->dict: # `probabilities`, `predicted`, `trained_on`, `warnings`
     "Read a scan, ask a trained network, write the report"
-    scan = read(path, series=series, allow_unknown_geometry=allow_unknown_geometry)
+    scan = read(path, series=series, **how)
     prob,heat,config = predict(scan, run)
     warnings = [*scan.remarks, *(hu_warnings(scan) if scan.units=='HU' else ())]
     found = dict(probabilities=prob, predicted=heat.label, trained_on=trained_on(config), warnings=warnings)
-    if report: predict_report(found, scan, heat, Path(path).name).write(report)
+    if report: predict_report(found, scan, heat, scan.scan_id or 'A scan').write(report)
     return found
 
 def predict_report(

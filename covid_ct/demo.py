@@ -6,13 +6,13 @@
 __all__ = ['PLAIN', 'demo_cohort', 'plain_features', 'plain_scores', 'plain_table', 'fill_cache', 'attention_energy',
            'energy_table', 'pick_cases', 'case_view', 'write_report', 'run_demo']
 
-# %% ../nbs/core/91_demo.ipynb #9eac338b
+# %% ../nbs/core/91_demo.ipynb #ff93a238
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .browse.overlay import overlay
 from .data.catalog import load_mask, load_row, write_phantom_cohort
-from .data.load import ScanDataset, prepare_cohort
+from .data.load import ScanDataset
 from .data.preprocess import PREPS, prepare
 from .data.lungs import lung_mask
 from .data.split import split_patients, test_part
@@ -76,7 +76,7 @@ def plain_table(
     rows = {k: bootstrap(plain_scores(features, cohort, c, positive), metric('AUC', positive)) for k,c in PLAIN.items()}
     return pd.DataFrame(rows, index=['AUC','low','high']).T.rename_axis('sees only')
 
-# %% ../nbs/core/91_demo.ipynb #3e2b4f7f
+# %% ../nbs/core/91_demo.ipynb #0e4b584c
 def fill_cache(
     cohort:pd.DataFrame, # on disk
     recipe, # its `prep` and `classes`
@@ -85,8 +85,8 @@ def fill_cache(
     jobs:int=2, # processes
 )->dict: # what data sets of this cohort need: `root` and `cache`
     "Prepare every scan once; raises `CohortError` naming the first that cannot be"
-    failed = prepare_cohort(ScanDataset(cohort, PREPS[recipe.prep], recipe.classes, root=root, cache=cache), jobs=jobs)
-    if len(failed): raise CohortError(failed.scan_id[0], failed.error[0], 'Repair or exclude the scan.')
+    failed = ScanDataset(cohort, PREPS[recipe.prep], recipe.classes, root=root, cache=cache).fill(jobs=jobs).failures
+    if len(failed): raise CohortError(failed.scan_id[0], failed.fault[0], failed.remedy[0] or 'Repair or exclude the scan.')
     return dict(root=root, cache=cache)
 
 # %% ../nbs/core/91_demo.ipynb #99cf3c0a

@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 from covid_ct.scan import DataError
-from covid_ct.data.augment import AUGMENTS, Augment, View, apply, draw, permute, seeded, shade, theta, warp
+from covid_ct.data.augment import AUGMENTS, SIX, Augment, apply, copies, draw, permute, seeded, shade, still, theta, warp
 
 FULL = Augment(flip=.5, flip_zy=(.5, .5), quarter=True, rotate_deg=(-20, 20), shift_px=(-4, 4), zoom=(.8, 1.2), stretch=True,
                gain=(.8, 1.2), offset=(-.1, .1), noise=(0, .05))
@@ -16,9 +16,7 @@ def smooth(n=2, shape=(4, 40, 40), seed=0):
     return torch.tensor(v/v.max())[:, None]
 
 
-def view(n=1, **changes):
-    still = vars(draw(AUGMENTS['none'], n, seeded(0)))
-    return View(**{**still, **{k: torch.tensor(v, dtype=still[k].dtype) if isinstance(v, list) else v for k, v in changes.items()}})
+def view(n=1, **changes): return still(n, **changes)
 
 
 def test_identity_even_beside_scans_that_move():
@@ -110,7 +108,7 @@ def test_every_row_of_the_table_runs():
     x = smooth(3, (4, 20, 20)).float()
     for name, a in AUGMENTS.items():
         y = apply(x, draw(a, 3, seeded(name)))
-        assert y.shape == x.shape and y.isfinite().all() and (name == 'none') == y.equal(x), name
+        assert y.shape == x.shape and y.isfinite().all() and (name in ('none', 'dual')) == y.equal(x), name
     assert draw(AUGMENTS['darnet-release'], 100, seeded(0)).flip[:, 2].all()
     assert not AUGMENTS['none'].flip
 
@@ -125,7 +123,10 @@ def test_refusals():
     for bad in (dict(flip=-.1), dict(flip_zy=(0, 2)), dict(rotate_deg=(5, -5)), dict(zoom=(0, 1)), dict(noise=(-1, 0)), dict(gain=(0, 1)), dict(shift_px=(1, 2, 3))):
         with pytest.raises(DataError, match=next(iter(bad))): Augment(**bad)
     with pytest.raises(DataError, match='do not fit'): apply(torch.zeros(2, 1, 3, 4, 4), view(3))
-    with pytest.raises(DataError, match='do not fit'): apply(torch.zeros(1, 3, 4, 4), view(1))
+    with pytest.raises(DataError, match='do not fit'): apply(torch.zeros(3, 4, 4), view(3))
+    with pytest.raises(DataError, match='among'): Augment(among=((1, 0.),))
+    for v in (view(1, turns=[1]), view(1, turns=[3], angle=[.1])):
+        with pytest.raises(DataError, match='quarter turn of'): apply(torch.zeros(1, 1, 2, 4, 6), v)
 
 
 def test_noise_has_the_size_it_says():
@@ -137,6 +138,122 @@ def test_noise_has_the_size_it_says():
 def test_theta_is_the_inverse_by_hand():
     t = theta(view(zoom=[[2., 4.]], shift=[[5., 10.]]), (20, 10))[0]
     assert t.tolist() == [[.5, 0, -.5], [0, .25, -.25]]  # 5 px of W=10 are one unit, halved by the zoom; 10 px of H=20 likewise, quartered
+
+
+# ---------------------------------------------------------------- the sixteen permutations
+def by_definition(flips, k):
+    "Matrix that moves (z,y,x): flips first, then k turns that take +x to +y"
+    turn = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]])
+    return np.linalg.matrix_power(turn, k)@np.diag([1-2*f for f in flips])
+
+
+COMBOS = [((z, y, x), k) for z in (0, 1) for y in (0, 1) for x in (0, 1) for k in range(4)]
+
+
+@pytest.mark.parametrize('flips,k', COMBOS)
+def test_permutation_is_its_matrix(flips, k):
+    "Each voxel, one by one, lands where the signed permutation matrix sends it"
+    n = np.array([3, 5, 5]); c = (n-1)/2; M = by_definition(flips, k)
+    x = torch.arange(75).reshape(1, 1, 3, 5, 5)
+    y = permute(x, still(1, flip=[flips], turns=[k]))[0, 0]
+    for p in np.ndindex(*n):
+        q = tuple(np.rint(M@(np.array(p)-c)+c).astype(int))
+        assert y[q] == x[0, 0][p]
+
+
+def test_there_are_sixteen_and_they_form_a_group():
+    matrices = [by_definition(*c) for c in COMBOS]
+    keys = [m.tobytes() for m in map(np.int64, matrices)]
+    assert len(set(keys)) == 16 and all(keys.count(k) == 2 for k in keys)
+    assert {np.int64(a@b).tobytes() for a in matrices for b in matrices} == set(keys)
+    v = draw(AUGMENTS['prior'], 16_000, seeded('prior'))
+    drawn = [np.int64(by_definition(f, k)).tobytes() for f, k in zip(v.flip.int().tolist(), v.turns.tolist())]
+    count = np.array([drawn.count(k) for k in set(keys)])
+    assert (abs(count-1000) < 4.5*(16_000/16*15/16)**.5).all()  # each of the sixteen alike
+    assert not v.angle.any() and (v.zoom == 1).all() and not v.shift.any()  # so nothing is interpolated
+
+
+def test_prior_row_keeps_every_voxel_to_the_bit():
+    x = torch.rand(8, 1, 5, 6, 6, generator=seeded('bits')); v = draw(AUGMENTS['prior'], 8, seeded(4))
+    y = apply(dict(image=x, lobes=(x*6).to(torch.uint8)), v)
+    assert all(a.ravel().sort()[0].equal(b.ravel().sort()[0]) for a, b in zip(x, y['image']))
+    assert y['lobes'].equal((y['image']*6).to(torch.uint8))  # label and image moved alike
+
+
+def test_composed_in_the_matrix_as_by_steps():
+    "Flip and turn inside the warp = permutation, then the warp without them; with and without z"
+    x = smooth(16, (3, 24, 24)); g = seeded('compose')
+    v = draw(FULL, 16, g)
+    steps = warp(permute(x, v), still(16, angle=v.angle, zoom=v.zoom, shift=v.shift))
+    assert torch.allclose(warp(x, v), steps, atol=1e-9)
+    m = (x*5).to(torch.uint8)
+    assert (warp(m, v) == warp(permute(m, v), still(16, angle=v.angle, zoom=v.zoom, shift=v.shift))).double().mean() > .9999
+
+
+@pytest.mark.parametrize('kind', [torch.bool, torch.uint8, torch.int16, torch.int64])
+def test_masks_are_looked_up_as_grid_sample_does(kind):
+    x = (smooth(5, (3, 31, 22), 2)*7).to(kind)
+    v = draw(Augment(rotate_deg=(-30, 30), shift_px=(-6, 6), zoom=(.5, 1.6), stretch=True), 5, seeded(8))
+    grid = torch.nn.functional.affine_grid(theta(v, (31, 22)), (5, 1, 31, 22), align_corners=False)
+    want = torch.nn.functional.grid_sample(x[:, 0].double(), grid, mode='nearest', align_corners=False)[:, None].to(kind)
+    assert warp(x, v).equal(want) and warp(x, v).dtype == kind and want.any() and not (want == 0).all()
+
+
+def test_batches_where_some_move_and_some_only_turn():
+    x = smooth(4, (3, 16, 16)); v = still(4, angle=[0, .2, 0, .1], turns=[1, 0, 3, 2], flip=[[1, 0, 0]]*4)
+    y = apply(x, v)
+    for i in range(4): assert y[i].equal(apply(x[i:i+1], v[[i]])[0])
+    assert y[0].equal(permute(x, v)[0]) and y[2].equal(permute(x, v)[2])
+
+
+# ---------------------------------------------------------------- six copies of a slice (Chen et al. 2020)
+def test_six_copies_by_hand():
+    x = torch.zeros(2, 1, 9, 9); x[0, 0, 1, 6], x[1, 0, 5, 0] = 1, 1
+    x[:, 0, 3:6, 3:6] = .5
+    label = (x*2).to(torch.uint8)
+    six = copies(dict(image=x, lesions=label, label=torch.tensor([3, 4]), scan_id=['a', 'b']))
+    assert six['image'].shape == (12, 1, 9, 9) and six['scan_id'] == ['a']*6+['b']*6 and six['label'].tolist() == [3]*6+[4]*6
+    for b in range(2):
+        for k in range(4):
+            assert six['image'][6*b+k].equal(torch.rot90(x[b], k, (-1, -2))) and six['lesions'][6*b+k].equal(torch.rot90(label[b], k, (-1, -2)))
+        half, large = six['lesions'][6*b+4, 0], six['lesions'][6*b+5, 0]
+        assert half.nonzero().tolist() == [[4, 4]]  # pixel q shows 2q: of −1 … 1 only the middle, and a black frame
+        assert (large == 1).nonzero().tolist() == [[i, j] for i in range(2, 7) for j in range(2, 7)]  # q shows q/1.5: ±2 shows ±1.33, still inside
+
+
+def test_no_mixed_labels():
+    "Classes 0 and 3 side by side: an average would make 1 and 2"
+    label = torch.zeros(1, 1, 41, 41, dtype=torch.uint8); label[..., 13:30, 9:25] = 3
+    x = label.float()/3
+    six = copies(dict(image=x, lesions=label))
+    assert six['lesions'].unique().tolist() == [0, 3]
+    blurred = six['image'][5]
+    assert ((blurred > 0) & (blurred < 1)).any()  # the image is interpolated, the labels are not
+    n = (six['lesions'] > 0).sum((1, 2, 3)).double()
+    assert (n[:4] == 17*16).all() and abs(n[4]/n[0]-.25) < .06 and abs(n[5]/n[0]-2.25) < .2
+
+
+def test_raunet_row_draws_one_of_the_six():
+    v = draw(AUGMENTS['raunet'], 6000, seeded('six'))
+    pairs = [(int(k), float(z)) for k, z in zip(v.turns, v.zoom[:, 0])]
+    assert set(pairs) == set(SIX) and v.zoom[:, 0].equal(v.zoom[:, 1])
+    assert all(abs(pairs.count(p)-1000) < 4.5*(6000*5/36)**.5 for p in SIX)
+    assert v.angle.equal(draw(AUGMENTS['none'], 6000, seeded('six')).angle)
+
+
+def test_slices_are_scans_of_one_slice():
+    x = smooth(3, (1, 20, 20)).float(); v = draw(FULL, 3, seeded(1))
+    assert apply(x[:, :, 0], v).equal(apply(x, v)[:, :, 0])
+    b = apply(dict(image=x[:, :, 0], lesions=(x[:, :, 0] > .5), weight=torch.rand(3, 2)), v)
+    assert b['lesions'].equal(apply(x > .5, v)[:, :, 0]) and b['weight'].shape == (3, 2)
+
+
+def test_still():
+    v = still(2, zoom=[.5, 2.], flip=[[1, 0, 0], [0, 0, 1]], shift=[[1., 2.], [3., 4.]])
+    assert v.zoom.tolist() == [[.5, .5], [2, 2]] and v.flip.dtype == torch.bool and v.shift.tolist() == [[1, 2], [3, 4]]
+    assert apply(torch.ones(2, 1, 2, 4, 4), still(2)).eq(1).all()
+    with pytest.raises(KeyError): still(1, turn=[1])
+    with pytest.raises(RuntimeError): still(2, angle=[.1, .2, .3])
 
 
 class _Numpy(Dataset):

@@ -2,13 +2,14 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import SimpleITK as sitk
 from covid_ct.cli import main
-from covid_ct.data.catalog import write_series
-from covid_ct.data.io import write_scan
+from covid_ct.data.catalog import write_phantom_cohort, write_series
+from covid_ct.data.io import write_mask, write_scan
 from covid_ct.data.lungs import dice
-from covid_ct.phantom import make_phantom
+from covid_ct.phantom import make_phantom, phantom_cohort
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,9 @@ def test_models_json(capsys):
     want = {"darnet": 35_237_163, "darnet-ca": 33_238_075, "darnet-da": 35_148_083, "darnet-none": 33_148_995}
     assert code == 0 and {k: rows[k]["trainable_parameters"] for k in want} == want
     assert rows["darnet"]["input_size"] == [1, 64, 224, 224] and rows["darnet"]["feature_size"] == [512, 8, 14, 14]
-    assert all(r["parameters_with_running_statistics"] - r["trainable_parameters"] == 9600 for r in rows.values())
+    assert all(rows[k]["parameters_with_running_statistics"] - v == 9600 for k, v in want.items())
+    keras = {"wa-66": 15_959_851, "sa-66": 15_959_851, "wa-66-m": 15_988_903, "sa-66-m": 15_988_903, "pa-66-m": 15_988_903}
+    assert {k: rows[k]["parameters_with_running_statistics"] for k in keras} == keras and all(rows[k]["convolutions"] == 66 for k in keras)
 
 
 @pytest.mark.parametrize("name", ["chest.nii.gz", "series"])
@@ -79,3 +82,35 @@ def test_bad_input(capsys, chest, argv, said):
 def test_demo_refuses_too_few(capsys, tmp_path):
     code, _, err = run(capsys, "demo", "--patients", 5, "--out", tmp_path / "d")
     assert code == 2 and "30" in err and not (tmp_path / "d").exists()
+
+
+def test_burden(capsys, chest, tmp_path):
+    d, p = chest
+    write_mask(p.lesions, p.scan, tmp_path / "lesions.nii.gz"); write_mask(p.lobes, p.scan, tmp_path / "lobes.nii.gz")
+    code, out, err = run(capsys, "burden", d / "chest.nii.gz", "--lesions", tmp_path / "lesions.nii.gz", "--lobes", tmp_path / "lobes.nii.gz", "--report", tmp_path / "r.html", "--json")
+    rows = {r["region"]: r for r in json.loads(out)}
+    inside = np.isin(p.lesions, (1, 2, 3, 5)) & (p.lobes > 0)
+    assert code == 0 and not err and rows["both lungs"]["involved_percent"] == pytest.approx(100 * inside.sum() / (p.lobes > 0).sum(), abs=.05)
+    assert (tmp_path / "r.html").stat().st_size > 10_000
+    code, out, err = run(capsys, "burden", d / "chest.nii.gz", "--lesions", tmp_path / "lesions.nii.gz", "--lobes", tmp_path / "lobes.nii.gz", "--convention", "luna16")
+    assert code == 2 and err.count("\n") == 1 and "lobes.nii.gz" in err
+
+
+def test_audit_and_prepare(capsys, tmp_path):
+    rows = phantom_cohort(6, seed=1, second_scan=0)
+    rows["switches"] = ["masked"] + [""] * 5
+    write_phantom_cohort(tmp_path / "c", rows, shape=(32, 64, 64), progress=False)
+    code, out, _ = run(capsys, "audit", tmp_path / "c" / "cohort.csv", "--json", "--report", tmp_path / "audit.html", "--jobs", "1")
+    found = json.loads(out)
+    assert code == 1 and not found["clean"] and (tmp_path / "audit.html").exists()
+    assert {f["scan_id"] for f in found["findings"]} == {rows.scan_id[0]}
+    code, out, _ = run(capsys, "prepare", tmp_path / "c", tmp_path / "cache", "--recipe", "darnet_release", "--jobs", "1")
+    failed = pd.concat(map(pd.read_csv, (tmp_path / "cache").rglob("failures.csv")))
+    assert code == 1 and "6 failed" in out and len(failed) == 6 and failed.remedy.notna().all()      # 8 bit is asked for, these are HU
+    code, out, _ = run(capsys, "prepare", tmp_path / "c" / "cohort.csv", tmp_path / "cache", "--recipe", "nothing/here")
+    assert code == 2
+
+
+def test_fetch_says_what_there_is(capsys, tmp_path):
+    code, _, err = run(capsys, "fetch", "nothing", tmp_path / "f")
+    assert code == 2 and "cc_ccii" in err and not (tmp_path / "f").exists()

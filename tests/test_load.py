@@ -1,13 +1,11 @@
 "Loading: cache, failures, determinism over workers, and files as well as phantoms"
 import os
-from functools import partial
 import numpy as np, pandas as pd, pytest, torch
-from covid_ct.scan import CohortError, DataError, GeometryError, Scan, SplitError
-from covid_ct.data import load as L
-from covid_ct.data.augment import AUGMENTS
+from covid_ct.scan import CohortError, GeometryError, Scan, SplitError
+from covid_ct.data.augment import AUGMENTS, apply, draw, seeded
 from covid_ct.data.catalog import check_cohort
 from covid_ct.data.io import write_mask, write_scan
-from covid_ct.data.load import (MASKS, ScanDataset, cache_folder, cache_size, collate, make_loader, make_loaders, pack, prepare_cohort, unpack)
+from covid_ct.data.load import MASKS, Loader, ScanDataset, ahead, collate, make_loader, make_loaders, to_device
 from covid_ct.data.preprocess import Prep, prepare
 from covid_ct.data.sample import ClassBalancedSampler, UniformSampler
 
@@ -69,23 +67,6 @@ def test_a_cache_changes_nothing(cohort, tmp_path):
     assert sorted(again[i]['scan_id'] for i in range(12)) == sorted(cohort.scan_id)
 
 
-def test_size_is_predicted_to_the_byte_and_nothing_else_is_left(cohort, tmp_path):
-    d = ScanDataset(cohort, PREP, load=toy, masks=MASKS, cache=tmp_path)
-    assert prepare_cohort(d, jobs=1, progress=False).empty
-    files = [f for f in tmp_path.rglob('*') if f.is_file()]
-    assert len(files) == 36 and sum(f.stat().st_size for f in files) == cache_size(cohort, PREP, MASKS)
-    assert all(np.load(f, allow_pickle=False).dtype in ('u1', 'u2') for f in files)
-
-
-def test_changed_recipes_do_not_share(cohort, tmp_path):
-    other = [Prep(size=SIZE, window=(-1000., 400.)), Prep(size=(6, 12, 12)), Prep(size=SIZE, crop=100.)]
-    folders = {cache_folder(tmp_path, p, toy) for p in (PREP, *other)} | {cache_folder(tmp_path, PREP, f) for f in (fails, partial(toy), partial(toy, shape=3))}
-    assert len(folders) == 7
-    a = ScanDataset(cohort, PREP, load=toy, cache=tmp_path); a[0]
-    changed = cohort.assign(seed=cohort.seed+50)
-    same(ScanDataset(changed, PREP, load=toy, cache=tmp_path)[0], ScanDataset(changed, PREP, load=toy)[0])
-
-
 def test_damaged_files_are_made_again(cohort, tmp_path):
     d = ScanDataset(cohort, PREP, load=toy, masks=('lung',), cache=tmp_path)
     good = d[3]
@@ -93,31 +74,6 @@ def test_damaged_files_are_made_again(cohort, tmp_path):
                  lambda f: np.save(open(f, 'wb'), np.array([{}], dtype=object), allow_pickle=True)):
         for f in tmp_path.rglob('*.npy'): hurt(f)
         same(d[3], good)
-
-
-def test_a_killed_write_leaves_no_file(tmp_path, monkeypatch):
-    def dies(f, *a, **k): f.write(b'half'); raise KeyboardInterrupt
-    monkeypatch.setattr(L.np, 'save', dies)
-    with pytest.raises(KeyboardInterrupt): L._write(tmp_path/'a.npy', np.zeros(3))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize('jobs', [1, 2])
-def test_failures_are_a_table_and_the_rest_goes_on(cohort, tmp_path, jobs):
-    d = ScanDataset(cohort, PREP, load=fails, cache=tmp_path)
-    bad = prepare_cohort(d, jobs=jobs, progress=False)
-    assert bad.scan_id.tolist() == ['S04', 'S07'] and bad.error.tolist() == ['OSError: scratched', 'CohortError: S07: is odd. Look.']
-    assert len(list(tmp_path.rglob('*.npy'))) == 10
-    stamp = {f: f.stat().st_mtime_ns for f in tmp_path.rglob('*.npy')}
-    assert len(prepare_cohort(d, jobs=1, progress=False)) == 2  # resumed: only what was missing is tried
-    assert stamp == {f: f.stat().st_mtime_ns for f in tmp_path.rglob('*.npy')}
-    with pytest.raises(OSError, match='scratched'): d[4]
-
-
-def test_full_disk_is_noticed_before_writing(cohort, tmp_path, monkeypatch):
-    monkeypatch.setattr(L.shutil, 'disk_usage', lambda p: type('U', (), dict(free=10)))
-    with pytest.raises(DataError, match='GB to write'): prepare_cohort(ScanDataset(cohort, PREP, load=toy, cache=tmp_path), jobs=1, progress=False)
-    assert not list(tmp_path.rglob('*.npy'))
 
 
 def test_refusals(cohort):
@@ -128,7 +84,7 @@ def test_refusals(cohort):
     with pytest.raises(CohortError, match="'lobes' is unknown"): make(masks=('lobes',))
     with pytest.raises(CohortError, match='scan S00: has no lung_mask'): make(load=None, masks=('lung',))
     with pytest.raises(CohortError, match="no column 'label'"): make(cohort=cohort.drop(columns='label'))
-    with pytest.raises(CohortError, match='no cache'): prepare_cohort(make())
+    with pytest.raises(CohortError, match='no cache'): make().fill()
     d = make()
     with pytest.raises(CohortError, match='batches of 0'): make_loader(d, 0)
     with pytest.raises(CohortError, match='batches of 13'): make_loader(d, 13, drop_last=True)
@@ -198,18 +154,14 @@ def test_files_on_disk(cohort, tmp_path):
     moved = tmp_path.rename(tmp_path.with_name(tmp_path.name+'-moved'))
     new = ScanDataset(files, PREP, root=moved, masks=MASKS, cache=moved/'cache')
     n = len(list((moved/'cache').rglob('*.npy')))
-    assert prepare_cohort(new, jobs=1, progress=False).empty and len(list((moved/'cache').rglob('*.npy'))) == n  # moving a folder does not empty its cache
+    done = new.fill(jobs=1, progress=False)
+    assert (done.made, done.found) == (0, 6) and len(list((moved/'cache').rglob('*.npy'))) == n  # moving a folder does not empty its cache
     other = Toy(dict(cohort.iloc[1], seed=99)).scan
     (moved/'S01.nii.gz').unlink(); write_scan(other, moved/'S01.nii.gz')
     fresh = ScanDataset(files, PREP, root=moved, masks=MASKS, cache=moved/'cache')[1]
     assert np.abs(fresh['image'][0].numpy()-prepare(other, PREP).voxels).max() < 1e-4  # a replaced file is not served from the cache
     write_mask(np.zeros((4, 4, 4), bool), Scan(np.zeros((4, 4, 4), 'i2'), (1., 1., 1.)), moved/'small.nii.gz')
     with pytest.raises(GeometryError): ScanDataset(files.assign(lung_mask='small.nii.gz'), PREP, root=moved, masks=('lung',))[0]
-
-
-def test_error_of_two_bytes():
-    x = np.linspace(0, 1, 1_000_003)
-    assert np.abs(unpack(pack(x))-x).max() <= 1/131070+6e-8 and pack(np.array([-1., 2.])).tolist() == [0, 65535]
 
 
 def test_memory_map_is_not_held_open(cohort, tmp_path):
@@ -222,9 +174,62 @@ def test_memory_map_is_not_held_open(cohort, tmp_path):
     assert len(os.listdir('/proc/self/fd')) == n and keep
 
 
+def test_fill_prepares_what_the_data_set_reads(cohort, tmp_path):
+    d = ScanDataset(cohort, PREP, load=toy, masks=MASKS, cache=tmp_path)
+    a = d[3]; done = d.fill(jobs=1, progress=False)
+    assert (done.made, done.found) == (11, 1) and done.folder == d.cache.folder
+    d.load = d.cache.load = None  # nothing is loaded any more
+    same(d[3], a); assert len([d[i] for i in range(12)]) == 12
+    bad = ScanDataset(cohort, PREP, load=fails, cache=tmp_path)
+    assert bad.fill(jobs=1, progress=False).failures.scan_id.tolist() == ['S04', 'S07']
+    with pytest.raises(OSError, match='scratched'): bad[4]
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_batches_are_the_items_stacked_and_their_views_the_drawn_ones(cohort, tmp_path, workers):
+    "Two bytes on the way and a thread ahead change nothing: a slow twin, item by item"
+    d = ScanDataset(cohort, PREP, load=toy, masks=MASKS, cache=tmp_path)
+    l, order = make_loader(d, 5, UniformSampler(cohort, seed=3), workers, 3, AUGMENTS['darnet']), UniformSampler(cohort, seed=3)
+    for epoch in (0, 2):
+        l.set_epoch(epoch); order.set_epoch(epoch); rows, g = list(order), seeded(3, 'augment', epoch)
+        for k, batch in enumerate(l):
+            want = collate([d[i] for i in rows[5*k:5*k+5]])
+            same(batch, apply(want, draw(AUGMENTS['darnet'], len(want['label']), g)))
+        assert k == 2
+
+
+def test_two_bytes_become_the_same_numbers_wherever_they_are_unpacked():
+    q = np.arange(65536, dtype='u2').reshape(1, 1, 16, 64, 64)
+    on_cpu = to_device({'image': torch.from_numpy(q)}, 'cpu')['image']
+    assert torch.equal(on_cpu, torch.from_numpy(q).float().mul_(1/65535)) and on_cpu.dtype == torch.float32
+    floats = {'image': torch.rand(1, 1, 2, 2, 2), 'scan_id': ['a']}
+    assert to_device(floats)['image'] is floats['image']
+
+
+def test_ahead_keeps_order_passes_errors_and_stops_early():
+    made = []
+    def numbers(n):
+        for i in range(n): made.append(i); yield i
+        raise OSError('scratched')
+    it = ahead(numbers(3))
+    assert [next(it), next(it), next(it)] == [0, 1, 2]
+    with pytest.raises(OSError, match='scratched'): next(it)
+    made.clear(); it = ahead(numbers(100)); next(it); it.close()
+    assert len(made) <= 2 and list(ahead([])) == []
+
+
+def test_a_loader_is_told_apart_from_what_it_wraps(cohort):
+    d = ScanDataset(cohort, PREP, load=toy)
+    assert make_loader(d, 4).dataset is d and Loader(torch.utils.data.DataLoader(d, 4, collate_fn=collate)).dataset is d
+    same(next(iter(make_loader(d, 4))), next(iter(Loader(torch.utils.data.DataLoader(d, 4, collate_fn=collate)))))
+    l = make_loader(d, 4); it = iter(l); next(it); del it  # left in the middle, begun again
+    same(next(iter(l)), collate([d[i] for i in range(4)]))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no accelerator here')
 def test_batches_lie_on_the_device(cohort):
     l = make_loader(ScanDataset(cohort, PREP, load=toy, masks=MASKS), 4, augment=AUGMENTS['darnet'], device='cuda')
     b = next(iter(l))
     assert b['image'].is_cuda and b['lung'].is_cuda and isinstance(b['scan_id'], list)
+    same({k: v.cpu() if torch.is_tensor(v) else v for k, v in next(iter(make_loader(l.dataset, 4, device='cuda'))).items()}, next(iter(make_loader(l.dataset, 4))))

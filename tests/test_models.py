@@ -1,6 +1,6 @@
 "Networks: exact counts, twins, gates, bad input, export. What no page should show, or only once"
 import os
-import time
+from dataclasses import replace
 import pytest
 import torch
 from torch import nn
@@ -44,18 +44,12 @@ def test_rows_and_table():
     with pytest.raises(DataError, match="nothing"): zoo.describe("nothing")
 
 
-def test_table_is_fast():
-    zoo.table()
-    best = min(_seconds(zoo.table) for _ in range(3))
-    assert best < 2, f"{best:.2f} s"
-
-
-def _seconds(f): t = time.perf_counter(); f(); return time.perf_counter() - t
-
-
 def test_describing_allocates_nothing():
-    with torch.device("meta"): model = zoo.build("darnet")
-    assert all(p.is_meta for p in model.parameters())
+    made = []
+    keep, zoo.ROWS["darnet"] = zoo.ROWS["darnet"], replace(zoo.ROWS["darnet"], build=lambda **kw: made.append(keep.build(**kw)) or made[-1])
+    try: zoo.describe("darnet")
+    finally: zoo.ROWS["darnet"] = keep
+    assert made and all(p.is_meta for p in made[0].parameters())
 
 
 def test_stages():

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from covid_ct.data import preprocess as P
 from covid_ct.data.preprocess import (PREPS, Prep, Prepared, axis_weights, crop_box, faces, multiply_axes, network_grid,
                                       prepare, resample, sub_grid)
 from covid_ct.scan import GeometryError, Grid, Map, NotAChestError, Scan, UnitsError
@@ -89,6 +90,39 @@ def test_the_order_of_axes_and_the_layout_in_memory_do_not_matter():
     for u in (v, np.asfortranarray(v), v[:, ::-1, ::-1][:, ::-1, ::-1], v.astype("f4"), v.astype(">i2")):
         assert abs(multiply_axes(u, ws) - want).max() < 5e-3
     assert abs(multiply_axes(v.astype("f8"), ws) - want).max() < 1e-9
+
+
+@pytest.mark.parametrize("shape,size", [((300, 512, 512), (64, 224, 224)), ((40, 512, 512), (64, 224, 224)), ((8, 14, 14), (300, 512, 512)), ((64, 3, 900), (7, 300, 5))])
+def test_no_block_is_so_large_that_the_linear_algebra_library_would_split_it(shape, size):
+    for n, m, other in ((shape[1], size[1], shape[2]), (shape[2], size[2], size[1])):
+        w = axis_weights(n, (n / m - 1) / 2, n / m, m)
+        blocks = P._blocks(w, other)
+        whole = np.zeros_like(w)
+        for j, k, b in blocks: whole[j, k] = b
+        assert (whole == w).all() and (max(b.size for *_, b in blocks) * other <= P.SMALL or max(len(b) for *_, b in blocks) <= 4)
+
+
+def test_the_number_of_threads_changes_no_bit(monkeypatch):
+    v = np.random.default_rng(4).integers(-1000, 1000, (50, 61, 70)).astype("i2")
+    ws = [axis_weights(n, (n / m - 1) / 2, n / m, m) for n, m in zip(v.shape, (20, 25, 30))]
+    def run(n): monkeypatch.setenv("OMP_NUM_THREADS", n); return multiply_axes(v, ws)
+    assert P.threads() >= 1 and (run("1") == run("3")).all() and (run("1") == run("2,1")).all() and P.threads() == 2
+    monkeypatch.delenv("OMP_NUM_THREADS"); assert P.threads() >= 1
+
+
+def test_an_error_in_a_thread_is_raised(monkeypatch):
+    def broken(*a): raise MemoryError("no room")
+    monkeypatch.setattr(P, "_slab", broken)
+    with pytest.raises(MemoryError, match="no room"): multiply_axes(np.ones((4, 4, 4)), [np.eye(4)] * 3)
+
+
+def test_slices_that_become_more_but_smaller_are_made_small_first(monkeypatch):
+    v = np.random.default_rng(6).normal(size=(5, 40, 40))
+    ws = [axis_weights(n, (n / m - 1) / 2, n / m, m) for n, m in zip(v.shape, (30, 8, 9))]
+    shapes, slab = [], P._slab
+    monkeypatch.setattr(P, "_slab", lambda v, *a: (shapes.append(v.shape), slab(v, *a)))
+    assert np.allclose(multiply_axes(v, ws), np.einsum("di,hj,wk,ijk->dhw", *ws, v, optimize=True))
+    assert set(shapes) == {(5, 40, 40), (5, 8, 9)}
 
 
 def test_smaller_is_antialiased_like_scikit_image_and_closer_to_the_truth_than_plain_interpolation():
@@ -201,6 +235,10 @@ def test_prepare_windows_and_is_read_only():
     assert (p.voxels[2:4] == .5).all() and (p.voxels[4:] == 1).all() and (p.voxels[:2] == 0).all()
     padded = prepare(scan_on(g, hu), Prep(size=(10, 16, 16), spacing=(2.0, 1.0, 1.0), fill=.25))
     assert (padded.voxels[[0, -1]] == .25).all() and (padded.voxels[1:-1] == p.voxels).all()
+    for fill in (0.0, 1.0, .3):
+        edge = prepare(scan_on(g, hu.astype("f8")), Prep(size=(10, 16, 16), spacing=(2.0, 1.0, 1.0), fill=fill)).voxels
+        assert abs(edge[[0, -1]] - fill).max() < 1e-6 and edge.dtype == np.float32 and 0 <= edge.min() and edge.max() <= 1
+    assert hu.max() == 3000 and hu.min() == -3024  # the scan is not changed
 
 
 def test_units():

@@ -3,7 +3,7 @@ import hashlib, subprocess, sys
 import numpy as np, pandas as pd, pytest
 from sklearn.model_selection import StratifiedGroupKFold
 from covid_ct.scan import CohortError, SplitError
-from covid_ct.data.split import (assert_disjoint, expected_leak, fold_parts, leak, read_split, shuffled, split_hash, split_patients, strata, test_part,
+from covid_ct.data.split import (assert_disjoint, blocks, expected_leak, fold_parts, leak, read_split, shuffled, split_hash, split_patients, strata, test_part,
                                  write_split)
 
 
@@ -77,7 +77,9 @@ def test_refusals():
     with pytest.raises(SplitError, match='test=1'): split_patients(d, test=1)
     with pytest.raises(CohortError, match='no rows'): split_patients(d[:0])
     with pytest.raises(CohortError, match="no column 'label'"): split_patients(d.drop(columns='label'))
-    with pytest.raises(CohortError, match='has no patient_id'): split_patients(d.assign(patient_id=d.patient_id.where(d.index != 3)))
+    with pytest.raises(SplitError, match=f'1 of {len(d)} scans have no patient_id'): split_patients(d.assign(patient_id=d.patient_id.where(d.index != 3)))
+    with pytest.raises(CohortError, match='has no label'): split_patients(d.assign(label=d.label.where(d.index != 3)))
+    with pytest.raises(CohortError, match="no column 'centre'"): split_patients(d, group=('patient_id', 'centre'))
     with pytest.raises(CohortError, match='stands twice'): split_patients(pd.concat([d, d[:1]]))
     with pytest.raises(CohortError, match='has no fold 7'): fold_parts(split_patients(d), 7)
     with pytest.raises(CohortError, match='has no fold -1'): fold_parts(split_patients(d), -1)
@@ -131,6 +133,107 @@ def test_expected_leak_by_hand(m, test):
     clean = 1.
     for j in range(1, m): clean *= max(0, t-j)/(n-j)
     assert expected_leak(d, test) == pytest.approx(1-clean)
+
+
+# ---------------------------------------------------------------- what stays together
+def reached(rows, ties):
+    "Slow twin of blocks: from each row, walk along every tie"
+    out = []
+    for start in range(len(rows)):
+        seen, todo = {start}, [start]
+        while todo:
+            i = todo.pop()
+            for j in range(len(rows)):
+                if j not in seen and any(i in t and j in t for t in ties): seen.add(j); todo.append(j)
+        out.append(frozenset(seen))
+    return out
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_blocks_are_connected_components(seed):
+    rng = np.random.default_rng(seed); n = 40
+    d = pd.DataFrame(dict(patient_id=rng.integers(0, 25, n), centre=rng.integers(0, 18, n), scan_id=np.arange(n)+100), index=rng.permutation(n))
+    twins = [tuple(rng.choice(d.scan_id, 2, replace=False)) for _ in range(3)]
+    ties = [set(np.flatnonzero(d[c] == v)) for c in ('patient_id', 'centre') for v in d[c].unique()]+[set(np.flatnonzero(d.scan_id.isin(s))) for s in twins]
+    want, got = reached(d, ties), blocks(d, ('patient_id', 'centre'), twins)
+    assert got.index.equals(d.index)
+    for i in range(n):
+        for j in range(n): assert (got.iloc[i] == got.iloc[j]) == (j in want[i])
+    mixed = d.sample(frac=1, random_state=seed)
+    assert (blocks(mixed, ('patient_id', 'centre'), twins[::-1])[d.index] == got).all()  # names too do not depend on the order
+
+
+def test_a_chain_is_followed_to_its_end():
+    "Patient k is seen in centres k and k+1: sixty of them are one block"
+    d = pd.DataFrame(dict(patient_id=np.repeat(np.arange(60), 2), scan_id=np.arange(120), centre=np.repeat(np.arange(61), 2)[1:-1], label='covid'))
+    assert blocks(d, ('patient_id', 'centre')).nunique() == 1 and blocks(d).nunique() == 60
+    assert blocks(d.drop(index=61), ('patient_id', 'centre')).nunique() == 2
+    with pytest.raises(SplitError, match=r"1 block\(s\) by patient_id\+centre: too few"): split_patients(d, folds=2, group=('patient_id', 'centre'))
+
+
+def test_plain_patients_are_their_own_blocks():
+    d = ward(60)
+    assert (blocks(d) == d.patient_id).all()
+    assert split_hash(split_patients(d, group=('patient_id',))) == split_hash(split_patients(d)) == split_hash(split_patients(d, together=[d.scan_id[:1]]))
+
+
+def test_patients_that_move_keep_their_centres_together():
+    rng = np.random.default_rng(3); d = ward(200, seed=3)
+    d = d.assign(centre=d.patient_id.map({p: f'C{rng.integers(40):02d}' for p in sorted(set(d.patient_id))}), label='covid')
+    i = d.index[d.patient_id.duplicated()][:5]
+    d.loc[i, 'centre'] = 'C00'
+    with pytest.raises(SplitError, match='both sides'): [split_patients(d, seed=s, group='centre') for s in range(9)]
+    s = split_patients(d, group=('patient_id', 'centre'))
+    for c in ('patient_id', 'centre'): assert (s.groupby(c).fold.nunique() == 1).all()
+    assert set(s.fold) == {-1, 0, 1, 2, 3, 4} and 'split_by' not in s
+
+
+def test_twins_stay_together():
+    "Files of the same content under two patients never stand on two sides; without the sets they would"
+    d = ward(120, seed=1); rng = np.random.default_rng(1)
+    twins = [list(rng.choice(d.scan_id, 2, replace=False)) for _ in range(12)]
+    fold = split_patients(d).set_index('scan_id').fold
+    assert any(fold[a] != fold[b] for a, b in twins)
+    s = split_patients(d, together=twins); fold = s.set_index('scan_id').fold
+    assert all(fold[a] == fold[b] for a, b in twins) and (s.groupby('patient_id').fold.nunique() == 1).all()
+    with pytest.raises(SplitError, match='names the scan nobody'): split_patients(d, together=[['nobody', d.scan_id[0]]])
+
+
+# ---------------------------------------------------------------- patients that nobody knows
+SLICES = pd.DataFrame(dict(scan_id=[f'{k:03d}' for k in range(100)], label=['covid']*60+['healthy']*40))
+
+
+@pytest.mark.parametrize('unknown', [None, np.nan, '', ' ', 'unknown', 'Unknown', 'nan', 'None', pd.NA])
+def test_unknown_patients_are_not_dealt(unknown):
+    d = SLICES.assign(patient_id=unknown)
+    for f in (split_patients, blocks, expected_leak, lambda d: leak(d, d), lambda d: assert_disjoint(d[:50], d[50:])):
+        with pytest.raises(SplitError, match=r"scans have no patient_id, so that a split by patient is impossible.*group='scan_id'"): f(d)
+    with pytest.raises(SplitError, match='100 of 100'): split_patients(SLICES)  # no such column at all
+    s = split_patients(d, group='scan_id')
+    assert (s.split_by == 'scan_id').all() and s.fold.nunique() == 6 and fold_parts(s, 0) is not None
+    assert split_hash(s) == split_hash(split_patients(SLICES, group='scan_id'))
+
+
+def test_a_split_by_scan_says_so(tmp_path):
+    s = split_patients(SLICES, group='scan_id')
+    assert split_hash(s) != split_hash(s.drop(columns='split_by'))
+    name = write_split(s, tmp_path/'s.csv')
+    assert (tmp_path/'s.csv').read_text().startswith('scan_id,patient_id,fold,split_by\n000,,')
+    back = read_split(SLICES, tmp_path/'s.csv')
+    assert (back.split_by == 'scan_id').all() and (back.fold == s.fold).all() and split_hash(back) == name
+    train, valid = fold_parts(back, 2)
+    with pytest.raises(SplitError, match='both sides: scan 0'): assert_disjoint(train, pd.concat([valid, train[:1]]))
+    with pytest.raises(SplitError, match='no patient_id'): assert_disjoint(train.drop(columns='split_by'), valid)
+
+
+def test_patients_that_are_known_stay_whole_in_a_split_by_scan():
+    d = SLICES.assign(patient_id=[f'P{k//10}' if k < 50 else 'unknown' for k in range(100)], label='covid')
+    with pytest.raises(SplitError, match='50 of 100'): split_patients(d)
+    for seed in range(5):
+        s = split_patients(d, group='scan_id', seed=seed)
+        assert (s[:50].groupby('patient_id').fold.nunique() == 1).all() and s[50:].fold.nunique() == 6
+    d.loc[99, 'patient_id'] = '099'; s = split_patients(d.assign(scan_id=d.scan_id.replace('000', '0')), group='scan_id')
+    assert len(s) == 100  # a patient called like a scan is no scan
 
 
 @pytest.mark.data

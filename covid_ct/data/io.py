@@ -6,14 +6,16 @@
 __all__ = ['reorient', 'orientation', 'guess_units', 'from_image', 'read', 'to_image', 'write_scan', 'write_mask', 'write_map',
            'read_mask', 'list_series']
 
-# %% ../../nbs/core/10_io.ipynb #81089d08
-import gzip, re, zlib
+# %% ../../nbs/core/10_io.ipynb #f7899809
+import re, warnings
 from collections import Counter
 from pathlib import Path
 import numpy as np, SimpleITK as sitk
 from PIL import Image
 from ..scan import Scan, Grid, Map, DataError, ReadError, GeometryError, UnitsError, VoxelError, check_same_grid, write_atomic
-from .dicom import list_files, list_series, read_dicom, read_header, reading
+from .volume import LIMIT, _IO, fill, list_files, promise, reading
+from .header import read_header
+from .dicom import list_series, read_dicom
 
 # %% ../../nbs/core/10_io.ipynb #344d2b87
 _AXIS = dict(zip('LRPASI','xxyyzz'))
@@ -60,37 +62,45 @@ def guess_units(v:np.ndarray, # voxels as stored
     raise UnitsError(source, f'values {lo:.5g} … {hi:.5g} are not HU (no air near −1000), not grey values 0 … 255, not in [0,1]',
                      "Pass units='HU' if you know better, or restore the intercept that the file has lost.")
 
-# %% ../../nbs/core/10_io.ipynb #6548de8f
-def _whole(v, lo, hi, own)->np.ndarray:
-    "int16 where that is exact, else float32; copied unless the caller owns `v`"
+# %% ../../nbs/core/10_io.ipynb #5b32935a
+def _whole(v, lo, hi)->np.ndarray:
+    "int16 where that is exact, else float32; slice by slice, so that it stays in the processor's cache"
+    if v.dtype=='i2': return v
     if -32768<=lo and hi<=32767:
-        w = v.astype('i2', order='C', copy=not own)
-        if v.dtype.kind in 'iu' or (w==v).all(): return w
-    return v.astype('f4', order='C')
+        w = np.empty(v.shape, 'i2')
+        for a,b in zip(w,v):
+            a[...] = b
+            if v.dtype.kind=='f' and not np.array_equal(a,b): break
+        else: return w
+    return v.astype('f4', copy=False)
 
-def _values(v, units, source, own)->tuple:
-    "Voxels in their unit, the unit, remarks"
-    lo,hi = float(v.min()),float(v.max())
+def _clip_to_air(v)->int:
+    "Set what lies below −1024 to −1024; returns how many voxels that were"
+    low = [(k,np.count_nonzero(s<-1024)) for k,s in enumerate(v) if s.min()<-1024]
+    for k,_ in low: np.maximum(v[k], -1024, out=v[k])
+    return sum(n for _,n in low)
+
+def _values(v, units, source, ends)->tuple:
+    "Voxels in their unit, the unit, remarks; `ends` are the smallest and largest value where they are known"
+    lo,hi = ends or (float(v.min()),float(v.max()))
     if not np.isfinite(lo+hi): raise VoxelError(source, f'{int((~np.isfinite(v)).sum()):,} voxels are NaN or infinite', 'Repair or exclude the scan.')
     if lo==hi: raise VoxelError(source, f'every voxel is {lo:g}', 'Exclude the scan: there is no picture in it.')
     units = units or guess_units(v, source)
     top = dict(uint8=255, unit=1).get(units)
     if top and not (lo>=0 and hi<=top): raise UnitsError(source, f'values {lo:.5g} … {hi:.5g} cannot be {units!r}', 'Pass the unit that the file is in.')
-    if units!='HU': return v.astype('f4' if v.dtype.kind=='f' else 'u1', order='C'),units,()
-    w,seen = _whole(v, lo, hi, own),[]
-    if lo<-1024:
-        seen.append(f'{np.count_nonzero(w<-1024)/w.size:.2%} of the voxels lay below −1024, down to {lo:g} (padding or overshoot): set to −1024')
-        np.maximum(w, -1024, out=w)
+    if units!='HU': return v.astype('f4' if v.dtype.kind=='f' else 'u1', copy=False),units,()
+    w,seen = _whole(v, lo, hi),[]
+    if lo<-1024: seen.append(f'{_clip_to_air(w)/w.size:.2%} of the voxels lay below −1024, down to {lo:g} (padding or overshoot): set to −1024')
     return w,units,seen if _airy(w) else [*seen,'no air near −1000: perhaps not HU']
 
-# %% ../../nbs/core/10_io.ipynb #c66f6451
-def _scan(v, grid, source, units=None, remarks=(), own=True, **about)->Scan:
-    code = orientation(grid)
-    v,grid = reorient(v, grid, code, 'LPS')
-    v,units,seen = _values(v, units, source, own)
+# %% ../../nbs/core/10_io.ipynb #813d9656
+def _scan(v, grid, source, units=None, remarks=(), ends=None, code=None, **about)->Scan:
+    "Scan of voxels that are ours to change; `code` is that of the file if they are in LPS already"
+    if code is None: code = orientation(grid); v,grid = reorient(v, grid, code, 'LPS')
+    v,units,seen = _values(np.ascontiguousarray(v), units, source, ends)
     return Scan(v, grid.spacing, grid.origin, grid.direction, units=units, source=str(source), stored_as=code, remarks=(*remarks,*seen), **about)
 
-# %% ../../nbs/core/10_io.ipynb #413da691
+# %% ../../nbs/core/10_io.ipynb #2d8ef574
 def from_image(image:sitk.Image, # 3D, one number a voxel
                units:str=None, # unit of its values; None guesses and refuses in doubt
                source='image', # what to name in errors
@@ -103,104 +113,49 @@ def from_image(image:sitk.Image, # 3D, one number a voxel
     if len(size)==4 and size[3]==1: return from_image(image[:,:,:,0], units, source, remarks, **about)
     if len(size)>3: raise GeometryError(source, f'has {size[3]} volumes in one file', 'Give one volume a file.')
     if len(size)<3 or min(size)<2: raise GeometryError(source, f'a volume is needed, this is a picture of {" × ".join(map(str,size))}', 'Give the whole stack of slices.')
-    return _scan(sitk.GetArrayViewFromImage(image), _grid(image), source, units, remarks, own=False, **about) # the view dies with the image
+    return _scan(sitk.GetArrayFromImage(image), _grid(image), source, units, remarks, **about)
 
-# %% ../../nbs/core/10_io.ipynb #b86ad2c0
-def _cut(path, got, need)->ReadError:
-    return ReadError(path, f'ends early: {got:,} bytes of voxels, {need:,} needed', 'Copy or export the file again.')
-
-def _nifti_head(path)->tuple:
-    "Whether it is packed, bytes before the voxels, bytes of voxels, type of voxels if they are floats"
-    packed = open(path,'rb').read(2)==b'\x1f\x8b'
-    with (gzip.open if packed else open)(path,'rb') as f: h = f.read(544)
-    two = h[4:8] in (b'n+2\0',b'ni2\0')
-    if not (two or h[344:348] in (b'n+1\0',b'ni1\0')): raise ReadError(path, 'is not a NIfTI file', 'Check what was saved under this name.')
-    e = '<' if h[:4] in (b'\x5c\1\0\0',b'\x1c\2\0\0') else '>'
-    at = lambda kind,first,n=1: np.frombuffer(h, e+kind, n, first)
-    dim = at('i8',16,8) if two else at('i2',40,8)
-    code,bits = at('i2',12,2) if two else at('i2',70,2)
-    start = int(at('i8',168)[0] if two else at('f4',108)[0])
-    return packed,start,int(np.prod(dim[1:1+max(0,min(7,dim[0]))].astype(object)))*int(bits)//8,{16:e+'f4',64:e+'f8'}.get(int(code))
-
-def _nifti_whole(path, packed, start, need, kind, image)->None:
-    "Raise `ReadError` where bytes are missing or changed, `VoxelError` for NaN: the NIfTI library hides both"
-    if packed:
-        with open(path,'rb') as f: f.seek(-8, 2); crc,size = np.frombuffer(f.read(8),'<u4')
-        with gzip.open(path) as f: head = f.read(start)
-        v = np.ascontiguousarray(sitk.GetArrayViewFromImage(image))
-        if size==(start+v.nbytes)%2**32 and crc==zlib.crc32(v, zlib.crc32(head)): return
-    got,bad = 0,0
-    with (gzip.open if packed else open)(path,'rb') as f:
-        f.read(start)
-        while block:=f.read(1<<22):
-            got += len(block)
-            if kind: bad += int((~np.isfinite(np.frombuffer(block, kind, len(block)//int(kind[2])))).sum())
-    if got<need: raise _cut(path, got, need)
-    if bad: raise VoxelError(path, f'{bad:,} voxels are NaN or infinite', 'Repair or exclude the scan.')
-
-# %% ../../nbs/core/10_io.ipynb #0b36dba6
-def _meta_head(path)->dict:
-    "Lines of a MetaImage header; raises `ReadError` where its voxels are missing"
-    raw = open(path,'rb').read(1<<16)
-    head = {k.strip():v.strip() for k,v in re.findall(r'(?m)^\s*(\w+)\s*=\s*(.*?)\s*$', raw.split(b'ElementDataFile')[0].decode('latin1'))}
-    m = re.search(rb'ElementDataFile\s*=\s*([^\r\n]*)\r?\n?', raw)
-    if not m or 'DimSize' not in head: raise ReadError(path, 'is not a MetaImage', 'Check what was saved under this name.')
-    name = m[1].decode('utf-8','replace').strip(); local = name.upper()=='LOCAL'
-    if name.upper().startswith('LIST') or '%' in name: return head
-    body = Path(path) if local else Path(path).parent/name
-    if not body.is_file(): raise ReadError(path, f'its voxels, the file {name}, are missing', 'Keep both files in one folder.')
-    wide = dict(CHAR=1,UCHAR=1,SHORT=2,USHORT=2,INT=4,UINT=4,FLOAT=4,DOUBLE=8,LONG=4,ULONG=4,LONG_LONG=8,ULONG_LONG=8)
-    need = int(np.prod([int(n) for n in head['DimSize'].split()]))*wide.get(head.get('ElementType','')[4:],1)
-    if head.get('CompressedData','').lower()=='true': need = int(head.get('CompressedDataSize',0))
-    if (got:=body.stat().st_size-(m.end() if local else 0))<need: raise _cut(path, got, need)
-    return head
-
-# %% ../../nbs/core/10_io.ipynb #999249ea
-_IO = {'.nii':'NiftiImageIO','.nii.gz':'NiftiImageIO','.mha':'MetaImageIO','.mhd':'MetaImageIO','.nrrd':'NrrdImageIO','.nhdr':'NrrdImageIO'}
+# %% ../../nbs/core/10_io.ipynb #f3fdd5a1
 _PICTURES = ('.png','.jpg','.jpeg','.bmp','.tif','.tiff')
 
-def _ending(path)->str: return next((e for e in (*_IO,*_PICTURES) if path.name.lower().endswith(e)), '')
+def _ending(path)->str: return next((e for e in ('.nii.gz',*_IO,*_PICTURES) if path.name.lower().endswith(e)), '')
 
 def _load(path)->tuple:
-    "Image of a volume file, and why its geometry is unknown ('' if it is known)"
-    io,doubt = _IO[_ending(path)],''
-    if not path.stat().st_size: raise ReadError(path, 'is empty (0 bytes)', 'Copy or export the file again.')
-    head = _nifti_head(path) if 'Nifti' in io else _meta_head(path) if 'Meta' in io else ()
-    r = sitk.ImageFileReader(); r.SetImageIO(io); r.SetFileName(str(path)); image = r.Execute()
-    say = lambda k: image.GetMetaData(k) if image.HasMetaDataKey(k) else ''
-    if 'Nifti' in io:
-        _nifti_whole(path, *head, image)
-        if say('qform_code')==say('sform_code')=='0': doubt = 'the header has neither qform nor sform'
-        if any(float(say(f'pixdim[{i}]') or 0)<=0 for i in (1,2,3)): doubt = 'a voxel size in the header is 0'
-    elif 'Meta' in io and not {'ElementSpacing','ElementSize'}&set(head): doubt = 'the header has no ElementSpacing'
-    elif 'Nrrd' in io and not say('NRRD_space'): doubt = 'the header has no space'
-    return image,doubt
+    "Voxels in LPS, and a dict of their grid, the code of the file, smallest and largest value; and why the geometry is unknown"
+    s,grid = promise(path); code = orientation(grid)
+    lps = reorient(np.broadcast_to(np.int8(0), s.shape), grid, code, 'LPS')[1]
+    v = np.empty(lps.shape, np.dtype(s.kind).newbyteorder('=') if s.line==(1.,0.) else 'f4')
+    ends = fill(s, reorient(v, lps, 'LPS', code)[0]) # turned while it is unpacked
+    return v,dict(grid=lps, code=code, ends=ends),s.doubt
 
 def _stem(path)->str: return path.name[:-len(_ending(path))] if _ending(path) else path.name
 
 def _read_volume(path, allow, units, **about)->Scan:
-    with reading(path): image,doubt = _load(path)
+    with reading(path): v,how,doubt = _load(path)
     if doubt and not allow: raise _unknown(path, doubt)
     seen = [f'geometry unknown: {doubt}'] if doubt else []
-    if set(image.GetSpacing())=={1.}: seen.append('spacing is exactly 1 × 1 × 1 mm: perhaps a placeholder, and the third axis perhaps not anatomy')
-    with reading(path): return from_image(image, units, path, seen, geometry_known=not doubt, **{'scan_id':_stem(path), **about})
+    if set(how['grid'].spacing)=={1.}: seen.append('spacing is exactly 1 × 1 × 1 mm: perhaps a placeholder, and the third axis perhaps not anatomy')
+    with reading(path): return _scan(v, source=path, units=units, remarks=seen, **how, geometry_known=not doubt, **{'scan_id':_stem(path), **about})
 
 def _unknown(path, doubt)->GeometryError:
     return GeometryError(path, f'geometry is unknown: {doubt}', 'Find the original, or pass allow_unknown_geometry=True and do without millimetres.')
 
-# %% ../../nbs/core/10_io.ipynb #c016d728
+# %% ../../nbs/core/10_io.ipynb #e0bdf8b7
 def _natural(path)->list: return [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', path.stem.lower())]+[path.suffix]
 
 def _read_pictures(folder, files, allow, units, **about)->Scan:
     if len({f.parent for f in files})>1: raise ReadError(folder, f'has pictures in {len({f.parent for f in files})} folders', 'Name the folder of one scan.')
     if not allow: raise _unknown(folder, 'pictures carry neither millimetres nor orientation')
-    files,stack,seen = sorted(files, key=_natural),[],['geometry unknown: made from pictures, in the order of their names']
+    files,stack,first,seen = sorted(files, key=_natural),[],None,['geometry unknown: made from pictures, in the order of their names']
     for f in files:
-        with reading(f), Image.open(f) as im:
+        with reading(f), warnings.catch_warnings(), Image.open(f) as im:
+            warnings.simplefilter('ignore'); warnings.simplefilter('error', Image.DecompressionBombWarning)
+            first = first or im.size
+            if im.size!=first: raise GeometryError(f, f'is {im.size[::-1]}, the first slice {first[::-1]}', 'Exclude the odd picture.') # before it is decoded
+            if 4*im.size[0]*im.size[1]*len(files)>LIMIT: raise ReadError(f, f'promises {im.size[0]} × {im.size[1]} pixels, too many for a slice', 'Check where it comes from.')
             if getattr(im,'n_frames',1)>1: raise GeometryError(f, f'has {im.n_frames} pages', 'Save one slice a file.')
             if im.mode not in ('L','I;16','I','F','1'): seen.append(f'colours turned into grey (mode {im.mode})')
             stack.append(np.asarray(im if im.mode in ('L','I;16','I','F') else im.convert('L')))
-        if stack[-1].shape!=stack[0].shape: raise GeometryError(f, f'is {stack[-1].shape}, the first slice {stack[0].shape}', 'Exclude the odd picture.')
     if len(stack)<2: raise GeometryError(folder, 'a volume is needed, this is one picture', 'Give the whole stack of slices.')
     again = sum(np.array_equal(a,b) for a,b in zip(stack,stack[1:]))
     if again: seen.append(f'{again} slices repeat the one before')
@@ -209,7 +164,7 @@ def _read_pictures(folder, files, allow, units, **about)->Scan:
     v = np.stack(stack)
     return _scan(v, Grid(v.shape,(1.,1.,1.)), folder, units, dict.fromkeys(seen), geometry_known=False, **{'scan_id':folder.name, **about})
 
-# %% ../../nbs/core/10_io.ipynb #7892c77c
+# %% ../../nbs/core/10_io.ipynb #ec8f6417
 _all_ = ['list_series']
 
 def _is_dicom(path)->bool:
@@ -220,6 +175,7 @@ def read(path, # volume file, DICOM folder or file, folder of pictures
          series=None, # which of several: index in `list_series`, series uid, or a part of description or kernel that only one has
          allow_unknown_geometry=False, # accept placeholder millimetres; the scan stays marked
          units:str=None, # `'HU'`, `'uint8'` or `'unit'`; None believes CT headers and guesses otherwise
+         tilt='refuse', # of a DICOM gantry; `'correct'` resamples the slices on an upright grid
          **ids, # `patient_id`, `scan_id`, instead of the pseudonyms
         )->Scan: # in LPS, with remarks on what was noticed
     "Read one scan; raises a `DataError` for whatever cannot be one"
@@ -228,9 +184,9 @@ def read(path, # volume file, DICOM folder or file, folder of pictures
     volumes,pictures = ([f for f in files if _ending(f) in kinds] for kinds in (_IO,_PICTURES))
     rest = [f for f in files if not _ending(f)]
     if path.is_file() and pictures: raise GeometryError(path, 'a volume is needed, this is one picture', 'Give the folder of all slices.')
-    if path.is_file() and 'DICOMDIR' in path.name.upper(): return read(path.parent, series, allow_unknown_geometry, units, **ids)
+    if path.is_file() and 'DICOMDIR' in path.name.upper(): return read(path.parent, series, allow_unknown_geometry, units, tilt, **ids)
     if any(map(_is_dicom, rest)):
-        v,grid,about = read_dicom(path, rest, series)
+        v,grid,about = read_dicom(path, rest, series, tilt)
         if len(rest)<len(files): about['remarks'] += (f'left out: {len(files)-len(rest)} volume files or pictures',)
         return _scan(v, grid, path, **{**about, 'units':units or about['units'], **ids})
     if pictures: return _read_pictures(path, pictures, allow_unknown_geometry, units, **ids)
@@ -288,7 +244,7 @@ def write_map(map, # `Map`, or an array `(D,H,W)` in [0,1]
     if isinstance(map, Map): check_same_grid(map, scan, path)
     return _write(to_image(np.asarray(getattr(map,'values',map),'f4'), scan), path, overwrite)
 
-# %% ../../nbs/core/10_io.ipynb #9d6d0172
+# %% ../../nbs/core/10_io.ipynb #158122c6
 def read_mask(path, # volume file with labels
               scan:Scan=None, # the scan it must lie on
              )->np.ndarray: # `(D,H,W)` uint8 labels, LPS
@@ -296,8 +252,8 @@ def read_mask(path, # volume file with labels
     path = Path(path); list_files(path)
     if _ending(path) not in _IO: raise ReadError(path, 'is not a volume file', 'Give NIfTI, MHA or NRRD.')
     with reading(path):
-        image,_ = _load(path); g = _grid(image)
-        v,g = reorient(sitk.GetArrayViewFromImage(image), g, orientation(g), 'LPS')
-        if scan is not None: check_same_grid(g, scan, path)
-        if not (v.min()>=0 and v.max()<=255 and (v.dtype.kind in 'iu' or (v==np.rint(v)).all())): raise VoxelError(path, 'holds no whole labels from 0 to 255', 'Give a mask.')
-        return v.astype('u1', order='C')
+        v,how,_ = _load(path)
+        if scan is not None: check_same_grid(how['grid'], scan, path)
+        lo,hi = how['ends']
+        if not (lo>=0 and hi<=255 and (v.dtype.kind in 'iu' or all((s==np.rint(s)).all() for s in v))): raise VoxelError(path, 'holds no whole labels from 0 to 255', 'Give a mask.')
+        return v.astype('u1', copy=False)

@@ -18,7 +18,7 @@ from ..models.zoo import ROWS
 from .losses import build_loss
 from .task import TASKS
 
-# %% ../../nbs/core/51_recipes.ipynb #66ab9737
+# %% ../../nbs/core/51_recipes.ipynb #d9c8425d
 class RecipeError(DataError): "A recipe with an unknown, impossible or contradictory field"
 
 def _plain(r, k):
@@ -26,7 +26,7 @@ def _plain(r, k):
     try: return dict(json.loads(json.dumps(getattr(r, k))))
     except (TypeError, ValueError) as e: raise RecipeError(f'recipe {r.system} {r.name}', f'{k} cannot be written as JSON ({e})', 'Use numbers, words, lists and dicts.') from e
 
-SAMPLERS, OPTIMIZERS = ('uniform','class_balanced'), ('adam','adamw','sgd')
+SAMPLERS, OPTIMIZERS = ('uniform','class_balanced','size_balanced','composition'), ('adam','adamw','sgd')
 PRECISIONS, KEEPS = ('no','bf16','fp16'), ('accuracy','auc','loss','dice')
 _SYMBOLS = dict(task=tuple(TASKS), sampler=SAMPLERS, optimizer=OPTIMIZERS, precision=PRECISIONS, keep=KEEPS)
 
@@ -97,7 +97,7 @@ def check_recipe(
     if lacking: yield f'no source for {", ".join(lacking[:4])}', 'Say in sources where each value comes from; change() does it for you.'
     if set(r.sources)-set(sourced()): yield f'a source for {sorted(set(r.sources)-set(sourced()))[0]!r}, which is no field', f'Fields are {", ".join(sourced())}.'
 
-# %% ../../nbs/core/51_recipes.ipynb #063a272b
+# %% ../../nbs/core/51_recipes.ipynb #93aec6a4
 def _contradictions(r):
     "Values that are fine alone and wrong together"
     if r.task in TASKS and r.keep not in ('loss', *TASKS[r.task].shown): yield f'keep={r.keep!r} in a task that is judged by {", ".join(TASKS[r.task].shown)}', f'Use loss or {TASKS[r.task].shown[0]}.'
@@ -109,6 +109,8 @@ def _contradictions(r):
     if r.model in ROWS and size:
         depth = r.model_kwargs.get('depth', ROWS[r.model].input_size[1])
         if depth!=size[0]: yield f'{r.model} for {depth} slices, but {r.prep} makes {size[0]}', f'Put depth={size[0]} into model_kwargs, or choose another prep.'
+    parts = r.sampler_kwargs.get('composition',{})
+    if r.sampler=='composition' and sum(parts.values())!=r.batch_size: yield f'a batch of {r.batch_size} from the composition {parts}', f'Put {sum(parts.values())} into batch_size, or name the scans of each class in sampler_kwargs.'
     weights = r.loss_kwargs.get('weights')
     if weights is not None and len(weights)!=len(r.classes): yield f'{len(weights)} class weights for {len(r.classes)} classes', 'Give one per class.'
     try: build_loss(r.loss, **r.loss_kwargs)

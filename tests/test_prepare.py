@@ -1,0 +1,289 @@
+"Preparing a cohort: kill and resume, two runs at once, clusters, failures, and keys that follow the code"
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import joblib
+import numpy as np
+import pandas as pd
+import pytest
+
+from covid_ct.data import cache as C
+from covid_ct.data.cache import (MASKS, Cache, cache_folder, cache_size, has_mask, make_arrays, pack, prep_of, prepare_cohort, row_of, scan_name, sources,
+                                 staged, sweep, unpack)
+from covid_ct.data.catalog import write_series
+from covid_ct.data.io import write_scan
+from covid_ct.data.preprocess import PREPS, Prep, prepare
+from covid_ct.phantom import make_phantom, phantom_cohort, phantom_of
+from covid_ct.scan import CohortError, DataError, Scan
+
+SIZE = (6, 12, 10)
+PREP = Prep(size=SIZE)
+LABELS = ('healthy', 'cap', 'covid')
+
+
+class Toy:
+    "What a phantom offers, in a few voxels"
+    def __init__(self, row):
+        rng = np.random.default_rng(int(row['seed']))
+        self.scan = Scan(rng.normal(-600, 200, (8, 16, 14)).clip(-1000, 400).astype('i2'), (5., 2., 2.), scan_id=row['scan_id'], patient_id=row['patient_id'])
+        self.lungs = np.zeros(self.scan.shape, bool); self.lungs[1:7, 3:13, 2:12] = True
+        self.infection = np.zeros(self.scan.shape, bool); self.infection[2:4, 5:9, 3:7] = row['label'] != 'healthy'
+
+
+def toy(row): return Toy(row)
+
+
+def fails(row):
+    if row['scan_id'] == 'S04': raise OSError('scratched')
+    if row['scan_id'] == 'S07': raise CohortError('S07', 'is odd', 'Look.')
+    return Toy(row)
+
+
+def dies(row):
+    if row['scan_id'] == 'S05': os.kill(os.getpid(), signal.SIGKILL)
+    return Toy(row)
+
+
+def table(n=12): return pd.DataFrame([dict(patient_id=f'P{i//2:03d}', scan_id=f'S{i:02d}', label=LABELS[i//2 % 3], seed=i) for i in range(n)])
+
+
+def on_disk(folder, n):
+    "Small scans as files, two of them cut short, and their table"
+    folder.mkdir()
+    for _, r in table(n).iterrows(): write_scan(Toy(r).scan, folder/f'{r.scan_id}.nii.gz')
+    for i in (3, n-2): f = folder/f'S{i:02d}.nii.gz'; f.write_bytes(f.read_bytes()[:900])
+    table(n).assign(path=[f'S{i:02d}.nii.gz' for i in range(n)]).to_csv(folder/'cohort.csv', index=False)
+    return folder/'cohort.csv'
+
+
+def contents(folder): return {f.relative_to(folder).as_posix(): f.read_bytes() for f in Path(folder).rglob('*') if f.is_file()}
+
+
+quiet = partial(prepare_cohort, progress=False)
+
+
+@pytest.fixture
+def cohort(): return table()
+
+
+# ── a run and what it leaves ─────────────────────────────────────────────────────────────────────────────────────
+def test_size_is_predicted_to_the_byte_and_values_are_those_of_prepare(cohort, tmp_path):
+    done = quiet(cohort, PREP, tmp_path, MASKS, jobs=1, load=toy)
+    arrays = list(done.folder.glob('*.npy'))
+    assert (done.made, done.found, done.exit_code) == (12, 0, 0) and len(arrays) == 36
+    assert sum(f.stat().st_size for f in arrays) == cache_size(cohort, PREP, MASKS)
+    assert sorted(f.name for f in done.folder.iterdir() if f not in arrays) == ['failures.csv', 'recipe.json']
+    assert all(np.load(f, allow_pickle=False).dtype in ('u1', 'u2') for f in arrays)
+    kept, t = Cache(tmp_path, PREP, toy).get(cohort.iloc[5], MASKS), Toy(cohort.iloc[5])
+    p = prepare(t.scan, PREP)
+    assert abs(unpack(kept['image'])-p.voxels).max() <= 1/131070+1e-7 and (kept['lung'] == p.forward(t.lungs)).all() and kept['lung'].dtype == bool
+    assert not kept['image'].flags.writeable
+    again = quiet(cohort, PREP, tmp_path, MASKS, jobs=1, load=toy)
+    assert (again.made, again.found) == (0, 12) and 'were there' in str(again)
+
+
+@pytest.mark.parametrize('jobs', [1, 2])
+def test_failures_are_a_table_and_the_rest_goes_on(cohort, tmp_path, jobs):
+    done = quiet(cohort, PREP, tmp_path, jobs=jobs, load=fails)
+    assert done.failures.values.tolist() == [['S04', 'OSError', 'scratched', ''], ['S07', 'CohortError', 'is odd', 'Look.']]
+    assert (done.made, done.exit_code) == (10, 1) and '2 failed' in str(done)
+    assert pd.read_csv(done.folder/'failures.csv', keep_default_na=False).equals(done.failures)
+    stamp = {f: f.stat().st_mtime_ns for f in done.folder.glob('*.npy')}
+    again = quiet(cohort, PREP, tmp_path, jobs=1, load=fails)
+    assert (again.made, again.found, len(again.failures)) == (0, 10, 2) and stamp == {f: f.stat().st_mtime_ns for f in done.folder.glob('*.npy')}
+
+
+def test_failures_of_another_part_of_the_cohort_stay_and_repaired_ones_go(cohort, tmp_path):
+    quiet(cohort[:6], PREP, tmp_path, jobs=1, load=fails)
+    folder = quiet(cohort[6:], PREP, tmp_path, jobs=1, load=fails).folder
+    read = lambda: pd.read_csv(folder/'failures.csv').scan_id.tolist()
+    assert read() == ['S04', 'S07']
+    Cache(tmp_path, PREP, fails).put(cohort.iloc[4], make_arrays(cohort.iloc[4], PREP, load=toy))  # repaired by hand
+    assert quiet(cohort[:6], PREP, tmp_path, jobs=1, load=fails).exit_code == 0 and read() == ['S07']
+
+
+def test_a_process_that_is_killed_is_a_typed_error_and_what_is_finished_stays(cohort, tmp_path):
+    with pytest.raises(DataError, match='a process was lost .*terminated'): quiet(cohort, PREP, tmp_path, jobs=2, load=dies)
+    folder = cache_folder(tmp_path, PREP, dies)
+    assert all(Cache(tmp_path, PREP, dies).get(r) is not None for _, r in cohort.iterrows() if list(folder.glob(f'{r.scan_id}-*.npy')))
+    rest = quiet(cohort.drop(index=5), PREP, tmp_path, jobs=2, load=dies)
+    assert rest.made+rest.found == 11 and not list(folder.glob('.*'))
+
+
+def test_the_disk(cohort, tmp_path, monkeypatch, capsys):
+    def never(row): raise AssertionError('work was begun')
+    with monkeypatch.context() as m:
+        m.setattr(C.shutil, 'disk_usage', lambda p: type('U', (), dict(free=10)))
+        with pytest.raises(DataError, match='GB to write'): prepare_cohort(cohort, PREP, tmp_path, jobs=1, load=never)
+    assert '12 of 12 scans to prepare' in capsys.readouterr().out and not list(tmp_path.rglob('*.npy'))
+
+    def full(path, array): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(C, '_save', full)
+    with pytest.raises(DataError, match='No space left'): quiet(cohort, PREP, tmp_path, jobs=1, load=toy)
+    assert not list(tmp_path.rglob('*.npy')) and not list(tmp_path.rglob('.part*'))
+
+
+def test_refusals(cohort, tmp_path):
+    with pytest.raises(CohortError, match='no rows'): quiet(cohort[:0], PREP, tmp_path)
+    with pytest.raises(CohortError, match='no size'): quiet(cohort, Prep(size=None, spacing=(5., 2., 2.)), tmp_path)
+    with pytest.raises(CohortError, match="'lobes' is unknown"): quiet(cohort, PREP, tmp_path, masks=('lobes',))
+    with pytest.raises(CohortError, match="no column 'scan_id'"): quiet(cohort.drop(columns='scan_id'), PREP, tmp_path)
+    with pytest.raises(CohortError, match='S03.*twice'): quiet(pd.concat([cohort, cohort[3:4]]), PREP, tmp_path)
+    with pytest.raises(CohortError, match="'vgg' names no preprocessing"): quiet(cohort, 'vgg', tmp_path)
+    with pytest.raises(CohortError): quiet(tmp_path/'none.csv', PREP, tmp_path)
+    recipe = type('Recipe', (), dict(prep='darnet_tiny'))
+    assert prep_of(recipe) is prep_of('darnet_tiny') is prep_of(PREPS['darnet_tiny'])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_mask_is_a_failure_of_its_scan(tmp_path):
+    csv = on_disk(tmp_path/'data', 6)
+    done = quiet(csv, PREP, tmp_path/'out', masks=('infection',), jobs=1)
+    assert set(done.failures.scan_id) == {'S02', 'S03', 'S04', 'S05'} and done.made == 2  # only the healthy ones are known to have none
+    assert set(done.failures.error) == {'CohortError', 'ReadError'}
+
+
+# ── killed, and two at once ──────────────────────────────────────────────────────────────────────────────────────
+RUN = "import sys; from covid_ct.data.cache import prepare_cohort; from covid_ct.data.preprocess import Prep\n" \
+      "prepare_cohort(sys.argv[1], Prep(size=(6,12,10)), sys.argv[2], jobs=int(sys.argv[3]), progress=False)"
+
+
+def start(csv, out, jobs=2, code=RUN): return subprocess.Popen([sys.executable, '-c', code, csv, out, str(jobs)], start_new_session=True, env={**os.environ, 'PYTHONPATH': str(Path(C.__file__).parents[2])})
+
+
+@pytest.mark.parametrize('whole_group', [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_200_scans_killed_in_the_middle_and_restarted_equal_an_uninterrupted_run(tmp_path, whole_group):
+    csv = on_disk(tmp_path/'data', 200)
+    if not (whole := tmp_path/'whole').exists(): quiet(csv, PREP, whole, jobs=1)
+    p = start(csv, tmp_path/'killed')
+    count = lambda: len(list((tmp_path/'killed').glob('*/*.image.npy')))
+    while count() < 30 and p.poll() is None: time.sleep(.001)
+    (os.killpg if whole_group else os.kill)(p.pid, signal.SIGKILL); p.wait()
+    assert 30 <= count() < 198, 'the kill came too late to tell anything'
+    done = quiet(csv, PREP, tmp_path/'killed', jobs=2)
+    assert (done.made+done.found, len(done.failures)) == (198, 2) and done.found >= 30
+    time.sleep(0 if whole_group else 1)  # workers that outlived their parent finish the scan in hand
+    a, b = contents(whole), contents(tmp_path/'killed')
+    assert a.keys() == b.keys() and all(a[k] == b[k] for k in a) and len(a) == 198+2
+
+
+def test_a_kill_in_the_middle_of_a_write_leaves_nothing_that_counts(tmp_path):
+    csv = on_disk(tmp_path/'data', 8)
+    half = "import numpy as np, os\nwhole = np.save\ncalls = []\n" \
+           "def save(f, a, **k):\n    calls.append(1)\n    if len(calls) == 3: f.write(b'\\x93NUMPY half'); f.flush(); os.kill(os.getpid(), 9)\n    whole(f, a, **k)\nnp.save = save\n"
+    p = start(csv, tmp_path/'killed', 1, half+RUN)
+    assert p.wait() == -signal.SIGKILL
+    folder = cache_folder(tmp_path/'killed', PREP)
+    assert len(list(folder.glob('*.npy'))) == 2 and len(list(folder.glob('.part-*'))) == 1  # two whole scans, one stage of the dead
+    quiet(csv, PREP, tmp_path/'killed', jobs=1); quiet(csv, PREP, tmp_path/'whole', jobs=1)
+    assert contents(tmp_path/'killed') == contents(tmp_path/'whole') and not list(folder.glob('.*'))
+
+
+def test_masks_and_image_of_a_scan_appear_together(cohort, tmp_path, monkeypatch):
+    cache, seen, save = Cache(tmp_path, PREP, toy), [], C._save
+    def watched(path, array): seen.append(len(list(tmp_path.rglob(f'{scan_name(cohort.iloc[0])}*')))); save(path, array)
+    monkeypatch.setattr(C, '_save', watched)
+    cache.arrays(cohort.iloc[0], MASKS)
+    assert seen == [0, 0, 0] and len(list(tmp_path.rglob('*.npy'))) == 3
+
+
+def test_two_processes_at_once_do_not_disturb_each_other(tmp_path):
+    csv = on_disk(tmp_path/'data', 60)
+    both = [start(csv, tmp_path/'shared', 1) for _ in range(2)]
+    assert [p.wait() for p in both] == [0, 0]
+    quiet(csv, PREP, tmp_path/'alone', jobs=1)
+    assert contents(tmp_path/'shared') == contents(tmp_path/'alone')
+
+
+def test_only_stages_of_the_dead_are_swept(tmp_path):
+    with staged(tmp_path) as mine:
+        dead = tmp_path/'.part-dead'; dead.mkdir(); (dead/'lock').touch(); (dead/'half.npy').write_bytes(b'1')
+        assert sweep(tmp_path) == 1 and mine.is_dir() and not dead.exists()
+        os.utime(mine, (0, 0))
+        assert sweep(tmp_path) == 1 and not mine.exists()  # a day old: dead, even where locks cannot be asked
+    young = tmp_path/'.new-young'; young.mkdir()
+    assert sweep(tmp_path) == 0 and sweep(tmp_path/'nowhere') == 0 and young.exists()
+
+
+# ── clusters ─────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_dask_prepares_the_same_bytes(tmp_path):
+    distributed = pytest.importorskip('distributed')
+    csv = on_disk(tmp_path/'data', 12)
+    here = quiet(csv, PREP, tmp_path/'here', jobs=1)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, local_directory=str(tmp_path/'dask')) as cluster, distributed.Client(cluster):
+        with joblib.parallel_config(backend='dask'): there = quiet(csv, PREP, tmp_path/'there', jobs=-1)
+    assert (there.made, len(there.failures)) == (here.made, 2) == (10, 2) and there.failures.equals(here.failures)
+    assert contents(tmp_path/'here') == contents(tmp_path/'there')
+
+
+# ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+def test_keys_follow_recipe_function_and_arguments(tmp_path):
+    other = [Prep(size=SIZE, window=(-1000., 400.)), Prep(size=(6, 12, 12)), Prep(size=SIZE, crop=100.)]
+    folders = {cache_folder(tmp_path, p, toy) for p in (PREP, *other)} | {cache_folder(tmp_path, PREP, f) for f in (fails, partial(toy), partial(toy, shape=3))}
+    assert len(folders) == 7
+
+
+MODULES = ('scan', 'data.preprocess', 'data.io', 'data.dicom', 'data.lungs', 'data.catalog')
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_keys_follow_the_code_that_voxels_depend_on(module, tmp_path, monkeypatch):
+    "Every module that reading, finding lungs and preparing stand on: one changed line, and the old cache is not found"
+    real, file = C._code, sys.modules['covid_ct.'+module].__file__
+    before = cache_folder(tmp_path, PREP)
+    monkeypatch.setattr(C, '_code', lambda f: real(f)+'changed' if f == file else real(f))
+    assert cache_folder(tmp_path, PREP) != before
+
+
+def test_code_is_what_runs_not_its_comments(tmp_path):
+    a, b, c = (tmp_path/f'{k}.py' for k in 'abc')
+    a.write_text('# one\nx = 1\n\ny = 2\n'); b.write_text('x = 1\n# two\ny = 2\n'); c.write_text('x = 1\ny = 3\n')
+    assert C._code(a) == C._code(b) != C._code(c)
+    assert not {'covid_ct.data.augment', 'covid_ct.data.load', 'covid_ct.show'} & set(sources('covid_ct.data.catalog')) and 'numpy' not in sources('covid_ct.scan')
+
+
+def test_names_follow_the_files_and_how_they_are_read(tmp_path):
+    r = table(2).iloc[0]; f = tmp_path/'s.nii.gz'; write_scan(Toy(r).scan, f)
+    row = {**r, 'path': str(f)}
+    name = scan_name(row)
+    assert scan_name({**row, 'fold': 2, 'centre': 'B'}) == name  # what does not decide voxels
+    assert name not in {scan_name({**row, 'units': 'HU'}), scan_name({**row, 'slice': 2}), scan_name({**row, 'lung_mask': str(f)})}
+    os.utime(f, (1, 1)); assert scan_name(row) != name
+    series = write_series(Toy(r).scan, tmp_path/'s'); row = {**r, 'path': str(series)}; name = scan_name(row)
+    (series/'IM3').unlink(); assert scan_name(row) != name
+
+
+def test_recipe_json_says_what_the_name_means(cohort, tmp_path):
+    folder = quiet(cohort[:1], PREP, tmp_path, jobs=1, load=toy).folder
+    said = json.loads((folder/'recipe.json').read_text())
+    assert said['prep']['size'] == list(SIZE) and said['called'][1].endswith('test_prepare.toy') and 'covid_ct.data.preprocess' in said['modules']
+    assert str(tmp_path) not in json.dumps(said)
+
+
+def test_file_and_phantom_are_one_scan(tmp_path):
+    "NIfTI, DICOM and the phantom itself give the same prepared bytes"
+    p = make_phantom('covid', seed=5, shape=(24, 48, 48))
+    write_scan(p.scan, tmp_path/'s.nii.gz'); write_series(p.scan, tmp_path/'s')
+    rows = [pd.Series(dict(patient_id='P', scan_id='S', label='covid', path=str(tmp_path/f))) for f in ('s.nii.gz', 's')]
+    a, b = (make_arrays(r, PREP)['image'].astype(int) for r in rows)
+    c = pack(prepare(p.scan, PREP).voxels).astype(int)
+    assert abs(a-c).max() <= 1 and abs(b-c).max() <= 1
+
+
+def test_rows_and_masks(cohort, tmp_path):
+    df = cohort.assign(path='a/b.nii.gz'); df.attrs['root'] = '/data'
+    assert row_of(df, 3).path == '/data/a/b.nii.gz' and row_of(df, 3, tmp_path).path == str(tmp_path/'a/b.nii.gz') and df.path[3] == 'a/b.nii.gz'
+    assert has_mask(dict(scan_id='S', label='cap', infection_mask='x.nii.gz'), 'infection') and not has_mask(dict(scan_id='S', label='healthy'), 'infection')
+    for m, label in (('lung', 'healthy'), ('infection', 'covid')):
+        with pytest.raises(CohortError, match=f'has no {m}_mask'): has_mask(dict(scan_id='S', label=label, **{f'{m}_mask': float('nan')}), m)
+
+
+def test_a_phantom_cohort_needs_no_files(tmp_path):
+    done = quiet(phantom_cohort(2, seed=1), PREP, tmp_path, ('lung',), jobs=1, load=partial(phantom_of, shape=(24, 32, 32)))
+    assert done.exit_code == 0 and done.made >= 2 and not done.failures.size

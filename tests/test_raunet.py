@@ -1,0 +1,246 @@
+"""The residual attention U-Net, its slices and their traps."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from covid_ct.data.slices import (SLICE_CLASSES, SliceDataset, body_box, class_ml, phantom_slices, read_pair, require_volume, segment_scan, six_views,
+                                  slice_classes, slice_cohort, strangers, to_size)
+from covid_ct.models.blocks import count_parameters
+from covid_ct.models.raunet import RAUNET_ROWS, Aggregated, RAUNet
+from covid_ct.models.unet import UNet
+from covid_ct.phantom import make_phantom
+from covid_ct.scan import CohortError, DataError, GeometryError, ReadError, Scan, UnitsError, VoxelError
+from covid_ct.train.losses import SegmentationLoss
+from torch import nn
+
+SMALL = dict(widths=(8, 16, 32), cardinality=4, chunk=16)
+
+
+# ---- blocks and network
+
+def test_grouped_convolution_is_a_sum_of_branches():
+    "Values and every gradient, with copied weights, in evaluation and in training"
+    torch.manual_seed(0)
+    block, C = Aggregated(2, 5, 12, 3).double(), 3
+    n = 6 // C
+    for bn in (block.squeeze[1], block.look[1], block.spread[1], block.shortcut[1]):
+        for p in (bn.weight, bn.bias): nn.init.normal_(p, 1, .3)
+
+    def norm(bn, y, s=slice(None)): return F.batch_norm(y, None, None, bn.weight[s], bn.bias[s], True)
+
+    def branches(x):
+        out = 0
+        for j in range(C):
+            s = slice(j * n, (j + 1) * n)
+            y = norm(block.squeeze[1], F.conv2d(x, block.squeeze[0].weight[s]), s).relu()
+            y = norm(block.look[1], F.conv2d(y, block.look[0].weight[s], padding=1), s).relu()
+            out = out + F.conv2d(y, block.spread[0].weight[:, s])
+        return (norm(block.spread[1], out) + norm(block.shortcut[1], F.conv2d(x, block.shortcut[0].weight))).relu()
+    x = torch.randn(4, 5, 6, 7).double().requires_grad_()
+    r = torch.randn(4, 12, 6, 7).double()
+    wrt = [x, *block.parameters()]
+    a, b = (torch.autograd.grad((f(x) * r).sum(), wrt) for f in (block, branches))
+    assert (block(x) - branches(x)).abs().max() < 1e-10
+    for g, h in zip(a, b): assert (g - h).abs().max() < 1e-9 and g.abs().sum() > 0
+
+
+def test_cardinality_must_divide():
+    with pytest.raises(DataError, match="divisor"): RAUNet(widths=(8, 16), cardinality=3)
+
+
+def test_counts():
+    with torch.device("meta"):
+        assert {k: count_parameters(b()) for k, b in RAUNET_ROWS.items()} == {'raunet': 20_316_292, 'raunet-a': 16_138_372, 'raunet-r': 35_214_596, 'raunet-unet': 31_036_676}
+
+
+@pytest.mark.parametrize("row", RAUNET_ROWS)
+@pytest.mark.parametrize("size", [(16, 16), (29, 23), (37, 5)])
+def test_rows_any_size_every_gradient(row, size):
+    torch.manual_seed(0)
+    net = RAUNET_ROWS[row](**SMALL)
+    out = net.outputs(torch.rand(2, 1, *size))
+    assert out["logits"].shape == (2, 4, *size) and len(out["buckets"]) == (2 if row in ("raunet", "raunet-r") else 0)
+    out["logits"].square().mean().backward()
+    assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+    net.eval()
+    x = torch.rand(1, 1, *size)
+    assert torch.equal(net(x), net.outputs(x)["logits"])
+
+
+def test_without_both_it_is_the_unet():
+    ours, plain = RAUNET_ROWS["raunet-unet"](**SMALL).eval(), UNet(2, 1, 4, SMALL["widths"]).eval()
+    plain.load_state_dict({k.replace(".convs.", "."): v for k, v in ours.state_dict().items()})
+    x = torch.rand(1, 1, 21, 30)
+    assert torch.equal(ours(x), plain(x))
+
+
+def test_silenced_attention_is_no_attention():
+    torch.manual_seed(0)
+    m, without = RAUNet(**SMALL).eval(), RAUNET_ROWS["raunet-a"](**SMALL).eval()
+    without.load_state_dict({k: v for k, v in m.state_dict().items() if ".attend." not in k})
+    for d in m.decode: nn.init.normal_(d.attend.out.weight)
+    x = torch.rand(1, 1, 20, 20)
+    assert (m(x) - without(x)).abs().max() > 1e-4
+    for d in m.decode: nn.init.zeros_(d.attend.out.weight)
+    assert torch.equal(m(x), without(x))
+
+
+def overfit(x, y, steps, lr=1e-2, widths=(12, 24, 48)):
+    torch.manual_seed(0)
+    net = RAUNet(widths=widths, cardinality=3, heads=1, chunk=32, rounds=1)
+    opt, loss_of = torch.optim.Adam(net.parameters(), lr), SegmentationLoss(dice=1.)
+    for step in range(steps):
+        if step == int(.7 * steps): opt.param_groups[0]["lr"] = lr / 5
+        loss, _ = loss_of(dict(logits=net(x)), dict(mask=y))
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    with torch.no_grad(): p = net.eval()(x).argmax(1)
+    return {c: float(2 * ((p == k) & (y == k)).sum() / ((p == k).sum() + (y == k).sum())) for k, c in enumerate(SLICE_CLASSES) if (y == k).any()}
+
+
+def test_learns_four_phantom_slices_by_heart():
+    d = SliceDataset(phantom_slices(4, 32, seed=5), 32)
+    learned = overfit(d.image, d.mask, 80)
+    assert len(learned) >= 3 and min(learned.values()) > .95, learned
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_learns_four_real_slices_by_heart(data_dir):
+    rows = slice_cohort(data_dir / "medseg100/im/256", data_dir / "medseg100/mask/multi/256")
+    every = SliceDataset(rows, 64)
+    three = [i for i in range(len(every)) if len(every.mask[i].unique()) == 4][:2]
+    some = [i for i in range(len(every)) if len(every.mask[i].unique()) == 3][:2]
+    x, y = every.image[three + some], every.mask[three + some]
+    learned = overfit(x, y, 220)
+    assert set(learned) == set(SLICE_CLASSES) and min(learned.values()) > .95, learned
+
+
+# ---- slices
+
+def save(path, v):
+    path.parent.mkdir(exist_ok=True)
+    Image.fromarray(v).save(path)
+    return path
+
+
+@pytest.fixture
+def pair(tmp_path):
+    m = np.zeros((40, 40), "u1")
+    m[5:20, 5:20], m[8:14, 8:14], m[30:35, 10:30] = 85, 170, 255
+    return save(tmp_path / "im/i07.png", (np.arange(1600) % 256).astype("u1").reshape(40, 40)), save(tmp_path / "mask/z07.png", m), m
+
+
+def test_pair(pair, tmp_path):
+    image, mask, m = pair
+    v, k = read_pair(image, mask)
+    assert v.dtype == np.float32 and abs(v[3, 4] - 124 / 255) < 1e-6 and (k == m // 85).all()
+    rows = slice_cohort(tmp_path / "im", tmp_path / "mask")
+    assert rows.patient_id.tolist() == ["unknown"] and rows.slice_id.tolist() == ["i07"]
+    rgb = save(tmp_path / "rgb.png", np.dstack([np.array(Image.open(image))] * 3))
+    assert (read_pair(rgb, mask)[0] == v).all()
+
+
+def test_bad_pairs(pair, tmp_path):
+    image, mask, m = pair
+    with pytest.raises(VoxelError, match="77"): read_pair(image, save(tmp_path / "a.png", np.where(m == 85, 77, m).astype("u1")))
+    with pytest.raises(GeometryError, match="20"): read_pair(image, save(tmp_path / "b.png", m[::2, ::2].copy()))
+    soft = np.array(Image.fromarray(m).resize((20, 20), Image.BILINEAR).resize((40, 40), Image.BILINEAR))
+    with pytest.raises(VoxelError, match="labels"): read_pair(image, save(tmp_path / "c.png", soft))
+    with pytest.raises(UnitsError): read_pair(save(tmp_path / "d.png", np.dstack([m, m, 0 * m])), mask)
+    with pytest.raises(UnitsError): read_pair(save(tmp_path / "e.png", m.astype("u2") * 100), mask)
+    (tmp_path / "f.png").write_bytes(b"no picture")
+    with pytest.raises(ReadError): read_pair(tmp_path / "f.png", mask)
+    save(tmp_path / "im/i08.png", m)
+    with pytest.raises(CohortError, match="8"): slice_cohort(tmp_path / "im", tmp_path / "mask")
+    with pytest.raises(ReadError): slice_cohort(tmp_path / "nowhere", tmp_path / "mask")
+    with pytest.raises(VoxelError): SliceDataset([dict(image=np.zeros((8, 8)), mask=np.full((8, 8), 4), slice_id="x")])
+    with pytest.raises(CohortError): SliceDataset([])
+
+
+def test_classes():
+    assert slice_classes(np.arange(6)).tolist() == [0, 1, 2, 1, 3, 1]
+
+
+def test_phantom_slices():
+    a, b = phantom_slices(6, 32, seed=2), phantom_slices(6, 32, seed=2)
+    assert all((s["image"] == t["image"]).all() and (s["mask"] == t["mask"]).all() for s, t in zip(a, b))
+    assert len({s["slice_id"] for s in a}) == 6 and len({s["patient_id"] for s in a}) == 3
+    assert {int(v) for s in a for v in np.unique(s["mask"])} == {0, 1, 2, 3}
+    wet = np.concatenate([s["image"][s["mask"] == 3] for s in a])
+    assert -60 < np.median(wet) < 60                                               # fluid
+
+
+def test_size():
+    image, mask = np.zeros((60, 50), "f4"), np.zeros((60, 50), "u1")
+    image[10:40, 10:40], mask[20:25, 20:30], image[2:4, 2:6] = .5, 3, 1            # body, lesion, a word
+    assert body_box(image) == (slice(10, 40), slice(10, 40))
+    x, y = to_size(image, mask, 30)
+    assert torch.equal(x, torch.full((30, 30), .5)) and torch.equal(y, torch.from_numpy(mask[10:40, 10:40]).long())
+    x, y = to_size(image, mask, 60)
+    assert set(y.unique().tolist()) == {0, 3} and int((y == 3).sum()) == 4 * 50
+    assert to_size(np.zeros((8, 6)), size=4)[0].shape == (4, 4)                     # nothing to crop to
+    with pytest.raises(GeometryError): to_size(image, mask[1:], 30)
+
+
+def test_two_lungs_stay_two():
+    image = np.zeros((50, 50)); image[5:20, 5:45] = 1; image[30:45, 5:45] = .6
+    assert body_box(image) == (slice(5, 45), slice(5, 45))
+
+
+def test_six_views():
+    image, mask = torch.rand(2, 1, 12, 12), torch.randint(0, 4, (2, 12, 12))
+    x, y = six_views(image, mask)
+    assert x.shape == (12, 1, 12, 12) and y.shape == (12, 12, 12) and y.dtype == mask.dtype
+    for k in range(4): assert torch.equal(torch.rot90(x[2 * k:2 * k + 2], -k, (-2, -1)), image) and torch.equal(torch.rot90(y[2 * k:2 * k + 2], -k, (-2, -1)), mask)
+    assert (y[8:10, :3] == 0).all() and (x[8:10, 0, :, :3] == 0).all()
+
+
+def test_a_stack_is_no_volume():
+    p = make_phantom("covid", 1, (20, 32, 32))
+    mixed = np.random.default_rng(0).permutation(np.stack([make_phantom("cap", s, (16, 32, 32)).scan.voxels[8] for s in range(12)]))
+    assert strangers(p.scan.voxels) < .5 < .9 < strangers(mixed)
+    assert require_volume(p.scan) is p.scan
+    stack = Scan(mixed, (1., 1., 1.), scan_id="tr_im")
+    with pytest.raises(GeometryError, match="tr_im"): require_volume(stack)
+    with pytest.raises(GeometryError): segment_scan(nn.Conv2d(1, 4, 1), stack, 32)
+
+
+@pytest.mark.data
+def test_the_real_stack_is_no_volume(data_dir):
+    rows = slice_cohort(data_dir / "medseg100/im/256", data_dir / "medseg100/mask/multi/256")
+    pairs = [read_pair(*r) for r in zip(rows.path, rows.mask_path)]
+    assert len(pairs) == 60 and strangers(np.stack([v for v, _ in pairs])) > .9
+    assert {int(k) for _, m in pairs for k in np.unique(m)} == {0, 1, 2, 3}
+
+
+class Bright(nn.Module):
+    "Class 3 where the window shows more than a half"
+    def forward(self, x): return torch.cat([torch.zeros_like(x), torch.full_like(x, -1e3), torch.full_like(x, -1e3), 100 * (x - .5)], 1)
+
+
+def test_scan_and_back():
+    p = make_phantom("cap", 2, (18, 40, 44))
+    model = nn.Sequential(Bright(), nn.BatchNorm2d(4)).train()
+    model[1].eval()
+    got = segment_scan(model, p.scan, 88)
+    direct = (p.scan.voxels + 1350) / 1500 > .5
+    assert got.shape == p.scan.shape and got.dtype == np.uint8 and set(np.unique(got)) <= {0, 3}
+    assert 2 * ((got == 3) & direct).sum() / ((got == 3).sum() + direct.sum()) > .97
+    assert model.training and not model[1].training                                   # modes as they were
+    ml = class_ml(got, p.scan)
+    assert abs(ml["effusion"] - (got == 3).sum() * np.prod(p.scan.spacing) / 1000) < 1e-6 and ml["ggo"] == 0
+    with pytest.raises(UnitsError): segment_scan(model, p.scan.replace(units="uint8"), 32)
+    with pytest.raises(GeometryError): class_ml(got, p.scan.replace(geometry_known=False))
+
+
+@pytest.mark.slow
+def test_full_size_forward_and_backward():
+    "The paper's network at the paper's size, one slice; half the channels keep it in the time of a test"
+    net = RAUNet(widths=(32, 64, 128, 256, 512))
+    x = torch.rand(1, 1, 369, 369)
+    loss, _ = SegmentationLoss()(dict(logits=net(x)), dict(mask=torch.randint(0, 4, (1, 369, 369))))
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
