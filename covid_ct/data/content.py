@@ -92,7 +92,7 @@ def _middle(x, weight)->np.ndarray: # `(K,)`
 def gaps(
     greys:np.ndarray, # `(D,h,w)` of telling slices, in order
 )->np.ndarray: # `(D-3,)`: excess of the step from slice k+1 to k+2, in logarithms
-    "How much wider a step is than the ones around it (@eq-gap)"
+    "How much wider a step is than the ones around it (@eq-missing)"
     if len(greys)<6: return np.zeros(1)
     e = _blocks(np.diff(greys,axis=0)**2, 8).sum((2,4)).reshape(len(greys)-1,-1); l = np.log(e+1e-6)
     low = .02*np.median(e[e>1e-6]) if (e>1e-6).any() else 0.

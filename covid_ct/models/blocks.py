@@ -30,9 +30,9 @@ def conv_norm(cin:int, # channels in
     "Convolution, then norm"
     return nn.Sequential(OrderedDict(conv=conv(cin, cout, kernel, stride), norm=norm(cout)))
 
-# %% ../../nbs/core/30_blocks.ipynb #f48b2fb3
+# %% ../../nbs/core/30_blocks.ipynb #1f5a6ca7
 def _start(m, w):
-    if isinstance(m, nn.Conv3d): nn.init.kaiming_normal_(w, nonlinearity='relu')
+    if isinstance(m, (nn.Conv2d,nn.Conv3d)): nn.init.kaiming_normal_(w, nonlinearity='relu')
     elif isinstance(m, nn.Linear): nn.init.normal_(w, 0, .01)
     else: nn.init.ones_(w)
 

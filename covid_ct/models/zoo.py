@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['ROWS', 'Row', 'rows_of', 'build', 'describe', 'table']
 
-# %% ../../nbs/papers/5_zoo.ipynb #3c40eea1
+# %% ../../nbs/papers/5_zoo.ipynb #ff82a22b
 from dataclasses import dataclass, field
 from typing import Callable
 import torch
 from torch import nn
 from .blocks import count_parameters
 from .darnet import DARNET_ROWS
+from .dual_sampling import DUAL_ROWS
 from .prior_attention import PARL_OURS, PARL_ROWS
+from .raunet import RAUNET_ROWS
 from ..scan import DataError
 
 # %% ../../nbs/papers/5_zoo.ipynb #45b0fbd3
@@ -27,7 +29,7 @@ class Row:
     small:dict=field(default_factory=dict) # arguments of a version for lessons and tests
     small_size:tuple=() # its input
 
-# %% ../../nbs/papers/5_zoo.ipynb #a9c783fa
+# %% ../../nbs/papers/5_zoo.ipynb #ba1dc609
 def rows_of(
     rows:dict, # name → how to build it
     paper:str, # where they come from
@@ -43,6 +45,8 @@ def _cube(name): return dict(depth=32, width=4, blocks=(1,1,1,1), hidden=16 if n
 
 ROWS = {
     **rows_of(DARNET_ROWS, 'Shi et al. 2021, DARNet', 'darnet', (1,64,224,224), dict(depth=8, width=4), (1,8,32,32)),
+    **rows_of(DUAL_ROWS, 'Ouyang et al. 2020, dual-sampling attention network', 'dual_sampling', (1,138,256,256), dict(depth=16, width=4, blocks=(1,1,1,1)), (1,16,32,32)),
+    **rows_of(RAUNET_ROWS, 'Chen et al. 2020, residual attention U-Net', 'raunet', (1,369,369), dict(widths=(8,16,32), cardinality=2, chunk=16), (1,33,33)),
     **rows_of(PARL_ROWS, 'Wang et al. 2020, prior-attention residual learning', 'prior_attention', (1,96,96,96), _cube, (1,32,32,32)),
     **rows_of(PARL_OURS, 'after Wang et al. 2020; γ learned, or maps as means', 'prior_attention', (1,96,96,96), _cube, (1,32,32,32))}
 

@@ -160,7 +160,7 @@ def source_table(
     "Every field with its value and where that comes from"
     return pd.DataFrame({k: (str(getattr(recipe,k)), recipe.sources[k]) for k in sourced()}, index=['value','source']).T
 
-# %% ../../nbs/core/51_recipes.ipynb #7fe5bab9
+# %% ../../nbs/core/51_recipes.ipynb #fd4088e0
 _PAPER, _CODE, _OURS = 'Shi et al. 2021, IV-B', 'authors\' release', 'ours: the paper is silent'
 _TINY = 'ours: minutes on two cores'
 
@@ -179,7 +179,18 @@ _fixed = change(change(replace(_paper, name='fixed'), 'ours: the same voxels, sp
 _tiny = change(replace(_fixed, name='tiny'), _TINY, prep='darnet_tiny', precision='no', lr=3e-3, epochs=14, milestones=(9,12),
     model_kwargs=dict(classes=3, depth=32, width=8, blocks=(1,1,1,1), strides=(1,2,2,1)))
 
-RECIPES = {(r.system, r.name): r for r in (_tiny, _paper, _release, _fixed)}
+_DUAL = 'Ouyang et al. 2020, IV-B'
+
+_dual = Recipe('dual_sampling', 'paper', ('cap','covid'), prep='dual', model='attention-rn34', model_kwargs=dict(classes=2, depth=138), batch_size=20, lr=2e-4, weight_decay=1e-4, epochs=20,
+    milestones=(5,10,15), loss='attention', loss_kwargs=dict(positive=1, scale=.5), precision='fp16', keep='auc', sources={k: _DUAL for k in sourced()} | dict(
+        prep='Ouyang et al. 2020, III-D', model='Ouyang et al. 2020, III-A', model_kwargs='Ouyang et al. 2020, III-A', loss='Ouyang et al. 2020, Eq. 3 and 4', loss_kwargs='Ouyang et al. 2020, Eq. 4',
+        augment='ours: the paper names none', keep='ours: "best on validation" is all the paper says', seed=_OURS, decay_every=_OURS))
+
+_dual_size = change(replace(_dual, name='paper-size'), 'Ouyang et al. 2020, III-C', sampler='size_balanced')
+_dual_tiny = change(replace(_dual, name='tiny'), _TINY, prep='dual_tiny', model_kwargs=dict(classes=2, depth=24, width=8, blocks=(1,1,1), strides=(1,1,1)), batch_size=8, lr=.01, epochs=14,
+    milestones=(10,), precision='no')
+
+RECIPES = {(r.system, r.name): r for r in (_tiny, _paper, _release, _fixed, _dual, _dual_size, _dual_tiny)}
 
 # %% ../../nbs/core/51_recipes.ipynb #e446bb7b
 def recipe(

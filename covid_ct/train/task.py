@@ -65,7 +65,7 @@ def dice_rows(
     counts:pd.DataFrame, # of `segment_rows`
     c:str, # class
 )->np.ndarray: # `(N,)` in [0,1]; nan where the class is neither there nor found
-    "Dice of one class, image by image (@eq-dice)"
+    "Dice of one class, image by image (@eq-dice-counts)"
     n = (counts[f'true_{c}']+counts[f'found_{c}']).to_numpy(float)
     return np.divide(2*counts[f'both_{c}'].to_numpy(float), n, out=np.full(len(n), np.nan), where=n>0)
 
