@@ -286,3 +286,16 @@ def test_the_same_geometry_on_the_accelerator():
     v = draw(AUGMENTS['darnet'], 4, seeded(0))
     assert torch.allclose(apply(x.cuda(), v).cpu(), apply(x, v), atol=1e-4)
     assert (apply((x > .5).cuda(), v).cpu() == apply(x > .5, v)).double().mean() > .999
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 6, 12, 12), (5, 1, 12, 12)])
+def test_a_mask_without_channels_moves_with_its_image(shape):
+    g = torch.Generator().manual_seed(0)
+    m = torch.randint(0, 3, shape, generator=g)
+    batch = dict(image=m.float(), mask=m[:, 0], label=torch.arange(5), ratio=torch.rand(5), scan_id=list("abcde"))
+    v = draw(Augment(flip=.5, quarter=True), 5, seeded(1))
+    out = apply(batch, v)
+    assert out["mask"].shape == m[:, 0].shape and (out["mask"] == out["image"][:, 0].long()).all() and not (out["mask"] == m[:, 0]).all()
+    assert out["label"].equal(batch["label"]) and out["ratio"].equal(batch["ratio"])
+    v = draw(Augment(flip=.5, rotate_deg=(-20, 20)), 5, seeded(2))
+    assert (apply(batch, v)["mask"] == apply(dict(image=m.float(), mask=m), v)["mask"][:, 0]).all()

@@ -167,7 +167,7 @@ def shade(
         x[i] = (x[i]*float(view.gain[i])+float(view.offset[i])+float(view.noise[i])*eps).clamp(0,1)
     return x
 
-# %% ../../nbs/core/16_augment.ipynb #efb9ee7e
+# %% ../../nbs/core/16_augment.ipynb #279f23f0
 def _one(x, view):
     "One volume tensor through warp or permutation, and shading"
     if x.ndim==4: return _one(x[:,:,None], view)[:,:,0]
@@ -182,12 +182,14 @@ def _one(x, view):
     return shade(y, view) if x.is_floating_point() else y
 
 def apply(
-    batch, # tensor `(B,C,D,H,W)` or `(B,C,H,W)`, or a batch dict: such tensors in it are moved, the rest is passed on
+    batch, # tensor `(B,C,D,H,W)` or `(B,C,H,W)`, or a batch dict: images and masks in it are moved, with a channel axis or without, the rest is passed on
     view:View, # `B` views from `draw`
     mask:torch.Tensor=None, # bool or integers, shape of the image, moved like it
 )->torch.Tensor|dict|tuple: # what came in, moved; `(image, mask)` where a mask was given
     "Move images linearly and masks by nearest voxel, with the same numbers; the same view, the same result"
-    if isinstance(batch, dict): return {k: _one(x, view) if torch.is_tensor(x) and x.ndim>3 else x for k,x in batch.items()}
+    if isinstance(batch, dict):
+        axes = batch['image'].ndim                                # a mask of class numbers (B,…) has no channel axis, and moves all the same
+        return {k: x if not torch.is_tensor(x) or x.ndim<axes-1 or x.ndim<3 else _one(x, view) if x.ndim==axes else _one(x[:,None], view)[:,0] for k,x in batch.items()}
     return _one(batch, view) if mask is None else (_one(batch, view), _one(mask, view))
 
 # %% ../../nbs/core/16_augment.ipynb #aa783428

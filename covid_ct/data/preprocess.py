@@ -143,7 +143,7 @@ class Prep:
     @property
     def needs_mm(self)->bool: return self.spacing is not None or self.crop!='none' # True where millimetres matter
 
-# %% ../../nbs/core/13_preprocess.ipynb #2111bc4a
+# %% ../../nbs/core/13_preprocess.ipynb #2a3813b9
 PREPS = {
     'darnet': Prep(), # Shi et al. 2021: 64×224×224; window ours
     'darnet_lungs': Prep(crop='lungs'), # ours: the same voxels, spent on the lungs
@@ -151,8 +151,8 @@ PREPS = {
     'darnet_tiny': Prep(size=(32,64,64), crop='lungs', margin=5., keep='lungs'), # ours: minutes on two cores
     'dual': Prep(size=(138,256,256), spacing=(2.5,1.4336,1.4336), keep='lungs'), # Ouyang et al. 2020, III-D
     'dual_tiny': Prep(size=(24,40,40), keep='lungs'), # ours: minutes on two cores
-    'prior': Prep(size=(96,96,96), crop='lungs', window=(-1250.,250.)), # Wang et al. 2020, III-A
-    'prior_tiny': Prep(size=(32,32,32), crop='lungs', window=(-1250.,250.)), # ours
+    'prior': Prep(size=(96,96,96), crop='lungs', margin=0., window=(-1250.,250.)), # Wang et al. 2020, III-A
+    'prior_tiny': Prep(size=(32,32,32), crop='lungs', margin=0., window=(-1250.,250.), keep='lungs'), # ours: seconds on two cores
 }
 
 # %% ../../nbs/core/13_preprocess.ipynb #be879e24

@@ -6,7 +6,7 @@
 __all__ = ['SAMPLERS', 'OPTIMIZERS', 'PRECISIONS', 'KEEPS', 'RECIPES', 'RecipeError', 'Recipe', 'sourced', 'check_recipe',
            'to_dict', 'from_dict', 'recipe_hash', 'change', 'source_table', 'recipe']
 
-# %% ../../nbs/core/51_recipes.ipynb #232e8c9b
+# %% ../../nbs/core/51_recipes.ipynb #6aba1c28
 import hashlib, json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -14,6 +14,7 @@ import pandas as pd
 from ..scan import DataError
 from ..data.augment import AUGMENTS
 from ..data.preprocess import PREPS
+from ..data.slices import SLICE_CLASSES
 from ..models.zoo import ROWS
 from .losses import build_loss
 from .task import TASKS
@@ -191,6 +192,30 @@ _dual_tiny = change(replace(_dual, name='tiny'), _TINY, prep='dual_tiny', model_
     milestones=(10,), precision='no')
 
 RECIPES = {(r.system, r.name): r for r in (_tiny, _paper, _release, _fixed, _dual, _dual_size, _dual_tiny)}
+
+# %% ../../nbs/core/51_recipes.ipynb #8800ef37
+_CHEN = 'Chen et al. 2020, III'
+
+_raunet = Recipe('raunet', 'paper', SLICE_CLASSES, task='segment', model='raunet', batch_size=4, epochs=100, loss='segmentation', augment='raunet', keep='dice', sources={k: _OURS for k in sourced()} | dict(
+    classes=_CHEN, task=_CHEN, prep='none: slices come from data.slices', model='Chen et al. 2020, II', optimizer=_CHEN, lr=f'{_CHEN}: the default of Adam', epochs=_CHEN, augment=_CHEN,
+    loss='cross-entropy: Chen et al. 2020, II-C; softmax ours'))
+
+_raunet_tiny = change(replace(_raunet, name='tiny'), _TINY, model_kwargs=dict(widths=(8,16,32), cardinality=4, chunk=32, heads=1, rounds=1), batch_size=8, lr=3e-3, epochs=20, loss_kwargs=dict(dice=1.))
+
+RECIPES |= {(r.system, r.name): r for r in (_raunet, _raunet_tiny)}
+
+# %% ../../nbs/core/51_recipes.ipynb #47dba694
+_WANG = 'Wang et al. 2020, III'
+_MIX = {'healthy':4, 'ild':3, 'covid':3}
+
+_prior = Recipe('prior_attention', 'paper', ('healthy','ild','covid'), prep='prior', model='pa-66-m', batch_size=10, optimizer='sgd', lr=1e-4, decay=.95, decay_every=500, epochs=300, loss='multi_task', augment='prior',
+    sampler='composition', sampler_kwargs=dict(composition=_MIX, batches=100), keep='accuracy', sources={k: _WANG for k in sourced()} | dict(weight_decay=_OURS, milestones=_OURS, precision=_OURS, seed=_OURS,
+        loss='Wang et al. 2020, Eq. 7', loss_kwargs='Wang et al. 2020, Eq. 7', model='Wang et al. 2020, Table I', model_kwargs='Wang et al. 2020, Table I', epochs=f'{_WANG}: 30,000 steps; epochs of 100 steps are ours'))
+
+_prior_tiny = change(replace(_prior, name='tiny'), _TINY, prep='prior_tiny', model_kwargs=dict(depth=32, width=8, blocks=(1,1,1,1), hidden=64), lr=.01, epochs=10, decay_every=100,
+    sampler_kwargs=dict(composition=_MIX))
+
+RECIPES |= {(r.system, r.name): r for r in (_prior, _prior_tiny)}
 
 # %% ../../nbs/core/51_recipes.ipynb #e446bb7b
 def recipe(
