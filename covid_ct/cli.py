@@ -86,20 +86,23 @@ def _fetch(a)->None:
     from covid_ct.data.sets import fetch
     print(fetch(a.name, a.out, progress=True))
 
-# %% ../nbs/core/90_cli.ipynb #5bfd7a60
+# %% ../nbs/core/90_cli.ipynb #77c41a21
 def _burden(a)->None:
     from covid_ct.data.io import read, read_mask
     from covid_ct.data.labels import convert_lobes
-    from covid_ct.data.lungs import lung_mask
-    from covid_ct.evaluate.burden import burden, burden_report
+    from covid_ct.data.lungs import lung_mask, two_sides
+    from covid_ct.evaluate.burden import SIDES, burden, burden_report
+    from covid_ct.anatomy import LOBES
     scan = read(a.path, series=a.series); lesions = read_mask(a.lesions, scan)
-    lobes = convert_lobes(read_mask(a.lobes, scan), a.convention, a.lobes) if a.lobes else lung_mask(scan)
+    names = LOBES if a.lobes else SIDES
+    lobes = convert_lobes(read_mask(a.lobes, scan), a.convention, a.lobes) if a.lobes else two_sides(lung_mask(scan), scan.spacing)
+    if not a.lobes and lobes.max()<2: lobes = lobes>0                # lungs that touch cannot be told apart: both as one
     lesions = lesions>0 if lesions.max()<2 else lesions
-    if a.report: burden_report(scan, lesions, lobes, a.report)
-    table = burden(scan, lesions, lobes)
+    if a.report: burden_report(scan, lesions, lobes, a.report, names=names)
+    table = burden(scan, lesions, lobes, names=names)
     print(table.round(4).reset_index().to_json(orient='records', indent=1) if a.json else table.round(1).to_string())
 
-# %% ../nbs/core/90_cli.ipynb #be1f417d
+# %% ../nbs/core/90_cli.ipynb #df5f50d3
 def _reading(p)->None:
     "How a scan is read"
     p.add_argument('--allow-unknown-geometry', action='store_true', help='take 1 mm spacing and the usual orientation where the files name none')
@@ -116,7 +119,7 @@ def _of_scans(add)->None:
     _reading(p)
     p = add('burden', _burden, 'infected volume and CT severity score, lobe by lobe, from masks')
     p.add_argument('--lesions', required=True, help='mask of the lesions: 0 and 1, or 1 … 5 for GGO, consolidation, crazy paving, effusion, reticulation')
-    p.add_argument('--lobes', help='mask of the lobes; without it, both lungs as one'); p.add_argument('--convention', default='1-5', help='numbers of the lobes: 1-5, luna16, totalsegmentator')
+    p.add_argument('--lobes', help='mask of the lobes; without it, right and left lung'); p.add_argument('--convention', default='1-5', help='numbers of the lobes: 1-5, luna16, totalsegmentator')
     p.add_argument('--report', help='page to write')
 
 # %% ../nbs/core/90_cli.ipynb #a9267dc0

@@ -92,6 +92,9 @@ def test_burden(capsys, chest, tmp_path):
     inside = np.isin(p.lesions, (1, 2, 3, 5)) & (p.lobes > 0)
     assert code == 0 and not err and rows["both lungs"]["involved_percent"] == pytest.approx(100 * inside.sum() / (p.lobes > 0).sum(), abs=.05)
     assert (tmp_path / "r.html").stat().st_size > 10_000
+    code, out, _ = run(capsys, "burden", d / "chest.nii.gz", "--lesions", tmp_path / "lesions.nii.gz", "--json")
+    sides = {r["region"]: r for r in json.loads(out)}
+    assert code == 0 and sides["left lung"]["volume_ml"] == pytest.approx(rows["left lung"]["volume_ml"], rel=.06) and sides["both lungs"]["score"] is None
     code, out, err = run(capsys, "burden", d / "chest.nii.gz", "--lesions", tmp_path / "lesions.nii.gz", "--lobes", tmp_path / "lobes.nii.gz", "--convention", "luna16")
     assert code == 2 and err.count("\n") == 1 and "lobes.nii.gz" in err
 

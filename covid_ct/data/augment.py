@@ -35,7 +35,7 @@ class Augment:
         bad += [k for k in ('zoom','gain') if min(getattr(self, k))<=0] + ['noise']*(min(self.noise)<0) + ['among']*any(z<=0 for _,z in self.among)
         if bad: raise DataError('Augment', f'{bad[0]}={getattr(self, bad[0])}', 'Ranges are (low, high), probabilities in [0,1], zoom and gain positive.')
 
-# %% ../../nbs/core/16_augment.ipynb #e378ae53
+# %% ../../nbs/core/16_augment.ipynb #47f9cb18
 SIX = ((0,1.), (1,1.), (2,1.), (3,1.), (0,.5), (0,1.5)) # quarter turns and scale of the copies of a slice (Chen et al. 2020, III-B)
 
 AUGMENTS = {
@@ -45,6 +45,7 @@ AUGMENTS = {
     'dual': Augment(flip=0.),
     'raunet': Augment(flip=0., among=SIX),
     'prior': Augment(flip=.5, flip_zy=(.5,.5), quarter=True),
+    'flips': Augment(flip=.5, flip_zy=(.5,.5)),
 }
 
 # %% ../../nbs/core/16_augment.ipynb #7bb83895
