@@ -10,7 +10,8 @@ from covid_ct.data.audit import audit, run_audit
 from covid_ct.data.baselines import FACTS, baselines, guess, scores, separable
 from covid_ct.data.catalog import read_cohort, write_cohort
 from covid_ct.data.checks import CHECKS, file_facts, find_pairs, list_findings
-from covid_ct.data.content import alike, background, far_likeness, gaps, head_up, is_masked, misplaced, repeats, scan_name, slice_names, small_greys, telling, vessel_print, wiped
+from covid_ct.data.content import (alike, background, far_likeness, gaps, head_up, is_masked, misplaced, repeats, scan_name, slice_names, small_greys,
+                                  telling, vessel_print, widest_step, wiped)
 from covid_ct.data.io import read, write_mask, write_scan
 from covid_ct.phantom import SWITCHES, make_phantom, phantom_cohort, phantom_of, stream
 from covid_ct.scan import CohortError, DataError
@@ -358,3 +359,12 @@ def test_telling_slices():
     p = phantoms(SEEDS[0])[1][0]
     g, e = small_greys(np.concatenate([p.scan.voxels, p.scan.voxels[:4]]))
     assert telling(g, e).tolist() == list(range(40))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lost_slices_of_a_fine_scan_are_seen(seed):
+    "Between 96 thin slices the gap is plain; thick ones leave doubt, and the page says so"
+    for switches, seen in (((), False), (("missing",), True)):
+        p = make_phantom(("healthy", "cap", "covid", "ild")[seed], seed + 50, (96, 96, 96), kernel=("soft", "sharp")[seed % 2], switches=switches)
+        step, limit = widest_step(small_greys(p.scan.voxels)[0])
+        assert (step > limit) == seen, (step, limit)

@@ -83,7 +83,7 @@ def misplaced(greys:np.ndarray, # `(D,h,w)` of telling slices
     "How many slices are out of order"
     return int((far_likeness(greys)<limit).sum())
 
-# %% ../../nbs/core/04_content.ipynb #81c90c6d
+# %% ../../nbs/core/04_content.ipynb #03e6edee
 def _middle(x, weight)->np.ndarray: # `(K,)`
     "Weighted median along the last axis"
     o = np.argsort(x,1); c = np.cumsum(np.take_along_axis(weight,o,1),1)
@@ -103,7 +103,8 @@ def gaps(
 def widest_step(greys:np.ndarray, # `(D,h,w)` of telling slices, in order
                )->tuple: # excess in logarithms, and the limit for a stack of this length
     "The widest step of a scan; the limit is higher for thick slices, where anatomy jumps by itself"
-    return float(gaps(greys).max()), .58 if len(greys)>=34 else .85
+    n = len(greys)
+    return float(gaps(greys).max()), .42 if n>=70 else .62 if n>=34 else .85
 
 # %% ../../nbs/core/04_content.ipynb #a54739db
 _PLANE = np.zeros((3,3,3),bool); _PLANE[1] = ndi.generate_binary_structure(2,1)
