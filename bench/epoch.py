@@ -18,7 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+CHILD = "import json, sys; sys.path.insert(0, sys.argv[1]); from bench.epoch import side; print(json.dumps(side(*sys.argv[2:])))"  # caches are keyed by the name of the loader, so it must have one name
 SIZE, BATCH, SCANS, BUSY = (64, 224, 224), 4, int(os.environ.get("EPOCH_SCANS", 200)), .4
 
 
@@ -93,7 +95,7 @@ def bench():
     got = {}
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
-        for name in SIDES: got[name] = json.loads(subprocess.run([sys.executable, __file__, name, folder], check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        for name in SIDES: got[name] = json.loads(subprocess.run([sys.executable, "-c", CHILD, str(ROOT), name, folder], check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     a, rows = got["ours"], []
     for peer, name in (("monai", "MONAI CacheDataset, DataLoader"), ("monai_threaded", "MONAI CacheDataset, ThreadDataLoader")):
         for k, what, unit in (("seconds", f"epoch of {SCANS} cached scans, augmented", "s"), ("waits", f"wait for a batch of {BATCH} after {BUSY} s of other work", "s"),
@@ -103,5 +105,5 @@ def bench():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1: print(json.dumps(side(*sys.argv[1:])))
-    else: print(json.dumps(bench(), indent=1, ensure_ascii=False))
+    from bench.epoch import bench
+    print(json.dumps(bench(), indent=1, ensure_ascii=False))
