@@ -363,7 +363,7 @@ def test_counts_and_every_reading_of_dice():
             assert np.isclose(dice_rows(t, c)[i], 2 * ((m[i] == k) & (f[i] == k)).sum() / n)
     assert np.isclose(dice(t, "a", pooled=True), 2 * ((m == 1) & (f == 1)).sum() / ((m == 1).sum() + (f == 1).sum()))
     assert np.isclose(dice(t), np.mean([dice(t, "a"), dice(t, "b")])) and dice(t, background=True) != dice(t)
-    with pytest.raises(Exception, match="patient_id"): dice_table(t)
+    with pytest.raises(PredictionError, match="patient_id"): dice_table(t)
 
 
 @pytest.mark.parametrize("bad,words", [(dict(mask=torch.zeros(2, 4, 4)), "for a mask"), (dict(), "has no mask"), (dict(mask=torch.full((2, 4, 5), 7)), "mask values"), (dict(mask=torch.full((2, 4, 5), -1)), "mask values")])

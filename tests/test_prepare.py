@@ -20,29 +20,9 @@ from covid_ct.data.catalog import write_series
 from covid_ct.data.io import write_scan
 from covid_ct.data.preprocess import PREPS, Prep, prepare
 from covid_ct.phantom import make_phantom, phantom_cohort, phantom_of
-from covid_ct.scan import CohortError, DataError, Scan
+from covid_ct.scan import CohortError, DataError
+from toys import LABELS, PREP, SIZE, Toy, fails, toy
 
-SIZE = (6, 12, 10)
-PREP = Prep(size=SIZE)
-LABELS = ('healthy', 'cap', 'covid')
-
-
-class Toy:
-    "What a phantom offers, in a few voxels"
-    def __init__(self, row):
-        rng = np.random.default_rng(int(row['seed']))
-        self.scan = Scan(rng.normal(-600, 200, (8, 16, 14)).clip(-1000, 400).astype('i2'), (5., 2., 2.), scan_id=row['scan_id'], patient_id=row['patient_id'])
-        self.lungs = np.zeros(self.scan.shape, bool); self.lungs[1:7, 3:13, 2:12] = True
-        self.infection = np.zeros(self.scan.shape, bool); self.infection[2:4, 5:9, 3:7] = row['label'] != 'healthy'
-
-
-def toy(row): return Toy(row)
-
-
-def fails(row):
-    if row['scan_id'] == 'S04': raise OSError('scratched')
-    if row['scan_id'] == 'S07': raise CohortError('S07', 'is odd', 'Look.')
-    return Toy(row)
 
 
 def dies(row):
@@ -262,7 +242,7 @@ def test_names_follow_the_files_and_how_they_are_read(tmp_path):
 def test_recipe_json_says_what_the_name_means(cohort, tmp_path):
     folder = quiet(cohort[:1], PREP, tmp_path, jobs=1, load=toy).folder
     said = json.loads((folder/'recipe.json').read_text())
-    assert said['prep']['size'] == list(SIZE) and said['called'][1].endswith('test_prepare.toy') and 'covid_ct.data.preprocess' in said['modules']
+    assert said['prep']['size'] == list(SIZE) and said['called'][1].endswith('toys.toy') and 'covid_ct.data.preprocess' in said['modules']
     assert str(tmp_path) not in json.dumps(said)
 
 
