@@ -15,6 +15,7 @@ from covid_ct.data.split import assert_disjoint, split_patients, test_part as he
 from covid_ct.models.zoo import ROWS
 from covid_ct.scan import DataError
 from covid_ct.train import loop
+from covid_ct.evaluate.metrics import PredictionError
 from covid_ct.train.loop import TrainError, fit, load_run, make_accelerator, predict, rate, shard
 from covid_ct.train.recipes import RECIPES, Recipe, RecipeError, change, from_dict, recipe, source_table, sourced, to_dict
 from covid_ct.train.run import AuditWarning, RunError, audit_hint, read_tensors
