@@ -161,7 +161,7 @@ def source_table(
     "Every field with its value and where that comes from"
     return pd.DataFrame({k: (str(getattr(recipe,k)), recipe.sources[k]) for k in sourced()}, index=['value','source']).T
 
-# %% ../../nbs/core/51_recipes.ipynb #fd4088e0
+# %% ../../nbs/core/51_recipes.ipynb #f6f3fbcd
 _PAPER, _CODE, _OURS = 'Shi et al. 2021, IV-B', 'authors\' release', 'ours: the paper is silent'
 _TINY = 'ours: minutes on two cores'
 
@@ -184,7 +184,7 @@ _DUAL = 'Ouyang et al. 2020, IV-B'
 
 _dual = Recipe('dual_sampling', 'paper', ('cap','covid'), prep='dual', model='attention-rn34', model_kwargs=dict(classes=2, depth=138), batch_size=20, lr=2e-4, weight_decay=1e-4, epochs=20,
     milestones=(5,10,15), loss='attention', loss_kwargs=dict(positive=1, scale=.5), precision='fp16', keep='auc', sources={k: _DUAL for k in sourced()} | dict(
-        prep='Ouyang et al. 2020, III-D', model='Ouyang et al. 2020, III-A', model_kwargs='Ouyang et al. 2020, III-A', loss='Ouyang et al. 2020, Eq. 3 and 4', loss_kwargs='Ouyang et al. 2020, Eq. 4',
+        task='Ouyang et al. 2020, I', sampler='Ouyang et al. 2020, III-C', model='Ouyang et al. 2020, III-A', model_kwargs='Ouyang et al. 2020, III-A', loss='Ouyang et al. 2020, Eq. 3 and 4', loss_kwargs='Ouyang et al. 2020, Eq. 4',
         augment='ours: the paper names none', keep='ours: "best on validation" is all the paper says', seed=_OURS, decay_every=_OURS))
 
 _dual_size = change(replace(_dual, name='paper-size'), 'Ouyang et al. 2020, III-C', sampler='size_balanced')
