@@ -15,6 +15,7 @@ from covid_ct.data.split import assert_disjoint, split_patients, test_part as he
 from covid_ct.models.zoo import ROWS
 from covid_ct.scan import DataError
 from covid_ct.train import loop
+from covid_ct.evaluate.metrics import PredictionError
 from covid_ct.train.loop import Engine, TrainError, fit, load_run, make_accelerator, predict, rate
 from covid_ct.train.recipes import RECIPES, Recipe, RecipeError, change, from_dict, recipe, source_table, sourced, to_dict
 from covid_ct.train.run import AuditWarning, RunError, audit_hint, read_tensors
@@ -418,10 +419,10 @@ def test_killed_ten_times_at_random(rich, tmp_path):
         if not pid:
             try: torch.set_num_threads(1); time.sleep(0); go(out, r=RICH, resume="auto", engine=EVERY)
             finally: os._exit(0)
-        time.sleep(rng.uniform(.01, .35))
+        time.sleep(rng.uniform(.1, .25) * rich.history.seconds.sum())
         os.kill(pid, signal.SIGKILL); status = os.waitpid(pid, 0)[1]
-        kills += 1
         if os.WIFEXITED(status): break                                             # it was faster than we
+        kills += 1
     assert kills >= 4, "too fast to be killed often: lengthen the run"
     assert ends_alike(go(out, r=RICH, resume="auto"), rich)
 
