@@ -286,7 +286,7 @@ def test_folds(study, tmp_path, monkeypatch):
     cohort, r = study
     train, valid, test = fold_loaders(cohort, 0, r, load=load)
     assert_disjoint(train.dataset.cohort, valid.dataset.cohort, test.dataset.cohort)
-    assert train.augment and not valid.augment and not test.augment and type(train.loader.sampler).__name__ == "ClassBalancedSampler"
+    assert train.augment and not valid.augment and not test.augment and type(train.part.batches.sampler).__name__ == "ClassBalancedSampler"
     table = cross_validate(cohort, r, tmp_path / "cv", dict(trained_on="bricks"), progress=False, load=load)
     assert list(table.columns) == ["fold_0", "fold_1", "fold_2", "mean", "std"] and len(table) == 10
     assert np.allclose(table["mean"], table.iloc[:, :3].mean(axis=1)) and np.allclose(table["std"], np.std(table.iloc[:, :3], axis=1, ddof=1))

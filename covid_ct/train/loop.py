@@ -71,8 +71,14 @@ def make_accelerator(
     if lacking: raise TrainError('fit', f'tracker {sorted(lacking)[0]!r} is not installed', 'Install it, or leave it out: metrics.csv is always written.')
     return acc
 
-# %% ../../nbs/core/50_loop.ipynb #50ef186f
+# %% ../../nbs/core/50_loop.ipynb #9ad201fd
 def _mean(told): return {k: float(np.average([t[k] for t in told], weights=[t['scans'] for t in told])) for k in (told[0] if told else ()) if k!='scans'}
+
+def _mine(batch, acc):
+    "Scans of a batch that this process takes, how many count (none, if there are fewer scans than processes), and how many the batch has"
+    rank, world = acc.process_index, acc.num_processes
+    n = batch.get('of', len(batch['image'])); mine = batch if 'of' in batch else split_batch(batch, world)[min(rank, n-1)]
+    return send_to_device(mine, acc.device), len(mine['image'])*(rank<n), n
 
 def train_epoch(
     net:nn.Module, # gives the dict of outputs
@@ -87,16 +93,14 @@ def train_epoch(
     told:list=None, # numbers of the steps of this epoch so far; added to
 )->dict: # means over scans: `loss`, its parts, `grad_norm`
     "One pass over the training set; raises `TrainError` naming the scans where the loss is not finite"
-    net.train(); told, rank, world = [] if told is None else told, accelerator.process_index, accelerator.num_processes
+    net.train(); told = [] if told is None else told
     for batch in batches:
-        n, parts = len(batch['image']), split_batch(batch, world)
-        mine = send_to_device(parts[min(rank, len(parts)-1)], accelerator.device); scans = len(mine['image'])*(rank<len(parts))
-        before()
-        told.append(train_step(net, mine, loss, optimizer, accelerator, accumulate, clip, scans*world/n) | dict(scans=scans)); after(told[-1])
+        before(); mine, scans, n = _mine(batch, accelerator)
+        told.append(train_step(net, mine, loss, optimizer, accelerator, accumulate, clip, scans*accelerator.num_processes/n) | dict(scans=scans)); after(told[-1])
     if not told: raise TrainError('train', 'gave no batches', 'An iterator can be used once: give a list or a loader.')
     return _mean(gather_object(told))
 
-# %% ../../nbs/core/50_loop.ipynb #b5c72a8c
+# %% ../../nbs/core/50_loop.ipynb #010aacf4
 def valid_epoch(
     net:nn.Module, # gives the dict of outputs
     batches, # iterable of Batch dicts, not augmented
@@ -109,14 +113,14 @@ def valid_epoch(
     net.eval(); found, rank, world = [], accelerator.process_index, accelerator.num_processes
     with torch.inference_mode():
         for i,batch in enumerate(batches):
-            if i%world!=rank: continue
-            with accelerator.autocast(): out = convert_to_fp32(net(send_to_device(batch['image'], accelerator.device)))
-            total, named = loss(out, send_to_device(batch, accelerator.device))
-            finite(total.item(), batch, where='validation')
-            found.append((i, TASKS[task].rows(out, batch, classes), dict(loss=total.item(), **{k: float(v) for k,v in named.items()}, scans=len(batch['image']))))
-    found = sorted(gather_object(found), key=lambda f: f[0])
+            mine, scans, _ = _mine(batch, accelerator)
+            with accelerator.autocast(): out = convert_to_fp32(net(mine['image']))
+            total, named = loss(out, mine); finite(total.item(), mine, where='validation')
+            rows = TASKS[task].rows(out, mine, classes)[:scans]
+            found.append((rows.set_axis([(i, j*world+rank) for j in range(scans)]), dict(loss=total.item(), **{k: float(v) for k,v in named.items()}, scans=scans)))
+    found = gather_object(found)
     if not found: raise TrainError('valid', 'gave no batches', 'An iterator can be used once: give a list or a loader.')
-    return _mean([f[2] for f in found]), pd.concat([f[1] for f in found], ignore_index=True)
+    return _mean([f[1] for f in found]), pd.concat([f[0] for f in found]).sort_index().reset_index(drop=True)
 
 # %% ../../nbs/core/50_loop.ipynb #14cf97bc
 @dataclass
@@ -211,7 +215,7 @@ class Engine:
     trackers:tuple=() # Accelerate's, as ('tensorboard',); metrics.csv is always written
     show:str='auto' # 'notebook', 'bar', 'lines' or 'none'; 'auto' looks where it is
 
-# %% ../../nbs/core/50_loop.ipynb #2732065f
+# %% ../../nbs/core/50_loop.ipynb #8d102e5d
 def _start(model, recipe, out, resume, about, engine):
     "State of a new or resumed training, its folder made"
     going = open_run(out, recipe, resume, about.get('split_hash',''))
@@ -225,20 +229,23 @@ def _start(model, recipe, out, resume, about, engine):
     if engine.compile: net.compile()
     net, optimizer = acc.prepare(net, make_optimizer(model, recipe))
     s = State(model, net, optimizer, average, acc, recipe, Path(out), build_loss(recipe.loss, **recipe.loss_kwargs), describe_run(model, recipe, acc.device, about), saved=time.monotonic())
+    s.config['hardware']['processes'] = acc.num_processes
     if going: load_state(s)
     acc.wait_for_everyone()
     if acc.is_main_process: write_text(s.folder/'config.json', json.dumps(s.config, indent=1))
     if engine.trackers: acc.init_trackers('covid_ct', {k:v for k,v in s.config['recipe'].items() if isinstance(v, (int,float,str))})
     return s
 
-# %% ../../nbs/core/50_loop.ipynb #dd6c38a8
+# %% ../../nbs/core/50_loop.ipynb #0c3afbf7
 def _batches(s, train, epoch):
     "Batches of an epoch, without those that were seen before it was interrupted"
     getattr(train, 'set_epoch', lambda e: None)(epoch)
     if s.at: unpack_random(*s.began)
     else: s.began = pack_random()
-    it = iter(train)
-    for _ in range(s.at): next(it)
+    if hasattr(train, 'skip'): train.skip(s.at); it = iter(train)
+    else:
+        it = iter(train)
+        for _ in range(s.at): next(it)
     if s.at: unpack_random(*s.now)
     yield from it
 
@@ -294,7 +301,7 @@ def _trouble(s, error):
     write_text(s.folder/'trouble.json', json.dumps(dict(epoch=len(s.history)+1, step=s.steps, where=error.source, fault=error.fault, remedy=error.remedy), indent=1))
     write_text(s.folder/'config.json', json.dumps(s.config | dict(status='failed'), indent=1))
 
-# %% ../../nbs/core/50_loop.ipynb #e3fd1474
+# %% ../../nbs/core/50_loop.ipynb #6a9809ec
 def fit(
     model:nn.Module, # gives logits `(B,K)`, or `(B,C,…)` to segment; trained in place
     train, # iterable of Batch dicts, iterated once per epoch after `set_epoch`, if it has one
@@ -309,6 +316,7 @@ def fit(
     "Train by a recipe into a run folder; raises `RunError` for the folder, `TrainError` for the training. Ctrl-C ends early and keeps what was learned"
     s = _start(model, recipe, out, resume, about or {}, engine)
     steps, interrupted = recipe.epochs*len(train) if hasattr(train, '__len__') else 0, False
+    for loader in (train, valid): getattr(loader, 'share', lambda *a: None)(s.accelerator.process_index, s.accelerator.num_processes)
     watch = Watch(recipe.epochs, steps or None, s.steps, engine.show if progress and s.accelerator.is_main_process else 'none')
     try:
         with stop_asked() as asked:
