@@ -34,9 +34,9 @@ def _ours(model, train, epochs):
     from tqdm.auto import tqdm
     acc = make_accelerator("no"); net, opt = acc.prepare(WithOutputs(model), torch.optim.Adam(model.parameters(), 1e-3)); seconds = []
     with tqdm(total=epochs * len(train), leave=False) as bar:
-        def tell(loss): bar.set_postfix_str(f"loss {loss:.3f}", refresh=False); bar.update()
+        def after(told): bar.set_postfix_str(f"loss {told['loss']:.3f}", refresh=False); bar.update()
         for _ in range(epochs):
-            start = time.perf_counter(); train_epoch(net, train, CrossEntropy(), opt, acc, tell); seconds.append(time.perf_counter() - start)
+            start = time.perf_counter(); train_epoch(net, train, CrossEntropy(), opt, acc, after=after); seconds.append(time.perf_counter() - start)
     return min(seconds) / len(train)
 
 

@@ -116,7 +116,7 @@ def test_validation_is_neither_shuffled_nor_augmented(cohort):
     a, b = (ScanDataset(c, PREP, load=toy) for c in (cohort[:6], cohort[6:]))
     train, valid = make_loaders(a, b, 4, augment=AUGMENTS['darnet'], seed=3)
     assert valid.augment is None and sum((x['scan_id'] for x in valid), []) == cohort.scan_id[6:].tolist()
-    assert isinstance(train.loader.sampler, UniformSampler) and len(train) == 2 and train.dataset is a
+    assert isinstance(train.part.batches.sampler, UniformSampler) and len(train) == 2 and train.dataset is a
     same(next(iter(valid)), collate([b[i] for i in range(4)]))
 
 
@@ -200,8 +200,8 @@ def test_ahead_keeps_order_passes_errors_and_stops_early():
 
 def test_a_loader_is_told_apart_from_what_it_wraps(cohort):
     d = ScanDataset(cohort, PREP, load=toy)
-    assert make_loader(d, 4).dataset is d and Loader(torch.utils.data.DataLoader(d, 4, collate_fn=collate)).dataset is d
-    same(next(iter(make_loader(d, 4))), next(iter(Loader(torch.utils.data.DataLoader(d, 4, collate_fn=collate)))))
+    assert make_loader(d, 4).dataset is d
+    same(next(iter(make_loader(d, 4))), next(iter(Loader(d, [[0, 1, 2, 3]]))))
     l = make_loader(d, 4); it = iter(l); next(it); del it  # left in the middle, begun again
     same(next(iter(l)), collate([d[i] for i in range(4)]))
 
@@ -213,3 +213,17 @@ def test_batches_lie_on_the_device(cohort):
     b = next(iter(l))
     assert b['image'].is_cuda and b['lung'].is_cuda and isinstance(b['scan_id'], list)
     same({k: v.cpu() if torch.is_tensor(v) else v for k, v in next(iter(make_loader(l.dataset, 4, device='cuda'))).items()}, next(iter(make_loader(l.dataset, 4))))
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_part_of_every_batch_and_what_comes_after_some(cohort, workers):
+    "What one of three processes reads, and what is left of an epoch, are those of the whole epoch, views included"
+    make = lambda: make_loader(ScanDataset(cohort, PREP, load=toy, masks=MASKS), 5, UniformSampler(cohort, seed=2), workers, 2, AUGMENTS['darnet'])
+    whole = list(make())
+    for rank in range(3):
+        l = make(); l.share(rank, 3); parts = list(l)
+        assert [b['of'] for b in parts] == [5, 5, 2] and [len(b['image']) for b in parts] == [len(w['scan_id'][rank::3]) or 1 for w in whole]
+        for w, b in zip(whole, parts):
+            if rank < len(w['image']): assert w['image'][rank::3].equal(b['image']) and w['infection'][rank::3].equal(b['infection']) and w['scan_id'][rank::3] == b['scan_id']
+    l = make(); l.skip(2)
+    for w, b in zip(whole[2:], l, strict=True): same(w, b)

@@ -16,7 +16,7 @@ from covid_ct.models.zoo import ROWS
 from covid_ct.scan import DataError
 from covid_ct.train import loop
 from covid_ct.evaluate.metrics import PredictionError
-from covid_ct.train.loop import TrainError, fit, load_run, make_accelerator, predict, rate, shard
+from covid_ct.train.loop import Engine, TrainError, fit, load_run, make_accelerator, predict, rate
 from covid_ct.train.recipes import RECIPES, Recipe, RecipeError, change, from_dict, recipe, source_table, sourced, to_dict
 from covid_ct.train.run import AuditWarning, RunError, audit_hint, read_tensors
 from covid_ct.train.study import cross_validate, fold_loaders, train_fold
@@ -62,7 +62,7 @@ def go(out, model=None, train=None, r=R, **kw):
 
 def weights(out, which="last"): return read_tensors(out / "checkpoints" / f"{which}.safetensors")[0]
 def same(a, b): return set(a) == set(b) and all(torch.equal(a[k], b[k]) for k in a)
-def told(run): return run.history.drop(columns="seconds")
+def told(run): return run.outcome
 def snapshot(folder): return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
@@ -234,10 +234,9 @@ def test_fp16_without_a_gpu_is_refused():
     assert make_accelerator("no").mixed_precision == "no"
 
 
-def test_rate_and_shard():
+def test_rate():
     p = recipe("darnet", "paper")
     assert np.allclose([rate(p, e) for e in (0, 29, 30, 59, 60, 79)], [1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
-    assert [list(shard(range(8), r, 3)) for r in range(3)] == [[0, 3], [1, 4], [2, 5]]
 
 
 def test_predict_restores_mode_and_knows_unlabelled_scans():
@@ -287,7 +286,7 @@ def test_folds(study, tmp_path, monkeypatch):
     cohort, r = study
     train, valid, test = fold_loaders(cohort, 0, r, load=load)
     assert_disjoint(train.dataset.cohort, valid.dataset.cohort, test.dataset.cohort)
-    assert train.augment and not valid.augment and not test.augment and type(train.loader.sampler).__name__ == "ClassBalancedSampler"
+    assert train.augment and not valid.augment and not test.augment and type(train.part.batches.sampler).__name__ == "ClassBalancedSampler"
     table = cross_validate(cohort, r, tmp_path / "cv", dict(trained_on="bricks"), progress=False, load=load)
     assert list(table.columns) == ["fold_0", "fold_1", "fold_2", "mean", "std"] and len(table) == 10
     assert np.allclose(table["mean"], table.iloc[:, :3].mean(axis=1)) and np.allclose(table["std"], np.std(table.iloc[:, :3], axis=1, ddof=1))
@@ -376,3 +375,117 @@ def test_keep_fits_the_task():
     with pytest.raises(RecipeError, match="judged by dice"): change(SEG, "test", keep="auc")
     with pytest.raises(RecipeError, match="judged by accuracy"): change(R, "test", keep="dice")
     with pytest.raises(RecipeError, match="decay_every"): change(R, "test", decay_every=-1)
+
+
+# the grown loop: in the middle of an epoch, averages, parts, engines
+
+RICH = change(R, "test", milestones=(), schedule="cosine", warmup=3, accumulate=2, clip=1., ema=.8, optimizer="sgd", lr=5e-2)
+EVERY = Engine(save_minutes=0)
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory): return go(tmp_path_factory.mktemp("rich") / "run", r=RICH)
+
+
+def ends_alike(a, b):
+    return told(a).equals(told(b)) and all(same(weights(a.folder, k), weights(b.folder, k)) for k in ("best", "last")) and a.predictions.equals(b.predictions)
+
+
+def test_saving_at_every_step_changes_nothing(rich, tmp_path):
+    assert ends_alike(go(tmp_path / "r", r=RICH, engine=EVERY), rich)
+    assert not same(weights(rich.folder), {k[6:]: v for k, v in read_tensors(rich.folder / "checkpoints/state.safetensors")[0].items() if k.startswith("model.")})  # the kept weights are the averaged ones
+
+
+@pytest.mark.parametrize("step", [1, 8, 12, 23])
+def test_resumed_in_the_middle_of_an_epoch(rich, tmp_path, step):
+    "An error nobody expects after some steps: what was saved last is a step, and the steps before it are not taken again"
+    class Counted(Shuffled):
+        def __iter__(self):
+            for b in super().__iter__(): self.given = getattr(self, "given", 0) + 1; yield b
+    out = tmp_path / "r"
+    with pytest.raises(OSError): go(out, train=Shuffled(blobs(22, 1), step, OSError), r=RICH, engine=EVERY)
+    assert read_tensors(out / "checkpoints/state.safetensors")[1]["steps"] == step
+    rest = Counted(blobs(22, 1)); n = len(rest.batches)
+    assert ends_alike(go(out, train=rest, r=RICH, resume=True), rich) and rest.given == 4 * n - n * (step // n)   # the epoch in hand is drawn again, its first steps passed over
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_killed_ten_times_at_random(rich, tmp_path):
+    "kill -9 whenever chance wants; each time somebody resumes it"
+    import time
+    out, rng, kills = tmp_path / "r", random.Random(7), 0
+    while kills < 10:
+        pid = os.fork()
+        if not pid:
+            try: torch.set_num_threads(1); time.sleep(0); go(out, r=RICH, resume="auto", engine=EVERY)
+            finally: os._exit(0)
+        time.sleep(rng.uniform(.1, .25) * rich.history.seconds.sum())
+        os.kill(pid, signal.SIGKILL); status = os.waitpid(pid, 0)[1]
+        if os.WIFEXITED(status): break                                             # it was faster than we
+        kills += 1
+    assert kills >= 4, "too fast to be killed often: lengthen the run"
+    assert ends_alike(go(out, r=RICH, resume="auto"), rich)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_a_damaged_state_costs_the_steps_since_the_one_before(rich, tmp_path, damage):
+    out = tmp_path / "r"; go(out, train=Shuffled(blobs(22, 1), 14), r=RICH, engine=EVERY)
+    p = out / "checkpoints/state.safetensors"; raw = bytearray(p.read_bytes())
+    if damage == "cut": p.write_bytes(raw[:-100])
+    if damage == "flip": raw[len(raw) // 2] ^= 1; p.write_bytes(raw)
+    if damage == "gone": p.unlink()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always"); again = fit(net(), Shuffled(blobs(22, 1)), blobs(9, 2), RICH, out, resume=True, progress=False)
+    assert ends_alike(again, rich) and any("is damaged" in str(w.message) for w in seen) == (damage != "gone")
+    for q in out.glob("checkpoints/state*"): q.write_bytes(q.read_bytes()[:-100])
+    with warnings.catch_warnings(), pytest.raises(RunError, match="cannot be read"): warnings.simplefilter("ignore"); go(out, r=RICH, resume=True)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_asked_to_stop_it_ends_the_step_and_saves(rich, tmp_path, name):
+    class Asks(Shuffled):
+        def __iter__(self):
+            for i, b in enumerate(super().__iter__()):
+                if len(self.epochs) == 2 and i == 2: signal.raise_signal(getattr(signal, name))
+                yield b
+    run = go(tmp_path / "r", train=Asks(blobs(22, 1)), r=RICH)
+    assert run.interrupted and read_tensors(run.folder / "checkpoints/state.safetensors")[1]["steps"] == 6 + 3
+    assert ends_alike(go(run.folder, r=RICH, resume="auto"), rich)
+
+
+def test_engines_learn_the_same(tmp_path):
+    a, b = (go(tmp_path / n, r=R, engine=Engine(**kw)) for n, kw in dict(plain={}, lean=dict(recompute=True, channels_last=True)).items())
+    for k, v in weights(a.folder).items(): assert torch.allclose(v, weights(b.folder)[k], atol=1e-5), k
+
+
+def test_the_history_tells_of_the_machine(whole):
+    h = whole.history
+    assert {"grad_norm", "seconds", "waited", "scans_per_second", "peak_memory_mb"} <= set(h) and (h.grad_norm > 0).all() and h.waited.between(0, 1).all() and (h.peak_memory_mb > 50).all()
+    assert set(h) - set(whole.outcome) == {"seconds", "waited", "scans_per_second", "peak_memory_mb"}
+
+
+def test_trouble_is_written_down(tmp_path):
+    bad = blobs(22, 1); bad[3] = dict(bad[3], image=bad[3]["image"] * float("nan"))
+    with pytest.raises(TrainError): go(tmp_path / "r", train=bad)
+    said = json.loads((tmp_path / "r" / "trouble.json").read_text())
+    assert "s1-12" in said["where"] and said["step"] == 3 and json.loads((tmp_path / "r" / "config.json").read_text())["status"] == "failed"
+
+
+def test_a_full_disk_is_seen_before_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("covid_ct.train.run.shutil.disk_usage", lambda p: type("U", (), dict(free=10)))
+    with pytest.raises(RunError, match="GB for its checkpoints"): go(tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
+def test_trackers(tmp_path):
+    with pytest.raises(TrainError, match="not installed|does not work"): go(tmp_path / "r", engine=Engine(trackers=("nothing",)))
+
+
+def test_recipes_of_last_year_keep_their_names():
+    "Fields that came later do not enter the hash unless they are used"
+    old = {k: v for k, v in to_dict(R).items() if k not in ("schedule", "warmup", "clip", "accumulate", "ema")}
+    old["sources"] = {k: v for k, v in old["sources"].items() if k in old}
+    assert from_dict(old) == R and from_dict(old).hash == R.hash and len({change(R, "test", **k).hash for k in ({}, dict(ema=.9), dict(clip=1.), dict(accumulate=2), dict(warmup=3))}) == 5
+    assert recipe("darnet", "tiny").hash == "faa912695a7d"
+    for bad in (dict(ema=1.), dict(clip=-1), dict(accumulate=0), dict(accumulate=99), dict(warmup=.5), dict(schedule="triangle"), dict(schedule="cosine")):
+        with pytest.raises(RecipeError): change(R, "test", **bad)
