@@ -10,7 +10,7 @@ parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 lib = cfg["lib_path"]
-needs = {k: shlex.split(cfg[k + "requirements"]) for k in ("", "docs_", "dev_", "cluster_")}
+needs = {k: shlex.split(cfg[k + "requirements"]) for k in ("", "docs_", "dev_", "cluster_", "export_")}
 
 setup(
     name=cfg["lib_name"],
@@ -27,7 +27,8 @@ setup(
     packages=find_packages(include=[lib, f"{lib}.*"]),
     package_data={lib: ["static/*"]},
     install_requires=needs[""],
-    extras_require={"docs": needs["docs_"], "cluster": needs["cluster_"], "dev": needs["docs_"] + needs["dev_"] + needs["cluster_"]},
+    extras_require={"docs": needs["docs_"], "cluster": needs["cluster_"], "export": needs["export_"],
+                    "dev": needs["docs_"] + needs["dev_"] + needs["cluster_"] + needs["export_"]},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{lib}={lib}._modidx:d"],
