@@ -1,5 +1,4 @@
 "Networks for elsewhere: ONNX answers like the network, for each system and any number of scans"
-import json
 
 import numpy as np
 import pytest

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ExportError', 'trace', 'write_onnx', 'export_run']
 
-# %% ../../nbs/core/55_export.ipynb #4daac328
-import json, logging, tempfile, warnings
+# %% ../../nbs/core/55_export.ipynb #ca3c176d
+import importlib, json, logging, tempfile, warnings
 from pathlib import Path
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ def trace(
     try: return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim('scans', min=1, max=1024)},))
     except Exception as e: raise ExportError(type(model).__name__, f'cannot be followed ({str(e).strip().splitlines()[0][:120]})', 'Its forward decides by values of its input: export a row of the zoo that does not.') from e
 
-# %% ../../nbs/core/55_export.ipynb #2e5b6f16
+# %% ../../nbs/core/55_export.ipynb #f06bf185
 def write_onnx(
     model:nn.Module, # in evaluation mode
     example:torch.Tensor, # input, `(B,…)` with B ≥ 2
@@ -37,7 +37,7 @@ def write_onnx(
     about:dict=None, # metadata, text by name
 )->float: # largest difference to the network on the example and on one scan of it
     "Write a network as ONNX and hold it beside the original (`ExportError` above 10⁻⁴); needs the extra `export`"
-    try: import onnxruntime, onnxscript # noqa: F401
+    try: onnxruntime, _ = map(importlib.import_module, ('onnxruntime','onnxscript'))
     except ImportError as e: raise ExportError('export', f'{e.name} is not installed', 'pip install "covid_ct[export]"') from e
     logging.getLogger('onnxscript').setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as d, warnings.catch_warnings():
