@@ -86,6 +86,39 @@ def _fetch(a)->None:
     from covid_ct.data.sets import fetch
     print(fetch(a.name, a.out, progress=True))
 
+# %% ../nbs/core/90_cli.ipynb #2c5347a6
+def _recipe(a):
+    "The recipe that was named, changed as asked"
+    from covid_ct.train.recipes import change, recipe
+    r, new = recipe(*a.recipe.partition('/')[::2]), {}
+    for word in a.set:
+        k,eq,v = word.partition('=')
+        if not eq: raise DataError('--set', f'{word!r} is not field=value', 'Write lr=1e-4 epochs=20.')
+        try: new[k] = json.loads(v)
+        except ValueError: new[k] = v
+    return change(r, 'command line', **new) if new else r
+
+def _train(a)->int:
+    from covid_ct.train.loop import Engine
+    from covid_ct.train.study import train
+    done = train(a.path, _recipe(a), a.out, a.fold, engine=Engine(compile=a.compile, recompute=a.recompute, trackers=tuple(a.trackers)), workers=a.workers, **(dict(cache=a.cache) if a.cache else {}))
+    print(f'{"stopped after" if done.interrupted else "finished"} {len(done.history)} of {done.recipe.epochs} epochs: {a.out}')
+    return 130 if done.interrupted else 0
+
+def _evaluate(a)->None:
+    from covid_ct.evaluate.metrics import metrics_table
+    from covid_ct.train.recipes import from_dict
+    from covid_ct.train.run import positive_of, read_config, write_text
+    from covid_ct.train.study import evaluate
+    r = from_dict(read_config(a.run_folder)['recipe']); found = evaluate(a.run_folder, a.path, workers=a.workers, **(dict(cache=a.cache) if a.cache else {}))
+    if a.out: write_text(a.out, found.to_csv(index=False))
+    table = metrics_table(found, r.classes, positive_of(r))
+    print(table.to_json(orient='records', indent=1) if a.json else table.round(3).to_string(index=False))
+
+def _export(a)->None:
+    from covid_ct.train.export import export_run
+    print(f'{a.out}: answers differ by at most {export_run(a.path, a.out, a.which):.1g} from the network')
+
 # %% ../nbs/core/90_cli.ipynb #77c41a21
 def _burden(a)->None:
     from covid_ct.data.io import read, read_mask
@@ -122,7 +155,7 @@ def _of_scans(add)->None:
     p.add_argument('--lobes', help='mask of the lobes; without it, right and left lung'); p.add_argument('--convention', default='1-5', help='numbers of the lobes: 1-5, luna16, totalsegmentator')
     p.add_argument('--report', help='page to write')
 
-# %% ../nbs/core/90_cli.ipynb #a9267dc0
+# %% ../nbs/core/90_cli.ipynb #2535d717
 def _of_cohorts(add)->None:
     "Commands about many scans"
     cohort = 'cohort CSV, folder of a public layout, or the tables of CC-CCII'
@@ -131,6 +164,14 @@ def _of_cohorts(add)->None:
     p = add('prepare', _prepare, 'preprocess every scan once; goes on where it was stopped', cohort, js=False)
     p.add_argument('out', help='folder for the prepared scans'); p.add_argument('--recipe', default='darnet/paper', help='recipe, as darnet/paper, or a row of PREPS')
     p.add_argument('--masks', nargs='*', default=(), choices=('lung','infection'), help='masks to keep too'); p.add_argument('--jobs', type=int, default=2, help='processes')
+    p = add('train', _train, 'train a network by a recipe; goes on where it was stopped', cohort, js=False)
+    p.add_argument('out', help='run folder'); p.add_argument('--recipe', default='darnet/tiny', help='as darnet/paper'); p.add_argument('--set', nargs='*', default=(), metavar='FIELD=VALUE', help='other values, as lr=1e-4 epochs=20')
+    p.add_argument('--fold', type=int, default=0, help='fold that validates'); p.add_argument('--compile', action='store_true', help='translate the network first'); p.add_argument('--recompute', action='store_true', help='less memory, more time')
+    p.add_argument('--trackers', nargs='*', default=(), help='as tensorboard'); p.add_argument('--cache', help='folder for prepared scans'); p.add_argument('--workers', type=int, default=0, help='processes that read')
+    p = add('evaluate', _evaluate, 'answers and metrics of a trained network on other patients', cohort)
+    p.add_argument('--run', dest='run_folder', required=True, help='run folder'); p.add_argument('--out', help='CSV for the answers'); p.add_argument('--cache', help='folder for prepared scans'); p.add_argument('--workers', type=int, default=0, help='processes that read')
+    p = add('export', _export, 'write a trained network as ONNX', 'run folder', js=False)
+    p.add_argument('out', help='file, as model.onnx'); p.add_argument('--which', choices=('best','last'), default='best', help='weights')
     p = add('fetch', _fetch, 'download a public set where its source allows it', None, js=False)
     p.add_argument('name', help='as ct_seg or medseg100'); p.add_argument('out', help='folder for it')
 

@@ -117,3 +117,23 @@ def test_audit_and_prepare(capsys, tmp_path):
 def test_fetch_says_what_there_is(capsys, tmp_path):
     code, _, err = run(capsys, "fetch", "nothing", tmp_path / "f")
     assert code == 2 and "cc_ccii" in err and not (tmp_path / "f").exists()
+
+
+def test_train_evaluate_export(capsys, tmp_path):
+    "A network from a table of files to a file for elsewhere; its own patients are refused"
+    rows = phantom_cohort(18, seed=4, second_scan=0); write_phantom_cohort(tmp_path / "c", rows, shape=(32, 48, 48), progress=False)
+    other = phantom_cohort(3, seed=77, second_scan=0); write_phantom_cohort(tmp_path / "other", other, shape=(32, 48, 48), progress=False)
+    small = ["--set", "epochs=1", "milestones=[]", "batch_size=4", 'model_kwargs={"classes":3,"depth":32,"width":4,"blocks":[1,1,1,1],"strides":[1,2,2,1]}']
+    code, out, err = run(capsys, "train", tmp_path / "c" / "cohort.csv", tmp_path / "run", "--recipe", "darnet/tiny", "--cache", tmp_path / "cache", *small)
+    assert code == 0 and "finished 1 of 1" in out, err
+    assert (tmp_path / "run" / "split.csv").exists()
+    code, out, _ = run(capsys, "evaluate", tmp_path / "other" / "cohort.csv", "--run", tmp_path / "run", "--json", "--out", tmp_path / "told.csv")
+    table = json.loads(out)
+    assert code == 0 and {"AUC", "accuracy"} <= {r["metric"] for r in table} and pd.read_csv(tmp_path / "told.csv").scan_id.tolist() == other.scan_id.tolist()
+    code, _, err = run(capsys, "evaluate", tmp_path / "c" / "cohort.csv", "--run", tmp_path / "run")
+    assert code == 2 and "patient" in err and err.count("\n") == 1
+    pytest.importorskip("onnxruntime")
+    assert run(capsys, "export", tmp_path / "run", tmp_path / "m.onnx")[0] == 0 and (tmp_path / "m.onnx").stat().st_size > 10_000
+    for bad in (["--set", "epochs"], ["--set", "wings=2"], ["--recipe", "darnet/huge"], ["--set", "lr=fast"]):
+        code, _, err = run(capsys, "train", tmp_path / "c" / "cohort.csv", tmp_path / "new", *bad)
+        assert code == 2 and err.count("\n") == 1 and not (tmp_path / "new").exists()
