@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 from covid_ct.scan import DataError
-from covid_ct.data.augment import AUGMENTS, SIX, Augment, apply, copies, draw, permute, seeded, shade, still, theta, warp
+from covid_ct.data.augment import AUGMENTS, SIX, Augment, apply, draw, permute, seeded, shade, still, theta, warp
 
 FULL = Augment(flip=.5, flip_zy=(.5, .5), quarter=True, rotate_deg=(-20, 20), shift_px=(-4, 4), zoom=(.8, 1.2), stretch=True,
                gain=(.8, 1.2), offset=(-.1, .1), noise=(0, .05))
@@ -206,33 +206,7 @@ def test_batches_where_some_move_and_some_only_turn():
     assert y[0].equal(permute(x, v)[0]) and y[2].equal(permute(x, v)[2])
 
 
-# ---------------------------------------------------------------- six copies of a slice (Chen et al. 2020)
-def test_six_copies_by_hand():
-    x = torch.zeros(2, 1, 9, 9); x[0, 0, 1, 6], x[1, 0, 5, 0] = 1, 1
-    x[:, 0, 3:6, 3:6] = .5
-    label = (x*2).to(torch.uint8)
-    six = copies(dict(image=x, lesions=label, label=torch.tensor([3, 4]), scan_id=['a', 'b']))
-    assert six['image'].shape == (12, 1, 9, 9) and six['scan_id'] == ['a']*6+['b']*6 and six['label'].tolist() == [3]*6+[4]*6
-    for b in range(2):
-        for k in range(4):
-            assert six['image'][6*b+k].equal(torch.rot90(x[b], k, (-1, -2))) and six['lesions'][6*b+k].equal(torch.rot90(label[b], k, (-1, -2)))
-        half, large = six['lesions'][6*b+4, 0], six['lesions'][6*b+5, 0]
-        assert half.nonzero().tolist() == [[4, 4]]  # pixel q shows 2q: of −1 … 1 only the middle, and a black frame
-        assert (large == 1).nonzero().tolist() == [[i, j] for i in range(2, 7) for j in range(2, 7)]  # q shows q/1.5: ±2 shows ±1.33, still inside
-
-
-def test_no_mixed_labels():
-    "Classes 0 and 3 side by side: an average would make 1 and 2"
-    label = torch.zeros(1, 1, 41, 41, dtype=torch.uint8); label[..., 13:30, 9:25] = 3
-    x = label.float()/3
-    six = copies(dict(image=x, lesions=label))
-    assert six['lesions'].unique().tolist() == [0, 3]
-    blurred = six['image'][5]
-    assert ((blurred > 0) & (blurred < 1)).any()  # the image is interpolated, the labels are not
-    n = (six['lesions'] > 0).sum((1, 2, 3)).double()
-    assert (n[:4] == 17*16).all() and abs(n[4]/n[0]-.25) < .06 and abs(n[5]/n[0]-2.25) < .2
-
-
+# ---------------------------------------------------------------- six views of a slice (Chen et al. 2020); all six at once: test_raunet.py
 def test_raunet_row_draws_one_of_the_six():
     v = draw(AUGMENTS['raunet'], 6000, seeded('six'))
     pairs = [(int(k), float(z)) for k, z in zip(v.turns, v.zoom[:, 0])]

@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from covid_ct.data.slices import (SLICE_CLASSES, SliceDataset, body_box, class_ml, phantom_slices, read_pair, require_volume, segment_scan, six_views,
-                                  slice_classes, slice_cohort, strangers, to_size)
+from covid_ct.data.augment import SIX
+from covid_ct.data.layouts import write_layout
+from covid_ct.data.public import open_cohort
+from covid_ct.data.slices import (SLICE_CLASSES, SliceDataset, body_box, class_ml, house_lesions, phantom_slices, read_pair, require_volume, segment_scan, six_views,
+                                  slice_classes, strangers, to_size)
 from covid_ct.models.blocks import count_parameters
 from covid_ct.models.raunet import RAUNET_ROWS, Aggregated, RAUNet
 from covid_ct.models.unet import UNet
@@ -109,8 +112,7 @@ def test_learns_four_phantom_slices_by_heart():
 @pytest.mark.slow
 @pytest.mark.data
 def test_learns_four_real_slices_by_heart(data_dir):
-    rows = slice_cohort(data_dir / "medseg100/im/256", data_dir / "medseg100/mask/multi/256")
-    every = SliceDataset(rows, 48)
+    every = SliceDataset(open_cohort(data_dir / "medseg100"), 48)
     three = [i for i in range(len(every)) if len(every.mask[i].unique()) == 4][:2]
     some = [i for i in range(len(every)) if len(every.mask[i].unique()) == 3][:2]
     x, y = every.image[three + some], every.mask[three + some]
@@ -121,47 +123,67 @@ def test_learns_four_real_slices_by_heart(data_dir):
 # ---- slices
 
 def save(path, v):
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(v).save(path)
     return path
 
 
 @pytest.fixture
 def pair(tmp_path):
-    m = np.zeros((40, 40), "u1")
-    m[5:20, 5:20], m[8:14, 8:14], m[30:35, 10:30] = 85, 170, 255
-    return save(tmp_path / "im/i07.png", (np.arange(1600) % 256).astype("u1").reshape(40, 40)), save(tmp_path / "mask/z07.png", m), m
+    "A public pair on disk, on its side, and what it shows upright"
+    image, m = (np.arange(1600) % 256).astype("u1").reshape(40, 40), np.zeros((40, 40), "u1")
+    m[5:20, 5:15], m[8:14, 8:14], m[30:35, 10:30] = 85, 170, 255
+    save(tmp_path / "set/im/256/i07.png", image.T), save(tmp_path / "set/mask/multi/256/z07.png", m.T)
+    rows = open_cohort(tmp_path / "set")
+    return dict(rows.iloc[0], path=str(tmp_path / "set/im/256/i07.png"), infection_mask=str(tmp_path / "set/mask/multi/256/z07.png")), image, m
 
 
 def test_pair(pair, tmp_path):
-    image, mask, m = pair
-    v, k = read_pair(image, mask)
-    assert v.dtype == np.float32 and abs(v[3, 4] - 124 / 255) < 1e-6 and (k == m // 85).all()
-    rows = slice_cohort(tmp_path / "im", tmp_path / "mask")
-    assert rows.patient_id.tolist() == ["unknown"] and rows.slice_id.tolist() == ["i07"]
-    rgb = save(tmp_path / "rgb.png", np.dstack([np.array(Image.open(image))] * 3))
-    assert (read_pair(rgb, mask)[0] == v).all()
+    row, image, m = pair
+    v, k = read_pair(row)
+    assert v.dtype == np.float32 and np.array_equal(v, image.astype("f4") / 255) and (k == m // 85).all()          # upright again
+    assert row["patient_id"] == "unknown"
+    rgb = save(tmp_path / "rgb.png", np.dstack([image.T] * 3))
+    assert (read_pair(row | dict(path=rgb))[0] == v).all()
+    rows = open_cohort(tmp_path / "set")
+    d = SliceDataset(rows, 40, crop=False)
+    assert torch.equal(d.image[0, 0], torch.from_numpy(v)) and torch.equal(d.mask[0], torch.from_numpy(k).long()) and d.slice_id == ["07"]
 
 
 def test_bad_pairs(pair, tmp_path):
-    image, mask, m = pair
-    with pytest.raises(VoxelError, match="77"): read_pair(image, save(tmp_path / "a.png", np.where(m == 85, 77, m).astype("u1")))
-    with pytest.raises(GeometryError, match="20"): read_pair(image, save(tmp_path / "b.png", m[::2, ::2].copy()))
+    row, _, m = pair
+    def mask(v): return row | dict(infection_mask=save(tmp_path / f"{np.random.randint(1 << 30)}.png", v))
+    with pytest.raises(VoxelError, match="77"): read_pair(mask(np.where(m == 85, 77, m).astype("u1")))
+    with pytest.raises(GeometryError, match="20"): read_pair(mask(m[::2, ::2].copy()))
     soft = np.array(Image.fromarray(m).resize((20, 20), Image.BILINEAR).resize((40, 40), Image.BILINEAR))
-    with pytest.raises(VoxelError, match="labels"): read_pair(image, save(tmp_path / "c.png", soft))
-    with pytest.raises(UnitsError): read_pair(save(tmp_path / "d.png", np.dstack([m, m, 0 * m])), mask)
-    with pytest.raises(UnitsError): read_pair(save(tmp_path / "e.png", m.astype("u2") * 100), mask)
+    with pytest.raises(VoxelError, match="labels"): read_pair(mask(soft))
+    with pytest.raises(UnitsError, match="grey"): read_pair(row | dict(path=save(tmp_path / "d.png", np.dstack([m, m, 0 * m]))))
+    with pytest.raises(UnitsError, match="8-bit"): read_pair(row | dict(path=save(tmp_path / "e.png", m.astype("u2") * 100)))
     (tmp_path / "f.png").write_bytes(b"no picture")
-    with pytest.raises(ReadError): read_pair(tmp_path / "f.png", mask)
-    save(tmp_path / "im/i08.png", m)
-    with pytest.raises(CohortError, match="8"): slice_cohort(tmp_path / "im", tmp_path / "mask")
-    with pytest.raises(ReadError): slice_cohort(tmp_path / "nowhere", tmp_path / "mask")
+    with pytest.raises(ReadError): read_pair(row | dict(path=tmp_path / "f.png"))
+    with pytest.raises(ReadError): read_pair(row | dict(infection_mask=tmp_path / "gone.png"))
+    save(tmp_path / "set/im/256/i08.png", m)
+    with pytest.raises(CohortError, match="infection_mask"): SliceDataset(open_cohort(tmp_path / "set"), 16)      # a picture without a mask
     with pytest.raises(VoxelError): SliceDataset([dict(image=np.zeros((8, 8)), mask=np.full((8, 8), 4), slice_id="x")])
+    with pytest.raises(GeometryError): SliceDataset([dict(image=np.zeros((8, 8)), mask=np.zeros((8, 7)), slice_id="x")])
     with pytest.raises(CohortError): SliceDataset([])
+
+
+def test_pairs_and_stack_are_one_reader(tmp_path):
+    "The same phantoms as PNG pairs (8 bit, on their side, cut to the lungs) and as a stack (HU): the same slices upright, the same classes"
+    from covid_ct.phantom import phantom_cohort
+    asked = phantom_cohort(3, seed=4, labels=("covid",), second_scan=0)
+    for layout in ("medseg100_png", "medseg100"): write_layout(asked, tmp_path / layout, layout, (16, 40, 40))
+    png, stack = (SliceDataset(open_cohort(tmp_path / layout), 40, crop=False, window=(-1250, 250)) for layout in ("medseg100_png", "medseg100"))
+    assert len(png) == len(stack) and torch.equal(png.mask, stack.mask) and (png.mask > 0).any()
+    inside = png.image > 0
+    assert inside.any() and (png.image - stack.image)[inside].abs().max() < .0025
 
 
 def test_classes():
     assert slice_classes(np.arange(6)).tolist() == [0, 1, 2, 1, 3, 1]
+    k = np.random.default_rng(0).integers(0, 4, (3, 5, 6)).astype("u1")
+    assert house_lesions(k).dtype == np.uint8 and (slice_classes(house_lesions(k)) == k).all() and set(np.unique(house_lesions(k))) == {0, 1, 2, 4}
 
 
 def test_phantom_slices():
@@ -185,6 +207,30 @@ def test_size():
     with pytest.raises(GeometryError): to_size(image, mask[1:], 30)
 
 
+def test_the_crop_cuts_no_body_and_no_label():
+    image, mask = np.zeros((80, 70), "f4"), np.zeros((80, 70), "u1")
+    image[20:50, 20:50], image[5, 60], image[70, 10] = .5, .02, .3                  # body, a dark speck, a grey one: both are body
+    assert body_box(image) == (slice(5, 71), slice(10, 61))
+    image[5, 60], image[2:4, 2:6] = 0, 1                                            # only a white word is cut
+    assert body_box(image) == (slice(20, 71), slice(10, 50))
+    mask[15, 66] = 2                                                                # a label on black
+    assert body_box(image, mask) == (slice(15, 71), slice(10, 67))
+    assert int((to_size(image, mask, 57)[1] == 2).sum()) == 1 and to_size(image, mask, 57)[0].max() == .5
+
+
+@pytest.mark.data
+def test_the_crop_of_the_real_slices(data_dir):
+    "No lit and no labelled pixel is lost, not even of slice 39, a quarter of whose mask lies on black"
+    rows = open_cohort(data_dir / "medseg100")
+    black = {}
+    for r in rows.to_dict("records"):
+        v, m = read_pair(r, rows.attrs["root"])
+        box = body_box(v, m)
+        assert (m[box] > 0).sum() == (m > 0).sum() and (v[box] > .01).sum() == (v > .01).sum(), r["scan_id"]
+        black[r["scan_id"]] = ((m > 0) & (v == 0)).sum() / max(1, (m > 0).sum())
+    assert max(black, key=black.get) == "039" and black["039"] > .25
+
+
 def test_two_lungs_stay_two():
     image = np.zeros((50, 50)); image[5:20, 5:45] = 1; image[30:45, 5:45] = .6
     assert body_box(image) == (slice(5, 45), slice(5, 45))
@@ -194,8 +240,18 @@ def test_six_views():
     image, mask = torch.rand(2, 1, 12, 12), torch.randint(0, 4, (2, 12, 12))
     x, y = six_views(image, mask)
     assert x.shape == (12, 1, 12, 12) and y.shape == (12, 12, 12) and y.dtype == mask.dtype
-    for k in range(4): assert torch.equal(torch.rot90(x[2 * k:2 * k + 2], -k, (-2, -1)), image) and torch.equal(torch.rot90(y[2 * k:2 * k + 2], -k, (-2, -1)), mask)
-    assert (y[8:10, :3] == 0).all() and (x[8:10, 0, :, :3] == 0).all()
+    for k in range(4): assert torch.equal(torch.rot90(x[2 * k:2 * k + 2], k, (-2, -1)), image) and torch.equal(torch.rot90(y[2 * k:2 * k + 2], k, (-2, -1)), mask)
+    assert (y[8:10, :3] == 0).all() and (x[8:10, 0, :, :3] == 0).all() and len(SIX) == 6
+
+
+def test_six_views_by_hand():
+    "Classes 0 and 3 side by side: an average would make 1 and 2; one pixel, followed through both scales"
+    image, mask = torch.zeros(1, 1, 9, 9), torch.zeros(1, 9, 9).long()
+    image[0, 0, 3:6, 3:6], mask[0, 3:6, 3:6] = .5, 3
+    x, y = six_views(image, mask)
+    assert y.unique().tolist() == [0, 3] and y[4].nonzero().tolist() == [[4, 4]]                            # pixel q shows 2q: of −1 … 1 only the middle
+    assert y[5].nonzero().tolist() == [[i, j] for i in range(2, 7) for j in range(2, 7)]                    # q shows q/1.5: ±2 shows ±1.33, still inside
+    assert ((x[5] > 0) & (x[5] < .5)).any() and x[5, 0, 4, 4] == .5                                         # the image is interpolated
 
 
 def test_a_stack_is_no_volume():
@@ -210,8 +266,8 @@ def test_a_stack_is_no_volume():
 
 @pytest.mark.data
 def test_the_real_stack_is_no_volume(data_dir):
-    rows = slice_cohort(data_dir / "medseg100/im/256", data_dir / "medseg100/mask/multi/256")
-    pairs = [read_pair(*r) for r in zip(rows.path, rows.mask_path)]
+    rows = open_cohort(data_dir / "medseg100")
+    pairs = [read_pair(r, rows.attrs["root"]) for r in rows.to_dict("records")]
     assert len(pairs) == 60 and strangers(np.stack([v for v, _ in pairs])) > .9
     assert {int(k) for _, m in pairs for k in np.unique(m)} == {0, 1, 2, 3}
 

@@ -113,7 +113,7 @@ def attend_round(
     out = torch.cat([w@back(cut(v))/total, total.log()+top], -1).view(n,T,-1)
     return torch.zeros_like(out).scatter(1, order[...,None].expand_as(out), out)
 
-# %% ../../nbs/core/34_lsh.ipynb #64e5d4fc
+# %% ../../nbs/core/34_lsh.ipynb #7e27be38
 def check_tokens(
     qk:torch.Tensor, # `(…,T,d)`
     v:torch.Tensor, # `(…,T,e)`
@@ -128,6 +128,7 @@ def check_tokens(
     if mask is not None and (mask.shape!=qk.shape[:-1] or mask.dtype!=torch.bool): raise tell(f'a mask {tuple(mask.shape)} of {mask.dtype}', 'Give bool (…,T), True for tokens that count.')
     if chunk<1: raise DataError('lsh_attention', f'chunk={chunk}', 'Give the number of tokens in a chunk, at least 1.')
 
+# %% ../../nbs/core/34_lsh.ipynb #7c69b1df
 def lsh_attention(
     qk:torch.Tensor, # shared queries and keys, `(…,T,d)`
     v:torch.Tensor, # values, `(…,T,e)`
