@@ -35,7 +35,7 @@ def _inspect(a)->None:
     if a.report: inspect_report(a.path, a.report, a.series, **_how(a))
     print(json.dumps(facts, indent=1) if a.json else show_facts(facts))
 
-# %% ../nbs/core/90_cli.ipynb #9bda7251
+# %% ../nbs/core/90_cli.ipynb #3d54dcc8
 def _lungs(a)->None:
     from covid_ct.data.io import read, write_mask
     from covid_ct.data.lungs import lung_mask, lung_volume_l
@@ -43,6 +43,16 @@ def _lungs(a)->None:
     mask = lung_mask(scan)
     write_mask(mask, scan, a.out, overwrite=a.overwrite)
     print(f'{lung_volume_l(mask, scan):.2f} L of lung in {Path(a.out).name}')
+
+def _segment(a)->None:
+    from covid_ct.data.io import read, write_mask
+    from covid_ct.data.slices import class_ml, house_lesions, segment_scan
+    from covid_ct.train.loop import load_run
+    model, recipe, _ = load_run(a.weights)
+    if recipe.task!='segment': raise DataError(a.weights, f'names scans ({recipe.system}), it outlines nothing', 'Give the run folder of a network for slices, or use predict.')
+    scan = read(a.path, series=a.series, **_how(a)); found = segment_scan(model, scan, a.size)
+    write_mask(house_lesions(found), scan, a.out, overwrite=a.overwrite)
+    print('  '.join(f'{k} {v:.1f} mL' for k,v in class_ml(found, scan).items())+f' in {Path(a.out).name}')
 
 def _predict(a)->None:
     from covid_ct.apply import predict_scan
@@ -135,7 +145,7 @@ def _burden(a)->None:
     table = burden(scan, lesions, lobes, names=names)
     print(table.round(4).reset_index().to_json(orient='records', indent=1) if a.json else table.round(1).to_string())
 
-# %% ../nbs/core/90_cli.ipynb #df5f50d3
+# %% ../nbs/core/90_cli.ipynb #826620d4
 def _reading(p)->None:
     "How a scan is read"
     p.add_argument('--allow-unknown-geometry', action='store_true', help='take 1 mm spacing and the usual orientation where the files name none')
@@ -147,6 +157,9 @@ def _of_scans(add)->None:
     p.add_argument('--report', help='also write a page with the viewer'); _reading(p)
     p = add('lungs', _lungs, 'write the lung mask in the geometry of the scan', js=False)
     p.add_argument('out', help='file for the mask, as lungs.nii.gz'); p.add_argument('--overwrite', action='store_true', help='replace the file if it exists')
+    p = add('segment', _segment, 'outline lesions slice by slice with a trained network', js=False)
+    p.add_argument('out', help='file for the mask, as lesions.nii.gz'); p.add_argument('--weights', required=True, help='run folder')
+    p.add_argument('--size', type=int, default=369, help='pixels of a side in training'); p.add_argument('--overwrite', action='store_true', help='replace the file if it exists'); _reading(p)
     p = add('predict', _predict, 'probabilities and attention of a trained network')
     p.add_argument('--weights', required=True, help='run folder'); p.add_argument('--report', help='page to write')
     _reading(p)
