@@ -14,7 +14,7 @@ from covid_ct.models.online import OnlineAttention, class_map, soft_mask, stretc
 from covid_ct.models.resnet3d import feature_size
 from covid_ct.phantom import make_phantom
 from covid_ct.scan import CohortError, DataError, GeometryError
-from covid_ct.train.dual import branches, check_cohort, group_table, paired_table, protocol, result_table, score
+from covid_ct.train.dual import branches, check_cohort, group_table, paired_table, protocol, readings, result_table, score
 from covid_ct.train.losses import AttentionLoss, LossError, attention_error
 
 
@@ -59,10 +59,12 @@ def test_eq_1_to_4(seed):
         slow.append(loop_loss(1 / (1 + torch.exp(-100 * (a - .4))), mask[b]))
     torch.testing.assert_close(fast, torch.stack(slow))
     for one, two in zip(torch.autograd.grad(fast.sum(), (f, w), retain_graph=True), torch.autograd.grad(sum(slow), (f, w), retain_graph=True)): torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
-    z = torch.randn(2, 2, generator=g, dtype=torch.float64)
+    z = torch.randn(2, 2, generator=g, dtype=torch.float64).requires_grad_()
     total, _ = AttentionLoss()(dict(logits=z, attention=soft_mask(stretch(class_map(f, w, torch.tensor([1, 1]))))), dict(label=y, infection=mask))
     p = (z[:, 1] - z[:, 0]).sigmoid()
-    torch.testing.assert_close(total, -(p[0].log() + (1 - p[1]).log()) / 2 + .5 * slow[0])
+    hand = -(p[0].log() + (1 - p[1]).log()) / 2 + .5 * slow[0]
+    torch.testing.assert_close(total, hand)
+    for one, two in zip(torch.autograd.grad(total, (z, f)), torch.autograd.grad(hand, (z, f))): torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
 
 
 def test_upsample_is_trilinear():
@@ -220,6 +222,15 @@ def test_eq_5_by_hand():
     np.testing.assert_allclose(got, [.35 * .8 + .65 * .2, *[.96 * .8 + .04 * .2] * 3, .35 * .8 + .65 * .2], atol=1e-15)
 
 
+def test_eq_5_in_loops():
+    rng = np.random.default_rng(3); us, ss = rng.random((2, 400)); ratio = rng.choice([0, .0005, .001, .0011, .0299, .03, .0301, .6, 1], 400)
+    slow = []
+    for a, b, r in zip(us, ss, ratio):
+        w = .35 if r < .001 or r > .030 else .96
+        slow.append(w * a + (1 - w) * b)
+    np.testing.assert_allclose(combine(us, ss, ratio), slow, atol=1e-15)
+
+
 def test_eq_5_stays_between():
     rng = np.random.default_rng(0); a, b, r = rng.random((3, 500))
     p = combine(a, b, r); assert (p >= np.minimum(a, b) - 1e-12).all() and (p <= np.maximum(a, b) + 1e-12).all()
@@ -316,7 +327,25 @@ def test_score_against_scikit_learn():
     rng = np.random.default_rng(1); y = rng.random(200) < .4; p = rng.random(200).round(2)
     p[p == .5] = .51
     s = score(pd.DataFrame(dict(label=np.where(y, "covid", "cap"), prob=p)))
-    assert s["AUC"] == pytest.approx(roc_auc_score(y, p)) and s["F1"] == pytest.approx(f1_score(y, p >= .5)) and s["accuracy"] == pytest.approx(((p >= .5) == y).mean())
+    assert s["AUC"] == pytest.approx(roc_auc_score(y, p)) and s["F1"] == pytest.approx(f1_score(y, p >= .5, average="macro")) and s["accuracy"] == pytest.approx(((p >= .5) == y).mean())
+
+
+@pytest.mark.parametrize("sensitivity,specificity,printed", [(.856, .870, .798), (.872, .907, .825), (.868, .876, .811), (.869, .901, .820)])
+def test_f1_is_the_papers(sensitivity, specificity, printed):
+    "Table II, test set: F1 from the printed sensitivity and specificity and 2,295 COVID and 501 CAP scans"
+    hit, free = round(sensitivity * 2295), round(specificity * 501)
+    prob = np.r_[np.ones(hit), np.zeros(2295 - hit), np.zeros(free), np.ones(501 - free)]
+    got = score(pd.DataFrame(dict(label=["covid"] * 2295 + ["cap"] * 501, prob=prob)))
+    assert abs(got["F1"] - printed) < .003 and abs(got["sensitivity"] - sensitivity) < .001 and abs(got["specificity"] - specificity) < .001
+
+
+def test_readings_of_weighted_cohorts():
+    "A scan that is drawn twice counts twice"
+    rng = np.random.default_rng(2); t = pd.DataFrame(dict(label=np.array(["cap", "covid"])[np.arange(40) % 2], prob=rng.random(40))); w = rng.integers(0, 3, (5, 40))
+    many = readings(t, w)
+    for j in range(5):
+        one = score(t.iloc[np.repeat(np.arange(40), w[j])])
+        assert all(many[k][j] == pytest.approx(v) for k, v in one.items())
 
 
 def test_paired():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from covid_ct.data.io import read_mask, write_mask
 from covid_ct.data.preprocess import Prep, prepare
 from covid_ct.models.blocks import count_parameters
 from covid_ct.models.sliding import BLENDS, _Alive, blend, cover, dry_run, labels, probabilities, segment, slabs, sliding, sliding_bytes, target
@@ -232,6 +233,16 @@ def test_target():
     assert t.dtype == np.int64 and ((t > 0) == p.lungs).all() and ((t == 2) == (p.infection & p.lungs)).all()
     with pytest.raises(GeometryError, match="differ in shape"): target(ready, p.lungs, p.infection[1:])
     with pytest.raises(GeometryError): target(ready, p.lungs[1:], p.infection[1:])
+
+
+def test_a_mask_of_another_tool_takes_the_place(tmp_path):
+    "Written and read as a file: the classifier's input is the same as with the array; a file on another grid is refused"
+    p = make_phantom("covid", 3, (24, 32, 32), severity=.2); row = Prep(size=(24, 32, 32), keep="lungs")
+    file = write_mask(p.lungs, p.scan, tmp_path / "lungs.nii.gz")
+    got, wanted = prepare(p.scan, row, lungs=read_mask(file, p.scan).astype(bool)), prepare(p.scan, row, lungs=p.lungs)
+    assert np.array_equal(got.voxels, wanted.voxels) and np.array_equal(prepare(p.scan, row, lungs=lambda scan: p.lungs).voxels, wanted.voxels)
+    with pytest.raises(GeometryError, match="apart"): read_mask(file, p.scan.replace(spacing=(4., 4., 4.)))
+    with pytest.raises(GeometryError): prepare(p.scan, row, lungs=p.lungs[:, ::2])
 
 
 def test_pickles():
