@@ -1,8 +1,23 @@
-"""The viewer against drawing three planes in Python, and its page against other ways to carry the same voxels."""
+"""The viewer against drawing three planes in Python, its page against other ways to carry the same voxels, and live in JupyterLab against its peers.
+
+The peers are matplotlib behind `ipywidgets.interact`, and ipyniivue (WebGL) where it is installed. Without a GPU the browser draws WebGL
+in software, which is what a server's JupyterLab seen through a remote desktop does too, but not what a workstation does.
+"""
+import contextlib
 import gzip
+import importlib.util
 import io
+import json
+import os
+import shutil
+import socket
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+import urllib.request
+from pathlib import Path
 
 import numpy as np
 from covid_ct.browse.pack import to_bytes
@@ -46,17 +61,28 @@ def in_python(scan):
     return median_ms(move, 8)
 
 
-def in_browser(page_html):
-    "From the slider's move to the next painted frame, and the share of it that drawing takes; None without a browser"
-    import shutil
+@contextlib.contextmanager
+def chromium():
+    "A headless browser, or None"
     exe = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-    if not exe: return None
+    if not exe: yield None; return
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=exe, args=["--no-sandbox", "--disable-gpu"])
+        b = p.chromium.launch(executable_path=exe, args=["--no-sandbox"])
+        yield b
+        b.close()
+
+
+def in_browser(page_html):
+    "Seconds until the page is ready, then milliseconds from the slider's move to the next painted frame, and the share of it that drawing takes; None without a browser"
+    with chromium() as b, tempfile.TemporaryDirectory() as d:
+        if not b: return None
+        (Path(d) / "page.html").write_text(page_html, "utf-8")
         page = b.new_page(viewport={"width": 1400, "height": 800})
-        page.set_content(page_html)
+        t = time.perf_counter()
+        page.goto((Path(d) / "page.html").as_uri())
         page.locator("[data-ready='1']").wait_for(timeout=60_000)
+        ready = time.perf_counter() - t
         got = page.evaluate("""async () => {
           const s = document.querySelector('input[data-control=axial]'), f = document.querySelector('[data-ready]').dataset, out = [];
           for (let i = 0; i < 30; i++) {
@@ -66,8 +92,102 @@ def in_browser(page_html):
             out.push([performance.now() - t, Number(f.drawMs)]);
           }
           return out; }""")
-        b.close()
-    return [statistics.median(column) for column in zip(*got)]
+    return [ready, *(statistics.median(column) for column in zip(*got))]
+
+
+# ---------------------------------------------------------------- live, in a JupyterLab
+LIVE = {  # name → the cell that shows a scan, what to press for the next slice, and the key
+    "ours": ("from covid_ct.browse.viewer import VolumeViewer\nfrom covid_ct.data.io import read\nVolumeViewer(read('chest.nii.gz'))", "canvas[data-plane=axial]", "ArrowUp"),
+    "matplotlib": ("import matplotlib.pyplot as plt\nfrom covid_ct.data.io import read\nfrom ipywidgets import IntSlider, interact\nv = read('chest.nii.gz').voxels\n"
+                   "def show(z):\n    fig, axes = plt.subplots(1, 3, figsize=(12,4))\n    for ax, im in zip(axes, (v[z], v[::-1,128], v[::-1,:,128])): ax.imshow(im, cmap='gray', vmin=-1350, vmax=150)\n    plt.show()\n"
+                   "interact(show, z=IntSlider(64, 0, 127));", ".noUi-handle", "ArrowRight"),
+    "ipyniivue": ("from ipyniivue import NiiVue\nnv = NiiVue(height=400)\nnv.load_volumes([{'path': 'chest.nii.gz'}])\nnv", ".jp-OutputArea-output canvas", "wheel")}
+# how many pixels of the first picture in an output are neither black nor white nor the background, and a number that changes with the picture
+LOOK = """() => { const out = document.querySelector('.jp-OutputArea-output'), of = out && ([...out.querySelectorAll('canvas[data-plane=axial]')][0] || [...out.querySelectorAll('canvas, img')].find((e) => e.width > 200));
+  if (!of || of.width < 200) return [0, 0];
+  const c = Object.assign(document.createElement('canvas'), { width: 200, height: 80 }), x = c.getContext('2d'); x.drawImage(of, 0, 0, 200, 80);
+  const px = x.getImageData(0, 0, 200, 80).data; let n = 0, sum = 0;
+  for (let i = 0; i < px.length; i += 4) { if (px[i] > 20 && px[i] < 235) n++; sum = (sum * 31 + px[i]) % 1000003; }
+  return [n, sum]; }"""
+
+
+@contextlib.contextmanager
+def lab(folder):
+    "The address of a JupyterLab on a folder, with nothing of this user's settings"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, **{f"{k}_DIR": str(folder / ".lab" / k) for k in ("JUPYTER_CONFIG", "JUPYTER_RUNTIME", "JUPYTERLAB_SETTINGS", "JUPYTERLAB_WORKSPACES")}}
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent.parent), env.get("PYTHONPATH", "")])
+    srv = subprocess.Popen([sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--expose-app-in-browser", f"--port={port}", "--ServerApp.port_retries=0",
+                            "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}", "--LabApp.news_url="], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(240):
+        try: urllib.request.urlopen(f"http://127.0.0.1:{port}/api").read(); break
+        except OSError: time.sleep(.25)
+    try: yield f"http://127.0.0.1:{port}"
+    finally:
+        srv.terminate()
+        srv.wait(20)
+
+
+def in_lab(scan, names):
+    "For each viewer: seconds from running its cell, imports done, to a picture, and milliseconds from a key or wheel to another picture"
+    import nbformat
+    from covid_ct.data.io import write_scan
+    out = {}
+    with tempfile.TemporaryDirectory() as d, chromium() as b:
+        if not b: return out
+        write_scan(scan, Path(d) / "chest.nii.gz")
+        for n in names:
+            nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
+            imports = [line for line in LIVE[n][0].splitlines() if line.startswith(("import", "from"))]
+            nb.cells = [nbformat.v4.new_code_cell("\n".join(imports)), nbformat.v4.new_code_cell(LIVE[n][0])]
+            nbformat.write(nb, Path(d) / f"{n}.ipynb")
+        with lab(Path(d)) as base:
+            for n in names: out[n] = one_in_lab(b, f"{base}/lab/tree/{n}.ipynb?reset", *LIVE[n][1:])
+    return out
+
+
+def one_in_lab(browser, url, handle, key, moves=8):
+    page = browser.new_page(viewport={"width": 1600, "height": 1000})
+    page.add_init_script("const f = HTMLCanvasElement.prototype.getContext; HTMLCanvasElement.prototype.getContext = function (k, o) { return f.call(this, k, k.startsWith('webgl') ? { ...o, preserveDrawingBuffer: true } : o); };")   # so that it can be read back
+    page.goto(url)
+    idle = "() => { const c = window.jupyterapp?.shell.currentWidget?.sessionContext; return c?.isReady && c.session?.kernel?.status === 'idle'; }"
+    run = "(i) => { const a = window.jupyterapp; a.shell.currentWidget.content.activeCellIndex = i; a.commands.execute('notebook:run-cell'); }"
+    page.wait_for_function(idle, timeout=90_000)
+    page.evaluate(run, 0)
+    page.wait_for_timeout(500)
+    page.wait_for_function(idle, timeout=90_000)
+    page.wait_for_timeout(500)
+    t = time.perf_counter()
+    page.evaluate(run, 1)
+    page.wait_for_function(f"() => ({LOOK})()[0] > 800", timeout=120_000, polling=20)
+    ready, times = time.perf_counter() - t, []
+    page.wait_for_timeout(1500)
+    target = page.locator(handle).first
+    if key == "wheel":
+        box = target.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 4, box["y"] + box["height"] / 4)
+    else: target.focus()
+    for _ in range(moves):
+        page.evaluate(f"() => {{ window.seen = ({LOOK})()[1]; window.moved = 0; addEventListener('{'wheel' if key == 'wheel' else 'keydown'}', () => {{ window.moved = performance.now(); }}, {{ capture: true, once: true }}); }}")
+        page.mouse.wheel(0, 120) if key == "wheel" else page.keyboard.press(key)
+        times.append(page.evaluate(f"async () => {{ const look = {LOOK}, end = performance.now() + 10000; while (performance.now() < end) {{ const s = look()[1]; if (s && s !== window.seen) return performance.now() - window.moved; await new Promise(requestAnimationFrame); }} return NaN; }}"))
+        page.wait_for_timeout(300)
+    page.close()
+    return ready, statistics.median(times)
+
+
+def saved_mb(scan):
+    "Megabytes that a saved notebook holds for a living ipyniivue: the widget states, front end and voxels"
+    from ipyniivue import NiiVue
+    from ipywidgets.embed import embed_data
+    from covid_ct.data.io import write_scan
+    with tempfile.TemporaryDirectory() as d:
+        write_scan(scan, Path(d) / "chest.nii.gz")
+        nv = NiiVue()
+        nv.load_volumes([{"path": str(Path(d) / "chest.nii.gz")}])
+        return len(json.dumps(embed_data(views=[nv])["manager_state"])) / 1e6
 
 
 def row(name, ours, peer, unit): return {"name": name, "ours": ours, "peer": peer, "unit": unit, "ratio": ours / peer}
@@ -88,6 +208,14 @@ def bench():
     painted = in_browser(page)
     if painted:
         still = in_python(scan)
-        rows += [row("viewer: slice to painted frame against matplotlib's redraw", painted[0], still, "ms"),
-                 row("viewer: drawing alone against matplotlib's redraw", painted[1], still, "ms")]
+        rows += [row("viewer: slice to painted frame against matplotlib's redraw", painted[1], still, "ms"),
+                 row("viewer: drawing alone against matplotlib's redraw", painted[2], still, "ms")]
+        print(f"(viewer: its page of {SHAPE} is ready after {painted[0]:.2f} s)")
+    niivue = importlib.util.find_spec("ipyniivue") is not None
+    live = in_lab(scan, [n for n in LIVE if n != "ipyniivue" or niivue])
+    for peer in (n for n in live if n != "ours"):
+        rows += [row(f"viewer: cell to picture in JupyterLab against {peer}", live["ours"][0], live[peer][0], "s"),
+                 row(f"viewer: key to next slice in JupyterLab against {peer}", live["ours"][1], live[peer][1], "ms")]
+    if niivue: rows.append(row("viewer: alive in a saved notebook against ipyniivue", len(viewer.frame().encode()) / 1e6, saved_mb(scan), "MB"))
+    else: print("(viewer: ipyniivue is not installed, no comparison with it)")
     return rows

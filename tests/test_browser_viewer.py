@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from covid_ct.browse.overlay import profile
 from covid_ct.browse.pack import ESM, greys, to_bytes
 from covid_ct.browse.viewer import VolumeViewer, paint
 from covid_ct.evaluate.report import HtmlReport
@@ -283,6 +284,68 @@ def test_names_for_assistive_technology(opened):
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         page.locator(f".cct[data-theme={scheme}]").wait_for(timeout=5000)
+
+
+# ---------------------------------------------------------------- several maps
+def test_profile_in_the_browser_is_pythons(esm, parts):
+    _, _, heat = parts
+    v = to_bytes(heat.values, "unit")
+    for k, plane in enumerate(("axial", "coronal", "sagittal")):
+        got = esm.evaluate("([b, n, k]) => [...v.profile({ values: Uint8Array.from(b), shape: n }, k)]", [v.ravel().tolist(), v.shape, k])
+        assert np.abs(np.array(got) - profile(heat, plane)).max() < 1 / 255
+
+
+def test_side_by_side(opened):
+    page = opened()
+    page.locator("canvas[data-plane=axial]").press("s")
+    panels = ["scan", "lesions, body", "CAM covid", "CAM cap"]
+    assert page.locator("canvas[data-panel]").evaluate_all("(c) => c.map((e) => e.dataset.panel)") == panels
+    px = lambda: page.locator("canvas[data-panel]").evaluate_all("(c) => c.map((e) => e.toDataURL())")
+    state_of = "async () => { await new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r))); return [document.querySelectorAll('input[data-control=axial]').length, Number(document.querySelector('input[data-control=axial]').value)]; }"
+    sliders, before = page.evaluate(state_of)
+    first = px()
+    assert sliders == 1 and len(set(first)) == 4                                   # one slider, four pictures
+    page.locator("canvas[data-panel='CAM cap']").press("ArrowUp")
+    assert page.evaluate(state_of)[1] == before + 1 and all(a != b for a, b in zip(first, px()))
+    box = page.locator("canvas[data-panel='CAM covid']").bounding_box()
+    page.mouse.click(box["x"] + box["width"] * .3, box["y"] + box["height"] * .4)
+    page.evaluate(state_of)
+    lines = page.locator(".cct-line-x").evaluate_all("(l) => l.map((e) => e.style.transform)")
+    assert len(set(lines)) == 1 and len(lines) == 4                                # one cursor in all of them
+    zoomed = px()
+    page.keyboard.press("+")
+    page.evaluate(state_of)
+    assert all(a != b for a, b in zip(zoomed, px()))
+    assert page.locator(".cct-scale").get_attribute("aria-label").startswith("Colour scale from 0 to 1, map value; the same for all maps")
+    assert "CAM covid" in page.locator(".cct-read").inner_text() and "CAM cap" in page.locator(".cct-read").inner_text()
+    assert page.locator(".cct-rail path").count() >= 2 and "share of a map in each axial slice" in page.locator(".cct-key").inner_text()
+    page.locator("select[data-control=side]").select_option("")
+    assert page.locator("canvas[data-panel]").count() == 0 and page.locator("canvas[data-plane=sagittal]").is_visible()
+
+
+def test_blink(opened):
+    page = opened()
+    shown = lambda: page.locator("select[data-control=map]").input_value()
+    px = lambda: page.evaluate("async () => { await new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r))); return document.querySelector('canvas[data-plane=axial]').toDataURL(); }")
+    one = px()
+    page.locator("canvas[data-plane=axial]").press("b")
+    two = px()
+    assert shown() == "CAM cap" and two != one
+    page.keyboard.press("b")
+    assert px() == one and shown() == "CAM covid"
+    said = page.locator(".cct-slide svg").first.get_attribute("aria-label")
+    assert said.startswith("Mean over each axial slice: CAM covid is highest")
+    button = page.locator("button[data-control=blink]")
+    button.click()
+    page.locator("button[data-control=blink][aria-pressed=true]").wait_for(timeout=5000)
+    page.wait_for_function("() => document.querySelector('select[data-control=map]').value === 'CAM covid'", timeout=5000)
+    page.wait_for_function("() => document.querySelector('select[data-control=map]').value === 'CAM cap'", timeout=5000)
+    button.click()
+    assert px() == one and button.get_attribute("aria-pressed") == "false" and shown() == "CAM covid"
+    page = opened(reduced_motion="reduce")
+    page.locator("button[data-control=blink]").click()                              # who asked for no motion gets a single change
+    px()
+    assert page.locator("button[data-control=blink]").get_attribute("aria-pressed") == "false" and page.locator("select[data-control=map]").input_value() == "CAM cap"
 
 
 # ---------------------------------------------------------------- bad and odd input

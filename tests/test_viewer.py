@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from covid_ct.browse.overlay import compare, overlay
+from covid_ct.browse.overlay import compare, overlay, profile
 from covid_ct.browse.pack import fit_shape, for_script, greys, pack_masks, pack_volume, presets_of, shrink, shrink_grid, tile, to_bytes, to_values, untile
 from covid_ct.browse.viewer import VolumeViewer, alt_of, letters_of, paint, still
 from covid_ct.scan import DataError, GeometryError, Grid, Map, Scan, VoxelError
@@ -260,3 +260,28 @@ def test_compare(scan, masks):
     assert len(panels) == 6 and {ax.images[1].get_clim() for ax in panels if len(ax.images) > 1} == {(0, 1)} and "a, b" in fig.alt
     with pytest.raises(DataError, match="no maps"): compare(scan, {})
     with pytest.raises(DataError, match="unknown plane"): compare(scan, [heat(scan)], planes=("oblique",))
+
+
+# ---------------------------------------------------------------- side by side, and profiles
+def test_profile_is_a_mean_of_slices(scan):
+    gate = np.linspace(.1, .9, SHAPE[0])
+    flat = Map(np.broadcast_to(gate[:, None, None], SHAPE), scan.grid)
+    assert np.allclose(profile(flat), gate) and np.allclose(profile(flat, "coronal"), gate.mean())
+    m = heat(scan)
+    for k, plane in enumerate(("axial", "coronal", "sagittal")):
+        slow = [np.take(m.values, i, k).mean(dtype=float) for i in range(SHAPE[k])]
+        assert np.allclose(profile(m, plane), slow)
+    with pytest.raises(DataError, match="unknown plane"): profile(m, "oblique")
+
+
+def test_side_by_side_state_still_and_words(scan, masks):
+    v = overlay(scan, {"A": heat(scan), "B": Map(1 - heat(scan).values, scan.grid)}, masks, title="T", unit="share", side="coronal")
+    assert v.meta["unit"] == "share" and alt_of(v).startswith("Coronal plane of T") and "side by side: the scan, A, B" in alt_of(v)
+    im = np.array(Image.open(io.BytesIO(v.poster(402))).convert("RGB")).astype(int)
+    four = [im[:, i * 100:i * 100 + 98] for i in range(4)]                          # scan, outlines, A, B
+    assert all(np.abs(four[i] - four[j]).mean() > 1 for i in range(4) for j in range(i))
+    assert '"side": "coronal"' in v.page()
+    v.side = ""
+    assert alt_of(v).startswith("Axial, coronal and sagittal")
+    with pytest.raises(DataError): v.side = "all"
+    assert v.side == "" and VolumeViewer(scan, side="axial").poster()                # without maps or masks: the scan alone

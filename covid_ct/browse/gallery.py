@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['cards_of', 'small_view', 'gallery_page', 'Gallery', 'gallery_frame', 'gallery']
 
-# %% ../../nbs/core/83_gallery.ipynb #f1b34f82
-import base64, html
+# %% ../../nbs/core/83_gallery.ipynb #d28bc334
+import base64, html, json
 from collections.abc import Callable
 from pathlib import Path
 import ipywidgets as W
 import pandas as pd
 from .pack import ESM, fit_shape, for_script
-from .viewer import VolumeViewer, page_of
+from .viewer import VolumeViewer, state_of
 from ..scan import DataError, write_atomic
 
 # %% ../../nbs/core/83_gallery.ipynb #94b18538
@@ -27,7 +27,7 @@ def cards_of(
         out.append(dict(id=i, label=str(rows.label.iloc[0]), checks=sorted(set(rows.check)), words=words, thumb='data:image/webp;base64,'+base64.b64encode(src).decode() if src else ''))
     return out
 
-# %% ../../nbs/core/83_gallery.ipynb #e419c0bf
+# %% ../../nbs/core/83_gallery.ipynb #8acf35ed
 def small_view(
     load:Callable, # scan id → `Scan`
     scan_id:str, # which
@@ -36,23 +36,25 @@ def small_view(
     "State, header and voxels of one scan for a page of its own; a scan that cannot be loaded says why"
     try: v = VolumeViewer(load(scan_id), window='lung', max_voxels=max_voxels)
     except DataError as e: return dict(fault=f'{e.fault}. {e.remedy}')
-    page = page_of(v, quality=70); start = page.index('type="application/json">')+24
-    return dict(page=page[start:page.index('</script>', start)], shape=list(fit_shape(v.scan.grid, max_voxels)))
+    shape = fit_shape(v.scan.grid, max_voxels); header,buffers = v.message(shape, 'webp', 70); v.close()
+    return dict(page=json.dumps(dict(state=state_of(v, shape), header=header, buffers=[base64.b64encode(b).decode() for b in buffers])), shape=list(shape))
 
-# %% ../../nbs/core/83_gallery.ipynb #32b7dcb8
+# %% ../../nbs/core/83_gallery.ipynb #1b22c5b6
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>__TITLE__</title><style>
 :root{color-scheme:light dark}body{margin:0;font:14px/1.4 system-ui,sans-serif}#all{padding:2px}#bar,#cards{display:flex;flex-wrap:wrap;gap:6px;margin-bottom:8px}#cards{max-height:19rem;overflow:auto}
-button{font:inherit;color:inherit;background:transparent;border:1px solid #8886;border-radius:6px;cursor:pointer;padding:3px 9px}button[aria-pressed=true]{outline:2px solid #b5179e;outline-offset:-1px}
+:is(#bar,#cards) button{font:inherit;color:inherit;background:transparent;border:1px solid #8886;border-radius:6px;cursor:pointer;padding:3px 9px}:is(#bar,#cards) button[aria-pressed=true]{outline:2px solid #b5179e;outline-offset:-1px}
 #cards button{width:12.5rem;padding:4px;text-align:left}#cards img{width:100%;display:block;background:#000;border-radius:3px}#cards span{display:block;font-size:12px;overflow-wrap:anywhere}
 #words{margin:.3em 0;min-height:1.4em}#still{max-width:36rem;width:100%;background:#000}</style></head><body><div id="all"><div id="bar" role="group" aria-label="Findings"></div>
 <div id="cards" role="group" aria-label="Scans"></div><p id="words" aria-live="polite"></p><div id="view"></div></div><script id="data" type="application/json">__DATA__</script><script type="module">
 __FRONT__
 const cards = JSON.parse(document.getElementById("data").textContent), at = (i) => document.getElementById(i), make = (t, o) => Object.assign(document.createElement(t), o);
-function choose(c) {
+let end = null;                                   // of the viewer before this one
+async function choose(c) {
+  end?.(); end = null;
   for (const b of at("cards").children) b.setAttribute("aria-pressed", b.dataset.id === c.id);
   at("words").textContent = `${c.id}, ${c.label}. ${c.words}${c.fault ? ". " + c.fault : c.page ? "" : ". No small copy in this page: open it from the notebook."}`;
   const el = make("div"); at("view").replaceChildren(el);
-  if (c.page) { const d = JSON.parse(c.page); d.state.meta.height = 420; __viewer.standalone(el, d); }
+  if (c.page) { const d = JSON.parse(c.page); d.state.meta.height = 420; end = await __viewer.standalone(el, d); }
   else if (c.thumb) el.append(make("img", { id: "still", src: c.thumb, alt: `Axial, coronal and sagittal cut of ${c.id}` }));
 }
 function filter(k) {
@@ -83,7 +85,7 @@ def gallery_page(
     a,b = _PAGE.split('__TITLE__'); b,c = b.split('__DATA__'); c,d = c.split('__FRONT__')
     return a+html.escape(title)+b+for_script(cards)+c+ESM.read_text('utf-8').replace('export default','const __viewer =')+d
 
-# %% ../../nbs/core/83_gallery.ipynb #aca2b803
+# %% ../../nbs/core/83_gallery.ipynb #eba2bc8d
 class Gallery(W.VBox):
     "Suspicious scans to filter and to look at, with a kernel or without one"
     def __init__(self,
@@ -108,6 +110,7 @@ class Gallery(W.VBox):
         self._shown = self.scan.value
         c = next((c for c in self.cards if c['id']==self.scan.value), None)
         self.words.value = html.escape(f"{c['label']}. {c['words']}") if c else 'Nothing to show.'
+        if self.viewer: self.viewer.close()                                # or every scan that was looked at stays in memory
         self.viewer = None
         if c and self.fetch:
             try: self.viewer = VolumeViewer(self.fetch(c['id']), window='lung', height=420)

@@ -7,7 +7,8 @@
 const NAMES = ["axial", "coronal", "sagittal"];   // plane k is cut across axis k
 const DOWN = [1, 0, 0], ACROSS = [2, 2, 1];       // the axes that run down and across it
 const DASHES = [[], [7, 3], [2.5, 2], [7, 2, 2.5, 2]];   // as in the still figures: colour is never the only difference
-const GAP = 2, SLIDER = 22, ROW = 900, FOCUS = 560;
+const GAP = 2, ROW = 900, FOCUS = 560, NAME = 22;
+const LINES = [["#e69f00", ""], ["#56b4e9", "6 3"], ["#f0e442", "2 2"], ["#cc79a7", "7 2 2 2"]];   // profiles of maps (Okabe and Ito 2008), told apart by dash too
 
 // ------------------------------------------------------------------ bytes
 function asBytes(v) {
@@ -75,6 +76,12 @@ function cutBetween(map, k, t) {                  // the same at a fraction of t
   if (!f) return a;
   const b = cut(map.values, map.shape, k, Math.min(n - 1, i + 1));
   return a.map((v, j) => Math.round(v + f * (b[j] - v)));
+}
+
+function profile({ values, shape }, k) {          // mean of a map over each slice of plane `k`, 0 … 1
+  const n = shape[k], inner = shape.slice(k + 1).reduce((a, b) => a * b, 1), sum = new Float64Array(n);
+  for (let i = 0; i < values.length; i++) sum[Math.floor(i / inner) % n] += values[i];
+  return sum.map((s) => s * n / values.length / 255);
 }
 
 function greys(level, width, [lo, step]) {        // 256 stored values -> RGBA
@@ -171,7 +178,7 @@ const STYLE = `
 .cct input[type=number]::-webkit-inner-spin-button{display:none}
 .cct input[type=number]{width:58px;border-color:var(--line);color:var(--fg);padding:0 0 0 7px;-moz-appearance:textfield;appearance:textfield}
 .cct select{border-color:var(--line);color:var(--fg);background:var(--bg);max-width:220px;padding:0 4px}
-.cct input[type=range]{-webkit-appearance:none;appearance:none;background:transparent;margin:0;padding:0;height:${SLIDER}px;cursor:pointer;min-width:0;border:0;box-shadow:none}
+.cct input[type=range]{-webkit-appearance:none;appearance:none;background:transparent;margin:0;padding:0;height:var(--strip);cursor:pointer;min-width:0;border:0;box-shadow:none}
 .cct input[type=range]::-webkit-slider-runnable-track{height:2px;border-radius:1px;background:var(--track,var(--line))}
 .cct input[type=range]::-moz-range-track{height:2px;border-radius:1px;background:var(--track,var(--line))}
 .cct input[type=range]::-webkit-slider-thumb{-webkit-appearance:none;width:12px;height:12px;border-radius:50%;border:0;margin-top:-5px;background:var(--knob,var(--fg))}
@@ -183,9 +190,19 @@ const STYLE = `
 .cct-cell:has(canvas:focus-visible)::after{content:"";position:absolute;inset:0;border:2px solid #78b7ff;pointer-events:none}
 .cct-cell:focus-within{--knob:#dde1e6}
 .cct-line{position:absolute;left:0;top:0;pointer-events:none;--c:rgba(160,205,255,.6)}
-.cct-line-x{width:1px;bottom:${SLIDER}px;background:linear-gradient(transparent 24px,var(--c) 0 calc(var(--gap) - 9px),transparent 0 calc(var(--gap) + 9px),var(--c) 0 calc(100% - 24px),transparent 0)}
+.cct-line-x{width:1px;bottom:0;background:linear-gradient(transparent 24px,var(--c) 0 calc(var(--gap) - 9px),transparent 0 calc(var(--gap) + 9px),var(--c) 0 calc(100% - 24px),transparent 0)}
 .cct-line-y{height:1px;right:0;background:linear-gradient(90deg,transparent 24px,var(--c) 0 calc(var(--gap) - 9px),transparent 0 calc(var(--gap) + 9px),var(--c) 0 calc(100% - 24px),transparent 0)}
-.cct-cell input{margin:0 10px!important;flex:none}
+.cct-pic{position:relative;overflow:hidden}
+.cct-name{height:${NAME}px;line-height:${NAME}px;padding:0 30px 0 9px;color:#dde1e6;background:#000;font-weight:600;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.cct-slide{position:relative;height:var(--strip);background:#000;--track:#30353b;--knob:#9aa3ad}
+.cct-slide:focus-within{--knob:#dde1e6}
+.cct-slide input{position:relative;display:block;width:calc(100% - 20px);margin:0 10px!important}
+.cct-slide svg{position:absolute;left:16px;top:3px;width:calc(100% - 32px);height:calc(100% - 6px);overflow:visible}
+.cct-slide path{fill:none;stroke-width:1.6;vector-effect:non-scaling-stroke}
+.cct-slide .cct-area{fill:#e69f0066;stroke:#e69f00;stroke-width:1}
+.cct-rail{grid-column:1/-1;background:#000;--strip:52px}
+.cct-key{display:flex;flex-wrap:wrap;gap:2px 14px;padding:5px 12px 0;color:#aeb6bf;min-height:23px}
+.cct-key svg{width:24px;height:6px;margin-right:5px;vertical-align:middle;fill:none;stroke-width:2}
 .cct-cell button{position:absolute;top:5px;right:5px;color:#aeb6bf!important;opacity:0;background:#0009}
 .cct-cell:hover button,.cct-cell button:focus-visible{opacity:1}
 .cct-cell button:hover{background:#333c}
@@ -298,9 +315,12 @@ async function render({ model, el }) {
   say.remove();
 
   // -------------------------------------------------------------- state
-  const state = {}, KEYS = ["index", "level", "window", "preset", "alpha", "crosshair", "layers", "map"];
+  const state = {}, KEYS = ["index", "level", "window", "preset", "alpha", "crosshair", "layers", "map", "side"];
   KEYS.forEach((k) => { state[k] = model.get(k); });
-  const look = { zoom: 1, solo: -1, hover: null, pan: mm.map(([w, v]) => [w / 2, v / 2]) };   // of this view only
+  state.side ||= "";
+  const look = { zoom: 1, solo: -1, hover: null, pan: mm.map(([w, v]) => [w / 2, v / 2]), other: maps[1] || "", flip: false, timer: 0 };   // of this view only
+  const strip = maps.length ? 34 : 22;             // the slider's height: the profile of the map lies behind it
+  root.style.setProperty("--strip", `${strip}px`);
   const colours = ramp(meta.ramp);
   let lut, lutKey = "", unsaved = false, queued = false;
 
@@ -315,6 +335,20 @@ async function render({ model, el }) {
     index[k] = Math.max(0, Math.min(shape[k] - 1, Math.round(i)));
     if (index[k] !== state.index[k]) change({ index });
   }
+  const shown = () => (look.flip ? look.other : state.map);
+  function showMap(map) {                          // the map before it stays at hand: B and the button blink between the two
+    blink(false);
+    if (map !== state.map) { look.other = state.map; change({ map }); } else redraw();
+  }
+  function blink(on) {
+    clearInterval(look.timer);
+    if (look.other === state.map) look.other = maps.find((m) => m !== state.map) || "";
+    look.timer = on ? setInterval(() => { look.flip = !look.flip; redraw(); }, 700) : 0;
+    look.flip = on;
+  }
+  const still = () => el.ownerDocument.defaultView.matchMedia("(prefers-reduced-motion: reduce)").matches;
+  const swap = () => { blink(false); showMap(look.other); };
+  function setSide(side) { change({ side }); look.solo = -1; build(); layout(); }
   function setWindow(level, width) {
     level = Math.round(level / range[1]) * range[1]; width = Math.max(range[1], Math.round(width / range[1]) * range[1]);
     const preset = Object.keys(presets).find((p) => presets[p][0] === level && presets[p][1] === width) || "custom";
@@ -340,6 +374,7 @@ async function render({ model, el }) {
     ["Drag, tap", "move the crosshair; the other planes follow"], ["Right or ⇧ drag", "window: up–down level, left–right width"],
     ["Ctrl wheel, pinch", "zoom"], ["Alt or middle drag", "move the zoomed picture"], ["Double click", "one plane large, and back"],
     [`1 – ${Object.keys(presets).length}`, Object.keys(presets).join(", ")], ["C · + − 0", "crosshair · zoom"],
+    ...(maps.length ? [["B", "the other map, and back"], ["S", "maps side by side"]] : []),
   ].flatMap(([a, b]) => [h("dt", {}, a), h("dd", {}, b)])));
   const helpButton = iconButton("help", "Help", () => { helpPanel.hidden = !helpPanel.hidden; helpButton.setAttribute("aria-expanded", String(!helpPanel.hidden)); }, { "aria-expanded": "false" });
   tools.append(crossButton, iconButton("minus", "Zoom out (−)", () => zoomBy(1 / 1.5)), iconButton("plus", "Zoom in (+)", () => zoomBy(1.5)));
@@ -359,17 +394,22 @@ async function render({ model, el }) {
   });
   chips.append(...chipOf);
   if (masks.length) legend.append(chips);
-  let mapSelect, alphaInput, alphaOut, scale;
+  let mapSelect, alphaInput, alphaOut, scale, blinkButton, sideSelect;
   if (maps.length) {
-    mapSelect = h("select", { data: { control: "map" }, "aria-label": "Map", onchange: () => change({ map: mapSelect.value }) },
+    mapSelect = h("select", { data: { control: "map" }, "aria-label": "Map", onchange: () => showMap(mapSelect.value) },
       ...maps.map((m) => h("option", { value: m }, m)), h("option", { value: "" }, "no map"));
-    const strip = h("canvas", { width: 256, height: 1, "aria-hidden": "true" }), sctx = strip.getContext("2d"), px = sctx.createImageData(256, 1);
+    const bar01 = h("canvas", { width: 256, height: 1, "aria-hidden": "true" }), sctx = bar01.getContext("2d"), px = sctx.createImageData(256, 1);
     new Uint32Array(px.data.buffer).set(colours); sctx.putImageData(px, 0, 0);
-    scale = h("span", { className: "cct-scale", role: "img", "aria-label": "Colour scale from 0 to 1" }, "0", strip, "1");
+    scale = h("span", { className: "cct-scale", role: "img", "aria-label": `Colour scale from 0 to 1${meta.unit ? `, ${meta.unit}` : ""}; the same for all maps` }, "0", bar01, "1", h("span", {}, meta.unit || ""));
     alphaInput = h("input", { type: "range", min: 0, max: 1, step: 0.05, data: { control: "alpha" }, "aria-label": "Opacity of the map", oninput: () => change({ alpha: Number(alphaInput.value) }) });
     alphaInput.style.width = "84px";
     alphaOut = h("output", {});
-    legend.append(h("div", { className: "cct-group" }, mapSelect, scale), h("label", {}, "Opacity", alphaInput, alphaOut));
+    blinkButton = h("button", { type: "button", title: "Blink between this map and the one before (B for a single change)", data: { control: "blink" }, "aria-pressed": "false",
+      onclick: () => { if (still()) swap(); else { blink(!look.timer); redraw(); } } }, "Blink");
+    blinkButton.style.border = "1px solid var(--line)";
+    sideSelect = h("select", { data: { control: "side" }, "aria-label": "Layout", onchange: () => setSide(sideSelect.value) },
+      h("option", { value: "" }, "three planes"), ...NAMES.map((n) => h("option", { value: n }, `maps side by side, ${n}`)));
+    legend.append(h("div", { className: "cct-group" }, mapSelect, blinkButton, scale), h("label", {}, "Opacity", alphaInput, alphaOut), sideSelect);
   }
   root.insertBefore(bar, stage);
   if (legend.childElementCount) root.insertBefore(legend, stage);
@@ -379,19 +419,65 @@ async function render({ model, el }) {
   root.append(foot);
 
   // -------------------------------------------------------------- planes
-  const panes = NAMES.map((name, k) => {
-    const w = shape[ACROSS[k]], v = shape[DOWN[k]];
+  const panels = [{ title: "scan", map: -1, bare: true }, ...(masks.length ? [{ title: masks.map((m) => m.name).join(", "), map: -1 }] : []), ...maps.map((title, map) => ({ title, map }))];
+  let panes = [], rails = [];
+  function build() {                               // three planes of one map, or one plane of every map
+    const k = NAMES.indexOf(state.side);
+    rails = [];
+    panes = k < 0 ? NAMES.map((_, i) => makePane(i, i)) : panels.map((panel, i) => makePane(k, i, panel));
+    stage.replaceChildren(...panes.map((p) => p.cell));
+    if (k >= 0) stage.append(h("div", { className: "cct-rail" }, makeSlide(k), ...(maps.length ? [keyOf(k)] : [])));
+  }
+  function makeSlide(k) {                          // a slider with the profile of what is shown behind it
+    const name = NAMES[k], curve = svg("svg", { viewBox: `0 0 ${Math.max(1, shape[k] - 1)} 1`, preserveAspectRatio: "none", role: "img" });
+    const slider = h("input", { type: "range", min: 0, max: shape[k] - 1, step: 1, tabIndex: state.side ? 0 : -1, data: { control: name }, "aria-label": `${name} slice`, oninput: () => go(k, Number(slider.value)) });
+    rails.push({ k, slider, curve, key: "" });
+    return h("div", { className: "cct-slide" }, curve, slider);
+  }
+  const profiles = {};
+  const profileOf = (m, k) => (profiles[`${m} ${k}`] ||= profile(data.maps[m], k));
+  const sharesOf = (m, k) => { const p = profileOf(m, k), all = p.reduce((a, b) => a + b, 0) * shape[k] / p.length || 1; return [...p].map((v) => v / all); };   // of the whole map, per slice
+  const topOf = (ms, k) => Math.max(1e-6, ...ms.flatMap((m) => sharesOf(m, k)));
+  function svg(tag, more) {
+    const e = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [a, v] of Object.entries(more)) e.setAttribute(a, v);
+    return e;
+  }
+  function keyOf(k) {
+    const top = 100 * topOf(maps.map((_, m) => m), k);
+    return h("div", { className: "cct-key" }, h("span", {}, `share of a map in each ${NAMES[k]} slice, 0 to ${top.toFixed(1)} %:`), ...maps.map((name, m) => {
+      const line = svg("svg", { viewBox: "0 0 24 6", "aria-hidden": "true" });
+      line.append(svg("path", { d: "M0 3H24", stroke: LINES[m % 4][0], "stroke-dasharray": LINES[m % 4][1] }));
+      return h("span", {}, line, name);
+    }));
+  }
+  function drawRail(rail) {                        // every map in the side-by-side layout, else the one that is shown
+    const { k, curve, slider } = rail, i = state.index[k], on = state.side ? maps.map((_, m) => m) : [maps.indexOf(shown())].filter((m) => m >= 0);
+    slider.value = i;
+    slider.setAttribute("aria-valuetext", `slice ${i + 1} of ${shape[k]}`);
+    if (rail.key === on.join() + state.side) return;
+    rail.key = on.join() + state.side;
+    const top = topOf(on, k), N = shape[k];
+    curve.replaceChildren(...on.map((m) => {
+      const p = sharesOf(m, k), line = p.map((v, j) => `${((j + 0.5) * N / p.length - 0.5).toFixed(2)} ${(1 - v / top).toFixed(3)}`).join("L");
+      return state.side ? svg("path", { d: `M${line}`, stroke: LINES[m % 4][0], "stroke-dasharray": LINES[m % 4][1] }) : svg("path", { d: `M-.5 1L${line}L${N - 0.5} 1Z`, class: "cct-area" });
+    }));
+    const said = on.map((m) => { const p = profileOf(m, k), best = p.indexOf(Math.max(...p)); return `${maps[m]} is highest, ${p[best].toFixed(2)}, at slice ${Math.floor((best + 0.5) * N / p.length) + 1}`; });
+    curve.setAttribute("aria-label", said.length ? `Mean over each ${NAMES[k]} slice: ${said.join("; ")}` : "No map is shown");
+    slider.title = said.join("; ");
+  }
+  function makePane(k, i, panel) {
+    const name = NAMES[k], w = shape[ACROSS[k]], v = shape[DOWN[k]];
     const canvas = h("canvas", { tabIndex: 0, role: "slider", "aria-orientation": "vertical", "aria-valuemin": 1, "aria-valuemax": shape[k],
-      "aria-label": `${name} plane`, data: { plane: name } });
-    const slider = h("input", { type: "range", min: 0, max: shape[k] - 1, step: 1, tabIndex: -1, data: { control: name }, "aria-label": `${name} slice`, oninput: () => go(k, Number(slider.value)) });
-    const grow = iconButton("full", `Enlarge the ${name} plane`, () => solo(look.solo === k ? -1 : k));
-    const cell = h("div", { className: "cct-cell" }, canvas, slider, grow);
-    stage.append(cell);
-    const lines = [0, 1].map((a) => h("i", { className: `cct-line cct-line-${"xy"[a]}` }));
-    canvas.after(...lines);
+      "aria-label": `${name} plane${panel ? `, ${panel.title}` : ""}`, data: panel ? { plane: name, panel: panel.title } : { plane: name } });
+    const grow = iconButton("full", `Enlarge the ${panel ? panel.title : `${name} plane`}`, () => solo(look.solo === i ? -1 : i));
+    const lines = [0, 1].map((a) => h("i", { className: `cct-line cct-line-${"xy"[a]}` })), picture = h("div", { className: "cct-pic" }, canvas, ...lines);
+    const cell = h("div", { className: "cct-cell" }, ...(panel ? [h("div", { className: "cct-name", title: panel.title }, panel.title)] : []), picture, ...(panel ? [] : [makeSlide(k)]), grow);
     const layer = () => { const c = h("canvas"); return { c, key: "" }; };
-    return { k, w, v, cell, canvas, slider, ctx: canvas.getContext("2d"), grey: layer(), heat: layer(), loops: [], cutAt: -1, lines, key: "", fit: 1 };
-  });
+    const p = { k, i, panel, w, v, cell, canvas, ctx: canvas.getContext("2d"), grey: layer(), heat: layer(), loops: [], cutAt: -1, lines, key: "", fit: 1 };
+    listen(p);
+    return p;
+  }
 
   function fill(layer, w, v, bytes, table, key) {  // a slice through a table of 256 colours; kept until its key changes
     if (layer.key === key) return;
@@ -415,7 +501,7 @@ async function render({ model, el }) {
     if (!canvas.width) return;
     const sx = spacing[ACROSS[k]] * t.s, sy = spacing[DOWN[k]] * t.s;
     crosshair(p, t, sx, sy);
-    const key = [i, lutKey, state.layers.join("\n"), state.map, state.alpha, t.s, t.x, t.y, canvas.width, canvas.height].join("|");
+    const key = [i, lutKey, state.layers.join("\n"), shown(), state.alpha, t.s, t.x, t.y, canvas.width, canvas.height].join("|");
     if (p.key === key) return;
     p.key = key;
     fill(p.grey, w, v, () => cut(data.volume, shape, k, i), lut, `${i} ${lutKey}`);
@@ -423,7 +509,7 @@ async function render({ model, el }) {
     ctx.fillStyle = "#000";
     ctx.fillRect(0, 0, canvas.width, canvas.height);
     ctx.drawImage(p.grey.c, t.x, t.y, w * sx, v * sy);
-    const which = maps.indexOf(state.map);
+    const which = p.panel ? p.panel.map : maps.indexOf(shown());
     if (which >= 0 && state.alpha > 0) {
       const map = data.maps[which];
       fill(p.heat, map.shape[ACROSS[k]], map.shape[DOWN[k]], () => cutBetween(map, k, (i + 0.5) / shape[k]), colours, `${i} ${which}`);
@@ -431,11 +517,9 @@ async function render({ model, el }) {
       ctx.drawImage(p.heat.c, t.x, t.y, w * sx, v * sy);
       ctx.globalAlpha = 1;
     }
-    outlines(p, t, sx, sy);
+    if (!p.panel?.bare) outlines(p, t, sx, sy);
     furniture(p, t);
     const text = `slice ${i + 1} of ${shape[k]}`;
-    p.slider.value = i;
-    p.slider.setAttribute("aria-valuetext", text);
     canvas.setAttribute("aria-valuenow", i + 1);
     canvas.setAttribute("aria-valuetext", text);
   }
@@ -496,10 +580,10 @@ async function render({ model, el }) {
     value.textContent = meta.units === "HU" ? `${end}${number(hu)}${error} HU` : `grey ${number(hu, range[1] < 1 ? 2 : 0)}${error}`;
     where.textContent = meta.known ? `${place(meta, i).map((c, a) => `${"zyx"[a]} ${number(c, 1)}`).join(" · ")} mm` : `voxel z ${z} · y ${y} · x ${x}, geometry unknown`;
     where.title = `voxel (z, y, x) = (${z}, ${y}, ${x})` + (meta.known ? "; millimetres in LPS: they grow to the patient's left (x), back (y) and head (z)" : "");
-    const names = masks.filter((_, m) => data.masks[m >> 3][j] >> (m & 7) & 1).map((m) => m.name), which = maps.indexOf(state.map);
-    if (which >= 0) {
-      const { values, shape: n } = data.maps[which], [a, b, c] = i.map((q, k) => Math.min(n[k] - 1, Math.floor((q + 0.5) / shape[k] * n[k])));
-      names.push(`${state.map} ${(values[(a * n[1] + b) * n[2] + c] / 255).toFixed(2)}`);
+    const names = masks.filter((_, m) => data.masks[m >> 3][j] >> (m & 7) & 1).map((m) => m.name), on = state.side ? maps : [shown()].filter(Boolean);
+    for (const map of on) {
+      const { values, shape: n } = data.maps[maps.indexOf(map)], [a, b, c] = i.map((q, k) => Math.min(n[k] - 1, Math.floor((q + 0.5) / shape[k] * n[k])));
+      names.push(`${map} ${(values[(a * n[1] + b) * n[2] + c] / 255).toFixed(2)}`);
     }
     inside.textContent = names.join(" · ");
   }
@@ -513,10 +597,13 @@ async function render({ model, el }) {
     if (focused !== widthInput) widthInput.value = state.window.toFixed(digits);
     chipOf.forEach((c) => on(c, state.layers.includes(c.dataset.mask)));
     if (!maps.length) return;
-    mapSelect.value = state.map;
+    mapSelect.value = shown();
+    mapSelect.disabled = blinkButton.disabled = Boolean(state.side);
+    sideSelect.value = state.side;
+    on(blinkButton, Boolean(look.timer));
     alphaInput.value = state.alpha;
-    alphaInput.disabled = !state.map;
-    scale.style.opacity = state.map ? 1 : 0.35;
+    alphaInput.disabled = !(shown() || state.side || look.timer);
+    scale.style.opacity = alphaInput.disabled ? 0.35 : 1;
     alphaOut.textContent = `${Math.round(100 * state.alpha)} %`;
   }
 
@@ -528,6 +615,7 @@ async function render({ model, el }) {
       const start = performance.now(), key = `${state.level} ${state.window}`;
       if (key !== lutKey) { lut = greys(state.level, state.window, range); lutKey = key; }
       panes.forEach((p) => { follow(p); draw(p); });
+      rails.forEach(drawRail);
       readout();
       controls();
       root.dataset.drawMs = (performance.now() - start).toFixed(2);
@@ -544,22 +632,26 @@ async function render({ model, el }) {
     return meta.height || Infinity;
   }
   function layout() {
-    const W = stage.clientWidth, fill = root.getBoundingClientRect().height - stage.getBoundingClientRect().height + SLIDER + (meta.fill ? 24 : 0), max = room(fill);
+    const W = stage.clientWidth, fill = root.getBoundingClientRect().height - stage.getBoundingClientRect().height + strip + (meta.fill ? 24 : 0), max = room(fill);
     if (!W) return;
     let size;                                      // css pixels of each canvas
     const one = look.solo, wide = mm.map((m) => m[0]), high = mm.map((m) => m[1]);
-    panes.forEach((p) => { p.cell.hidden = one >= 0 && p.k !== one; p.cell.style.gridRow = ""; p.canvas.style.touchAction = one >= 0 ? "none" : ""; });
+    panes.forEach((p) => { p.cell.hidden = one >= 0 && p.i !== one; p.cell.style.gridRow = ""; p.canvas.style.touchAction = one >= 0 ? "none" : ""; });
     if (one >= 0) {
       const win = el.ownerDocument.defaultView.innerHeight;
       size = mm.map(([a, b]) => [W, Math.min(Math.max(60, W * b / a), max, Math.max(320, isFinite(max) ? max : 0.8 * Math.max(win, 500)))]);
       stage.style.gridTemplateColumns = "100%";
+    } else if (state.side) {
+      const n = panes.length, cols = Math.max(1, Math.min(n, Math.floor(W / 190))), rows = Math.ceil(n / cols), w = Math.floor((W - GAP * (cols - 1)) / cols);
+      size = mm.map(([a, b]) => [w, Math.max(60, Math.min(w * b / a, (max - 75) / rows - NAME - GAP))]);
+      stage.style.gridTemplateColumns = `repeat(${cols},minmax(0,1fr))`;
     } else if (W >= ROW) {
       const sum = wide[0] + wide[1] + wide[2], free = W - 2 * GAP, H = Math.max(60, Math.min(Math.max(...high) * free / sum, max));
       size = wide.map((a) => [Math.floor(free * a / sum), Math.floor(H)]);
       stage.style.gridTemplateColumns = size.map((s) => `${s[0]}fr`).join(" ");
     } else if (W >= FOCUS) {
-      const left = Math.floor(0.62 * (W - GAP)), H = Math.floor(Math.max(180, Math.min(left * high[0] / wide[0], max))), half = Math.floor((H - SLIDER - GAP) / 2);
-      size = [[left, H], [W - GAP - left, half], [W - GAP - left, H - SLIDER - GAP - half]];
+      const left = Math.floor(0.62 * (W - GAP)), H = Math.floor(Math.max(180, Math.min(left * high[0] / wide[0], max))), half = Math.floor((H - strip - GAP) / 2);
+      size = [[left, H], [W - GAP - left, half], [W - GAP - left, H - strip - GAP - half]];
       stage.style.gridTemplateColumns = `${size[0][0]}px ${size[1][0]}px`;
       panes[0].cell.style.gridRow = "1 / 3";
     } else {
@@ -575,14 +667,14 @@ async function render({ model, el }) {
       const W2 = Math.round(w * dpr), H2 = Math.round(v * dpr);
       if (p.canvas.width !== W2 || p.canvas.height !== H2) { p.canvas.width = W2; p.canvas.height = H2; }
     });
-    if (W >= ROW && one < 0) { const s = Math.min(...panes.map((p) => p.fit)); panes.forEach((p) => { p.fit = s; }); }
+    if (W >= ROW && one < 0 && !state.side) { const s = Math.min(...panes.map((p) => p.fit)); panes.forEach((p) => { p.fit = s; }); }
     redraw();
   }
-  function solo(k) { look.solo = k; layout(); }
+  function solo(i) { look.solo = i; layout(); }
   function zoomBy(f, p, at) {                      // about a place of one plane; the others about the crosshair
     const zoom = f ? Math.max(1, Math.min(12, look.zoom * f)) : 1, ratio = look.zoom / zoom;
-    panes.forEach((q) => {
-      const k = q.k, fix = q === p ? at : [(state.index[ACROSS[k]] + 0.5) * spacing[ACROSS[k]], (rowOf(k, state.index[DOWN[k]]) + 0.5) * spacing[DOWN[k]]];
+    NAMES.forEach((_, k) => {
+      const fix = p && k === p.k ? at : [(state.index[ACROSS[k]] + 0.5) * spacing[ACROSS[k]], (rowOf(k, state.index[DOWN[k]]) + 0.5) * spacing[DOWN[k]]];
       look.pan[k] = zoom === 1 ? [mm[k][0] / 2, mm[k][1] / 2] : look.pan[k].map((c, a) => fix[a] + (c - fix[a]) * ratio);
     });
     look.zoom = zoom;
@@ -606,7 +698,7 @@ async function render({ model, el }) {
     i[DOWN[p.k]] = rowOf(p.k, Math.max(0, Math.min(p.v - 1, r)));
     return { at: [x, y], voxel: i, inside };
   }
-  panes.forEach((p) => {
+  function listen(p) {
     const { canvas, k } = p, fingers = new Map();
     let drag = null, armed = null, wheel = 0;
     const point = (e) => { const index = under(p, e).voxel; if (index.join() !== state.index.join()) change({ index }); };
@@ -648,7 +740,7 @@ async function render({ model, el }) {
     canvas.addEventListener("pointerleave", () => { armed = null; wheel = 0; look.hover = null; readout(); });
     canvas.addEventListener("contextmenu", (e) => e.preventDefault());
     canvas.addEventListener("mousedown", (e) => { if (e.button === 1) e.preventDefault(); });
-    canvas.addEventListener("dblclick", () => solo(look.solo === k ? -1 : k));
+    canvas.addEventListener("dblclick", () => solo(look.solo === p.i ? -1 : p.i));
     canvas.addEventListener("wheel", (e) => {
       if (e.ctrlKey || e.metaKey) { e.preventDefault(); zoomBy(Math.exp(-Math.max(-60, Math.min(60, e.deltaY)) / 150), p, under(p, e).at); return; }
       if (armed !== true && el.getRootNode().activeElement !== canvas) return;
@@ -665,6 +757,8 @@ async function render({ model, el }) {
       if (e.key in keys) go(k, keys[e.key]);
       else if (names[e.key - 1]) presetButtons[e.key - 1].click();
       else if (e.key === "c" || e.key === "C") crossButton.click();
+      else if (maps.length && (e.key === "b" || e.key === "B") && !state.side) swap();
+      else if (maps.length && (e.key === "s" || e.key === "S")) { setSide(state.side ? "" : NAMES[k]); panes[0].canvas.focus(); }
       else if (e.key === "+" || e.key === "=") zoomBy(1.5);
       else if (e.key === "-") zoomBy(1 / 1.5);
       else if (e.key === "0") zoomBy(0);
@@ -672,21 +766,23 @@ async function render({ model, el }) {
       else return;
       e.preventDefault(); e.stopPropagation();     // no shortcut of the notebook around us
     });
-  });
+  }
   root.addEventListener("keydown", (e) => {
     if (e.key === "Escape" && !helpPanel.hidden) { helpButton.click(); helpButton.focus(); }
     e.stopPropagation();
   });
 
   // -------------------------------------------------------------- changes from Python, and of the room we have
-  const onChange = KEYS.map((k) => [`change:${k}`, () => { const v = model.get(k); if (JSON.stringify(v) !== JSON.stringify(state[k])) { state[k] = v; redraw(); } }]);
+  const onChange = KEYS.map((k) => [`change:${k}`, () => { const v = model.get(k); if (JSON.stringify(v) !== JSON.stringify(state[k])) { state[k] = v; if (k === "side") { look.solo = -1; build(); layout(); } redraw(); } }]);
   onChange.forEach(([e, f]) => model.on(e, f));
   const sized = new ResizeObserver(() => layout());
   sized.observe(root);
   const onWindow = () => layout();
   el.ownerDocument.defaultView.addEventListener("resize", onWindow);
+  build();
   layout();
   return () => {
+    blink(false);
     onChange.forEach(([e, f]) => model.off(e, f));
     sized.disconnect(); unwatch();
     el.ownerDocument.defaultView.removeEventListener("resize", onWindow);
@@ -695,22 +791,23 @@ async function render({ model, el }) {
 
 // ------------------------------------------------------------------ a page of its own: no kernel, the voxels lie in the page
 async function standalone(el, { state, header, buffers }) {
-  const bytes = buffers.map((b) => Uint8Array.from(atob(b), (c) => c.charCodeAt(0)));
+  const bytes = buffers.map((b) => (typeof b === "string" ? Uint8Array.from(atob(b), (c) => c.charCodeAt(0)) : asBytes(b)));
   const subs = {}, fire = (e, ...a) => [...(subs[e] || [])].forEach((f) => f(...a));
-  await render({ el, model: {
+  const end = await render({ el, model: {
     get: (k) => state[k], set: (k, v) => { state[k] = v; }, save_changes() {},
     on: (e, f) => { (subs[e] ||= []).push(f); }, off: (e, f) => { subs[e] = (subs[e] || []).filter((g) => g !== f); },
     send: () => setTimeout(() => fire("msg:custom", header, bytes)),
   } });
   try {                                            // in a frame of ours: be as tall as the viewer, and take the still's place
     const frame = window.frameElement;
-    if (!frame?.dataset.covidCt) return;
+    if (!frame?.dataset.covidCt) return end;
     const fit = () => { frame.style.height = `${Math.ceil(el.getBoundingClientRect().height)}px`; };
     frame.style.position = "static"; frame.style.display = "block";
     for (const img of frame.parentElement.querySelectorAll("img")) img.hidden = true, img.style.display = "none";
     new ResizeObserver(fit).observe(el);
     fit();
   } catch { /* another origin holds the frame: its height stays as it was */ }
+  return end;
 }
 
-export default { render, standalone, cut, cutBetween, greys, ramp, outline, place };
+export default { render, standalone, cut, cutBetween, profile, greys, ramp, outline, place };
