@@ -41,7 +41,8 @@ def lab(tmp_path):
     srv.send_signal(signal.SIGINT)
     time.sleep(.3)
     srv.terminate()
-    srv.wait(20)
+    try: srv.wait(20)
+    except subprocess.TimeoutExpired: srv.kill()
 
 
 @pytest.mark.slow

@@ -14,11 +14,17 @@ from ..phantom import LESIONS
 from ..scan import DataError, GeometryError, Scan
 from ..show import Picture, describe, show_planes
 
-# %% ../../nbs/core/62_burden.ipynb #cede5a46
+# %% ../../nbs/core/62_burden.ipynb #3fe05b38
 class BurdenError(DataError): "Masks that do not make a burden"
 
 SIDES = ('right lung','left lung') # value k+1 of `covid_ct.data.lungs.two_sides`
 _BESIDE = ('effusion',) # lesions that lie beside the lung
+
+def _named(m, known, what):
+    "Raise `BurdenError` for a mask with labels that have no name"
+    if m.dtype.kind not in 'biu': raise BurdenError(f'{what} mask', f'holds {m.dtype}', 'Give whole numbers; resample masks with the nearest neighbour.')
+    alien = [int(v) for v in (m.min(),m.max()) if not 0<=v<=len(known)]
+    if alien: raise BurdenError(f'{what} mask', f'holds the label {alien[0]}; known are 1 … {len(known)}: {", ".join(known)}', 'Convert the mask, or name its labels.')
 
 def cross_count(
     lobes:np.ndarray, # `(D,H,W)` bool or whole numbers, 0 outside
@@ -27,11 +33,7 @@ def cross_count(
     kinds, # of the lesions, value k+1
 )->np.ndarray: # voxels of each pair, `(1+lobes, 1+kinds)`
     "Count pairs of labels; raises `BurdenError` for a label without a name"
-    for mask,known,what in ((lobes,names,'lobe'),(lesions,kinds,'lesion')):
-        m = np.asarray(mask)
-        if m.dtype.kind not in 'biu': raise BurdenError(f'{what} mask', f'holds {m.dtype}', 'Give whole numbers; resample masks with the nearest neighbour.')
-        alien = [int(v) for v in (m.min(),m.max()) if not 0<=v<=len(known)]
-        if alien: raise BurdenError(f'{what} mask', f'holds the label {alien[0]}; known are 1 … {len(known)}: {", ".join(known)}', 'Convert the mask, or name its labels.')
+    for mask,known,what in ((lobes,names,'lobe'),(lesions,kinds,'lesion')): _named(np.asarray(mask), known, what)
     n = 1+len(kinds)
     slices = zip(np.atleast_2d(lobes), np.atleast_2d(lesions)) # one at a time: a full scan has a hundred million voxels
     return sum(np.bincount((a.astype('u2')*n+b).ravel(), minlength=(1+len(names))*n) for a,b in slices).reshape(-1, n)
@@ -44,7 +46,7 @@ def severity_score(
     p = np.asarray(percent, float)
     return np.where(np.isnan(p), np.nan, (p>0).astype(float)+(p>=5)+(p>25)+(p>=50)+(p>75))
 
-# %% ../../nbs/core/62_burden.ipynb #aa907bda
+# %% ../../nbs/core/62_burden.ipynb #ac45556e
 def _line(n, voxel, kinds):
     "Volume, involvement, share and composition of a row of counts"
     lung = [k not in _BESIDE for k in kinds]; ill = n[1:][lung].sum()*voxel
@@ -52,13 +54,17 @@ def _line(n, voxel, kinds):
     whole = (n[0]+n[1:][lung].sum())*voxel
     return dict(volume_ml=whole, involved_ml=ill, involved_percent=100*ill/whole if whole else np.nan, ggo_percent=part('ggo','crazy paving'), consolidation_percent=part('consolidation'))
 
+def _groups(names):
+    "Which lobes make a lung, and both"
+    return {f'{s} lung': [i for i,k in enumerate(names) if k.startswith(s)] for s in ('left','right')} | {'both lungs': range(len(names))}
+
 def _checked(scan, lesions, lobes):
     if not scan.geometry_known: raise GeometryError(scan.source or scan.scan_id or 'scan', 'the size of its voxels is unknown, and a burden is measured in mL', 'Read the original DICOM or NIfTI.')
     for what,m in (('lesion',lesions),('lobe',lobes)):
         if np.shape(m)!=scan.shape: raise GeometryError(f'{what} mask', f'has shape {np.shape(m)}, the scan {scan.shape}', 'Resample the mask onto the grid of the scan.')
     if not np.any(lobes): raise BurdenError('lobe mask', 'is empty', 'Segment the lobes, or give the lung mask for a table without lobes.')
 
-# %% ../../nbs/core/62_burden.ipynb #38ad3f6e
+# %% ../../nbs/core/62_burden.ipynb #bb9d8897
 def burden(
     scan:Scan, # of known geometry; only its grid is used
     lesions:np.ndarray, # `(D,H,W)` bool (any lesion) or labels, 0 none
@@ -74,8 +80,7 @@ def burden(
     rows = {k: _line(n[i], voxel, kinds) for i,k in enumerate(names,1)}
     five = set(names)==set(LOBES)
     score = {k: float(severity_score(v['involved_percent'])) if five else np.nan for k,v in rows.items()}
-    groups = {f'{s} lung': [i for i,k in enumerate(names) if k.startswith(s)] for s in ('left','right')} | {'both lungs': range(len(names))}
-    for k,at in groups.items():
+    for k,at in _groups(names).items():
         if k in rows or not len(at): continue
         rows[k] = _line(n[1:][list(at)].sum(0), voxel, kinds); score[k] = sum(score[names[i]] for i in at)
     rows['outside'] = dict(involved_ml=_line(n[0], voxel, kinds)['involved_ml'])

@@ -23,15 +23,17 @@ from ..models.unet import UNet
 from ..phantom import ARRAYS, Phantom
 from ..scan import DataError, GeometryError, Scan
 
-# %% ../../nbs/core/24_lobes.ipynb #1c537727
+# %% ../../nbs/core/24_lobes.ipynb #f2c62352
 class LobeError(DataError): "Lungs or labels that do not make five lobes"
+
+def _who(scan): return scan.source or scan.scan_id or 'scan'
 
 def coarse_lungs(
     scan:Scan, # a chest in HU
     lungs=None, # bool `(D,H,W)` if there is a mask already; None: `lung_mask`
 )->np.ndarray: # bool `(D,H,W)`
     "Both lungs as one mask; raises `LobeError` unless there are two, and like `lung_mask`"
-    name = scan.source or scan.scan_id or 'scan'
+    name = _who(scan)
     mask = lung_mask(scan) if lungs is None else np.asarray(lungs, bool)
     if mask.shape!=scan.shape: raise GeometryError(name, f'its lung mask has shape {mask.shape}, the scan {scan.shape}', 'Give a mask on the grid of the scan.')
     if not mask.any(): raise LobeError(name, 'its lung mask is empty', 'Give a chest, or a mask with lungs.')
@@ -87,7 +89,7 @@ def bend(
     hu = np.round(moved(phantom.scan.voxels.astype('f4'), 1)).astype('i2')
     return replace(phantom, scan=phantom.scan.replace(voxels=hu), **{k: moved(getattr(phantom,k).astype('u1'), 0).astype(getattr(phantom,k).dtype) for k in ARRAYS})
 
-# %% ../../nbs/core/24_lobes.ipynb #dc322735
+# %% ../../nbs/core/24_lobes.ipynb #91ef1f0a
 FISSURES = {'left oblique':((1,),(2,)), 'right oblique':((3,4),(5,)), 'right horizontal':((3,),(4,))} # name: lobes above and below
 
 def fissure(
@@ -98,6 +100,8 @@ def fissure(
     above, below = (np.isin(lobes, k) for k in FISSURES[name])
     return above&ndimage.binary_dilation(below)
 
+def _far(m, to, spacing): return ndimage.distance_transform_edt(~to, sampling=spacing)[m].mean() # mm
+
 def fissure_error(
     found:np.ndarray, # `(D,H,W)` lobes
     true:np.ndarray, # same
@@ -107,8 +111,7 @@ def fissure_error(
     out = {}
     for name in FISSURES:
         a, b = fissure(found, name), fissure(true, name)
-        far = lambda m, to: ndimage.distance_transform_edt(~to, sampling=spacing)[m].mean()
-        out[name] = float(far(a,b)+far(b,a))/2 if a.any() and b.any() else np.nan
+        out[name] = float(_far(a,b,spacing)+_far(b,a,spacing))/2 if a.any() and b.any() else np.nan
     return out
 
 def lobe_scores(
@@ -186,7 +189,7 @@ def segment_lobes(
     finally: model.train(was)
     return vote(prob, x, mask, reach)
 
-# %% ../../nbs/core/24_lobes.ipynb #61023b46
+# %% ../../nbs/core/24_lobes.ipynb #fdd181ca
 def outside_lobes(
     path, # volume file with labels
     scan:Scan, # the scan it must lie on
@@ -204,5 +207,5 @@ def refined_crop(
     prep:Prep=REFINED, # size and window of the classifier
 )->Prepared: # voxels in [0,1], `(96,96,96)`
     "The lungs as the lobes bound them, for the classifier (Wang et al. 2020, III-B); raises `LobeError` for an empty map"
-    if not np.any(lobes): raise LobeError(scan.source or scan.scan_id or 'scan', 'its map of lobes is empty', 'There is nothing to crop to.')
+    if not np.any(lobes): raise LobeError(_who(scan), 'its map of lobes is empty', 'There is nothing to crop to.')
     return prepare(scan, prep, np.asarray(lobes)>0)
