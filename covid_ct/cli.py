@@ -96,7 +96,7 @@ def _fetch(a)->None:
     from covid_ct.data.sets import fetch
     print(fetch(a.name, a.out, progress=True))
 
-# %% ../nbs/core/90_cli.ipynb #c5ecc1f0
+# %% ../nbs/core/90_cli.ipynb #31c64a2a
 def _recipe(a):
     "The recipe that was named, changed as asked"
     from covid_ct.train.recipes import change, recipe
@@ -124,6 +124,11 @@ def _evaluate(a)->None:
     if a.out: write_text(a.out, found.to_csv(index=False))
     table = metrics_table(found, r.classes, positive_of(r))
     print(table.to_json(orient='records', indent=1) if a.json else table.round(3).to_string(index=False))
+
+def _study(a)->None:
+    from covid_ct.train.studies import read_study, run_study
+    table = run_study(read_study(Path(a.path)), a.out, a.jobs, not a.json)
+    print(table.reset_index().to_json(orient='records', indent=1) if a.json else table.round(3).to_string())
 
 def _cases(a)->None:
     from covid_ct.reading import as_json, open_room, told
@@ -174,7 +179,7 @@ def _of_scans(add)->None:
     p.add_argument('--lobes', help='mask of the lobes; without it, right and left lung'); p.add_argument('--convention', default='1-5', help='numbers of the lobes: 1-5, luna16, totalsegmentator')
     p.add_argument('--report', help='page to write')
 
-# %% ../nbs/core/90_cli.ipynb #00461b62
+# %% ../nbs/core/90_cli.ipynb #65e87ec9
 def _of_cohorts(add)->None:
     "Commands about many scans"
     cohort = 'cohort CSV, folder of a public layout, or the tables of CC-CCII'
@@ -189,6 +194,8 @@ def _of_cohorts(add)->None:
     p.add_argument('--trackers', nargs='*', default=(), help='as tensorboard'); p.add_argument('--cache', help='folder for prepared scans'); p.add_argument('--workers', type=int, default=0, help='processes that read')
     p = add('evaluate', _evaluate, 'answers and metrics of a trained network on other patients', cohort)
     p.add_argument('--run', dest='run_folder', required=True, help='run folder'); p.add_argument('--out', help='CSV for the answers'); p.add_argument('--cache', help='folder for prepared scans'); p.add_argument('--workers', type=int, default=0, help='processes that read')
+    p = add('study', _study, 'networks × seeds × folds from one file; goes on where it was stopped', 'TOML file')
+    p.add_argument('--out', required=True, help='folder'); p.add_argument('--jobs', type=int, default=1, help='processes')
     p = add('cases', _cases, 'the cases of a run, worst first, to read in a page', 'run folder, or folder of a cross-validation')
     p.add_argument('--cohort', help='CSV of the scans it was tested on; without it a table without pictures'); p.add_argument('--html', help='page to write')
     p.add_argument('--against', dest='others', nargs='*', default=(), metavar='RUN', help='more runs on the same scans'); p.add_argument('--part', default='test', choices=('test','valid'), help='scans to read')

@@ -66,7 +66,7 @@ def test_severity_is_met(severity):
     assert (np.isin(p.lesions,(1,2,3))&p.lungs).sum()/p.lungs.sum()==pytest.approx(severity, rel=.05)
 
 def test_classes_differ_in_place_not_only_in_amount():
-    share,sides,rim = {}, {}, {}
+    share,sides = {}, {}
     for label in ('cap','covid'):
         ps = [make_phantom(label, s, SMALL, severity=.08) for s in range(10)]
         per = [np.array([(np.isin(p.lesions,(1,2,3))&(p.lobes==k)).sum() for k in range(1,6)]) for p in ps]

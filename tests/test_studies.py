@@ -1,0 +1,66 @@
+"Studies: all four systems from one file, stopped and taken up, and the tables are the same"
+import json
+
+import pandas as pd
+import pytest
+from covid_ct.cli import main
+from covid_ct.scan import DataError
+from covid_ct.train import studies
+from covid_ct.train.studies import StudyError, combinations, read_study, run_study, study_table
+
+FOUR = """
+name = "four systems"
+folds = 2
+seeds = [0, 1]
+[[run]]
+recipe = "darnet/tiny"
+phantoms = { patients = 15, shape = [32, 48, 48] }
+set = { epochs = 1, milestones = [], model_kwargs = { classes = 3, depth = 32, width = 4, blocks = [1,1,1,1], strides = [1,2,2,1] } }
+[[run]]
+recipe = "dual_sampling/tiny"
+phantoms = { patients = 12, shape = [32, 48, 48], labels = ["cap", "covid"] }
+set = { epochs = 1, milestones = [], model_kwargs = { classes = 2, depth = 24, width = 4, blocks = [1,1,1], strides = [1,1,1] } }
+[[run]]
+recipe = "raunet/tiny"
+phantoms = { n = 20, size = 33 }
+set = { epochs = 1, model_kwargs = { widths = [4,8], cardinality = 2, chunk = 16, heads = 1, rounds = 1 } }
+[[run]]
+recipe = "prior_attention/tiny"
+phantoms = { patients = 30, shape = [32, 48, 48] }
+set = { epochs = 1, model_kwargs = { depth = 32, width = 4, blocks = [1,1,1,1], hidden = 16 } }
+"""
+
+
+@pytest.mark.slow
+def test_four_systems_stopped_and_taken_up(tmp_path, monkeypatch, capsys):
+    study, real, count = read_study(FOUR), studies.run_one, []
+    def impatient(*a):
+        count.append(a)
+        if len(count) == 6: raise KeyboardInterrupt
+        return real(*a)
+    monkeypatch.setattr(studies, "run_one", impatient)
+    with pytest.raises(KeyboardInterrupt): run_study(study, tmp_path / "a", progress=False)
+    monkeypatch.undo()
+    assert len(list((tmp_path / "a").rglob("test.csv"))) == 5
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("test.csv")}
+    (tmp_path / "four.toml").write_text(FOUR)
+    assert main(["study", str(tmp_path / "four.toml"), "--out", str(tmp_path / "a"), "--json"]) == 0         # goes on by the command
+    table = study_table(study, tmp_path / "a")
+    assert len(json.loads(capsys.readouterr().out)) == len(table) and all(p.stat().st_mtime_ns == s for p, s in stamps.items())
+    assert set(table.reset_index().run) == {"darnet tiny", "dual_sampling tiny", "raunet tiny", "prior_attention tiny"} and (table["n"] == 4).all()
+    some = [c for c in combinations(study) if c[1:] == (1, 1)]                                                   # undisturbed, beside
+    for e, s, k in some:
+        a, b = (pd.read_csv(p / "test.csv") for p in (real(e, s, k, 2, tmp_path / "b"), tmp_path / "a" / e.name.replace(" ", "_") / "seed_1" / "fold_1"))
+        pd.testing.assert_frame_equal(a, b)
+
+
+def test_what_cannot_be_carried_out_is_said(tmp_path):
+    with pytest.raises(StudyError, match="cannot be read"): read_study(tmp_path / "none.toml")
+    for bad in (FOUR.replace("folds = 2", "folds = 1"), FOUR.replace("seeds = [0, 1]", 'seeds = ["a"]'), FOUR.replace("n = 20", "slices = 20"), FOUR.replace("darnet/tiny", "darnet/huge"),
+                FOUR.replace("epochs = 1", "epochs = 0", 1), FOUR + 'more = 1\n', FOUR.replace("raunet/tiny", "darnet/tiny"), FOUR.replace('labels = ["cap", "covid"] }', 'labels = ["cap", "covid"] }\ncohort = "a.csv"')):
+        with pytest.raises(DataError): read_study(bad)
+    (tmp_path / "s").mkdir(); (tmp_path / "s" / "study.json").write_text("{}")
+    with pytest.raises(StudyError, match="another study"): run_study(read_study(FOUR), tmp_path / "s", progress=False)
+    few = read_study(FOUR.replace("patients = 15", "patients = 3").split("[[run]]\nrecipe = \"dual")[0])
+    with pytest.raises(StudyError, match="4 of 4 failed; the first: darnet tiny, seed 0, fold 0"): run_study(few, tmp_path / "few", progress=False)
+    with pytest.raises(StudyError, match="no finished run"): study_table(few, tmp_path / "few")
