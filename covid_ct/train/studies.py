@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['StudyError', 'Entry', 'Study', 'read_study', 'run_one', 'combinations', 'study_table', 'run_study', 'objective']
 
-# %% ../../nbs/core/56_studies.ipynb #edee0690
+# %% ../../nbs/core/56_studies.ipynb #768cc140
 import json, tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -157,14 +158,14 @@ def run_study(
     table = study_table(study, out); write_text(out/'table.csv', table.to_csv())
     return table
 
-# %% ../../nbs/core/56_studies.ipynb #c0deea46
+# %% ../../nbs/core/56_studies.ipynb #e3ce9f83
 def objective(
     e:Entry, # what is varied
     space, # function of a trial → changes of the recipe, as {'lr': trial.suggest_float('lr', 1e-4, 1e-2, log=True)}
     out, # folder; one run for each trial
     fold:int=0, # fold that validates
     folds:int=5, # of how many
-): # function of a trial → best value of `keep` on the validation patients, larger is better
+)->Callable: # function of a trial → best value of `keep` on the validation patients, larger is better
     "A function to maximise, for Optuna and its like"
     def value(trial)->float:
         r = change(e.recipe, f'trial {trial.number}', **space(trial))
