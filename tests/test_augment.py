@@ -238,7 +238,7 @@ class _Numpy(Dataset):
 
 class _Plain(Dataset):
     def __len__(self): return 8
-    def __getitem__(self, i): return dict(image=torch.full((1, 2, 8, 8), float(i)), label=i)
+    def stored(self, i): return dict(image=np.full((1, 2, 8, 8), float(i), 'f4'), label=i)
 
 
 def test_numpy_in_workers_repeats_itself_and_ours_does_not():
@@ -248,7 +248,7 @@ def test_numpy_in_workers_repeats_itself_and_ours_does_not():
     from covid_ct.data.load import Loader
     seen = {}
     for workers in (0, 2):
-        l = Loader(DataLoader(_Plain(), 4, num_workers=workers), Augment(offset=(0, .5), gain=(.01, .05)), seed=3)
+        l = Loader(_Plain(), [[0, 1, 2, 3], [4, 5, 6, 7]], workers, Augment(offset=(0, .5), gain=(.01, .05)), seed=3)
         seen[workers] = [x for e in range(3) for _ in [l.set_epoch(e)] for b in l for x in b['image'][:, 0, 0, 0, 0].tolist()]
     assert seen[0] == seen[2] and len(set(seen[0])) == 24
 

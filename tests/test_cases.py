@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import test_lab
+from playwright.sync_api import expect
 from covid_ct.browse.cases import CaseError, NoteConflict, Notes, Rules, case_table, check_predictions, read_index, read_predictions, roc_points, runs_in, sheets_of, thumb_of, write_index
 from covid_ct.browse.room import ReadingRoom, pack_case, pick, try_case, volumes_of
 from covid_ct.data.catalog import check_cohort, write_series
@@ -352,7 +353,7 @@ def test_page_filters_sorts_and_opens(room, opened):
     z = page.locator("input[data-control=axial]")
     before = int(z.input_value())
     page.locator("canvas[data-plane=axial]").press("ArrowUp")
-    assert int(z.input_value()) == before + 1
+    expect(z).to_have_value(str(before + 1))
     assert page.locator("[data-control=note]").get_attribute("readonly") is not None and page.locator("[data-control=save]").count() == 0
     page.locator("[data-filter=noted]").click(); page.locator("tr[data-id=S0003]").click()
     assert page.locator("[data-control=note]").input_value() == "lesion behind the heart"
