@@ -123,7 +123,7 @@ class Share(Sampler):
             self.sizes.append(len(rows))
             if i>=self.skip: yield list(rows)[self.rank::self.world] or list(rows)[:1]
 
-# %% ../../nbs/core/21_load.ipynb #1afe06be
+# %% ../../nbs/core/21_load.ipynb #06ab19bf
 class Loader:
     "Batches of one data set, moved and augmented; iterate it once per epoch, after `set_epoch`"
     def __init__(self,
@@ -152,7 +152,7 @@ class Loader:
         self.part.skip = batches
 
     def _batches(self, read):
-        g, p, views = seeded(self.seed, 'augment', self.epoch), self.part, None
+        g, p = seeded(self.seed, 'augment', self.epoch), self.part
         for i,batch in enumerate(read):
             for _ in range(1+p.skip*(i==0)):                      # the views of batches passed over are drawn all the same
                 n = p.sizes.popleft(); views = draw(self.augment, n, g) if self.augment else None

@@ -85,20 +85,21 @@ def sourced()->list:
     "Fields that need a source"
     return [f.name for f in fields(Recipe) if f.name not in _FREE]
 
-# %% ../../nbs/core/51_recipes.ipynb #5d1d911d
+# %% ../../nbs/core/51_recipes.ipynb #b712035f
+def _whole(v): return isinstance(v, int) and not isinstance(v, bool)
+
 def check_recipe(
     r:Recipe, # with any values
 )->Iterator: # of `(fault, remedy)`
     "What is wrong with a recipe, one fault after the other"
-    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
     for k in ('batch_size','epochs','accumulate'):
-        if not whole(getattr(r,k)) or getattr(r,k)<1: yield f'{k}={getattr(r,k)!r}', 'Give a whole number ≥ 1.'
+        if not _whole(getattr(r,k)) or getattr(r,k)<1: yield f'{k}={getattr(r,k)!r}', 'Give a whole number ≥ 1.'
     for k,low in (('lr',0), ('decay',0), ('weight_decay',-1e-300)):
         v = getattr(r,k)
         if isinstance(v,(bool,str)) or not low<v<float('inf'): yield f'{k}={v!r}', 'Give a finite number above 0 (weight_decay may be 0).'
-    if not whole(r.seed): yield f'seed={r.seed!r}', 'Give a whole number.'
+    if not _whole(r.seed): yield f'seed={r.seed!r}', 'Give a whole number.'
     for k in ('decay_every','warmup'):
-        if not whole(getattr(r,k)) or getattr(r,k)<0: yield f'{k}={getattr(r,k)!r}', 'Give a whole number of steps, or 0.'
+        if not _whole(getattr(r,k)) or getattr(r,k)<0: yield f'{k}={getattr(r,k)!r}', 'Give a whole number of steps, or 0.'
     for k,below in (('clip',float('inf')), ('ema',1)):
         v = getattr(r,k)
         if isinstance(v,(bool,str)) or not 0<=v<below: yield f'{k}={v!r}', f'Give a number from 0 to below {below:g}.'
@@ -110,15 +111,14 @@ def check_recipe(
     if lacking: yield f'no source for {", ".join(lacking[:4])}', 'Say in sources where each value comes from; change() does it for you.'
     if set(r.sources)-set(sourced()): yield f'a source for {sorted(set(r.sources)-set(sourced()))[0]!r}, which is no field', f'Fields are {", ".join(sourced())}.'
 
-# %% ../../nbs/core/51_recipes.ipynb #2f1a7fc1
+# %% ../../nbs/core/51_recipes.ipynb #cbedbc03
 def _contradictions(r):
     "Values that are fine alone and wrong together"
-    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
     if r.task in TASKS and r.keep not in ('loss', *TASKS[r.task].shown): yield f'keep={r.keep!r} in a task that is judged by {", ".join(TASKS[r.task].shown)}', f'Use loss or {TASKS[r.task].shown[0]}.'
     if list(r.milestones)!=sorted(set(r.milestones)) or any(m<1 for m in r.milestones):
         yield f'milestones {r.milestones}', 'Let them rise, from epoch 1 on.'
     if r.schedule=='cosine' and (r.milestones or r.decay_every): yield 'a cosine with milestones or decay_every', 'Use one way for the step size to fall.'
-    if whole(r.accumulate) and whole(r.batch_size) and r.accumulate>r.batch_size: yield f'{r.accumulate} parts of a batch of {r.batch_size}', f'Use 1 … {r.batch_size}.'
+    if _whole(r.accumulate) and _whole(r.batch_size) and r.accumulate>r.batch_size: yield f'{r.accumulate} parts of a batch of {r.batch_size}', f'Use 1 … {r.batch_size}.'
     k = r.model_kwargs.get('classes', len(r.classes))
     if k!=len(r.classes): yield f'a network with {k} outputs for {len(r.classes)} classes', 'Make them the same number.'
     size = PREPS[r.prep].size if r.prep in PREPS else None

@@ -169,7 +169,7 @@ def open_run(
     if split and c.get('split_hash','') not in ('',split): raise RunError(out, 'holds a run on another split of the patients', 'Choose another folder. Nothing was changed.')
     return True
 
-# %% ../../nbs/core/45_run.ipynb #7943aa4f
+# %% ../../nbs/core/45_run.ipynb #57f785ac
 def check_disk(
     out, # folder of the run, there or not
     model:nn.Module, # what is trained
@@ -179,7 +179,7 @@ def check_disk(
     weights, p = sum(v.nbytes for v in model.state_dict().values()), Path(out).resolve()
     need = weights*(2+2*(3+ema)) # best and last; two states of weights, two moments and the average
     while not p.exists(): p = p.parent
-    free = shutil.disk_usage(p).free
+    free = shutil.disk_usage(p).free+sum(f.stat().st_size for f in Path(out).glob('checkpoints/*')) # a run that goes on writes over its own
     if free<need: raise RunError(out, f'needs {need/1e9:.2f} GB for its checkpoints, {free/1e9:.2f} GB are free', 'Make room or choose another disk. Nothing was written.')
     return need
 

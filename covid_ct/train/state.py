@@ -58,7 +58,7 @@ def save_state(
     write_tensors(at, tensors, history=s.history, steps=s.steps, at=s.at, optimizer=plain, scaler=scaler.state_dict() if scaler else None,
                   ranks=[dict(now=r['now'][1], began=r['began'][1], told=r['told']) for r in ranks])
 
-# %% ../../nbs/core/48_state.ipynb #c70736da
+# %% ../../nbs/core/48_state.ipynb #bdbf6ca2
 def _newest(folder):
     "Content of the newest state that is whole, or None; a damaged one is told"
     trouble = None
@@ -69,18 +69,13 @@ def _newest(folder):
         except RunError as e: trouble = e; warnings.warn(f'{p.name} is damaged; looking at the one before. ({e.fault})', RuntimeWarning, stacklevel=4)
     if trouble: raise trouble
 
-def _older(tensors, plain):
-    "A state of the first version, which was written between epochs only, in today's form"
-    rank = dict(now=plain['random'], began=plain['random'], told=[])
-    return tensors | {f'{w}.0.{k}':v for w in ('now','began') for k,v in tensors.items() if k.startswith('random.')}, plain | dict(steps=plain['history'][-1]['steps'], at=0, ranks=[rank])
-
 def load_state(
     s:State, # fresh
 )->None:
     "Go back to the newest state that is whole, if there is one; raises `RunError` if all are damaged or the network does not fit"
     found = _newest(s.folder)
     if not found: return
-    (tensors, plain), rank, world = found if 'ranks' in found[1] else _older(*found), s.accelerator.process_index, s.accelerator.num_processes
+    (tensors, plain), rank, world = found, s.accelerator.process_index, s.accelerator.num_processes
     load_weights(s.model, _pack(tensors, 'model', 0)[0], s.folder); unpack_optimizer(s.optimizer, tensors, plain['optimizer'])
     if s.average: load_weights(s.average, _pack(tensors, 'average', 0)[0], s.folder)
     if plain['scaler'] and s.accelerator.scaler: s.accelerator.scaler.load_state_dict(plain['scaler'])
