@@ -5,10 +5,12 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-from covid_ct.evaluate.metrics import (METRICS, PredictionError, auc, bootstrap, classification_metrics, confusion, confusion_figure, draw_patients, energy_in, interval,
-                                       metric, metrics_table, pointing_game, roc_band, roc_figure, scored)
+from covid_ct.evaluate.metrics import (METRICS, PredictionError, auc, average_precision, bootstrap, class_table, classification_metrics, confusion, confusion_figure,
+                                       draw_patients, energy_in, interval, mask_scores, metric, metrics_table, pointing_game, pr_band, pr_figure, roc_band, roc_figure, scored)
 from covid_ct.scan import GeometryError
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, recall_score, roc_auc_score
+from scipy.ndimage import gaussian_filter
+from sklearn.metrics import (accuracy_score, average_precision_score, confusion_matrix, f1_score, precision_recall_curve, precision_score, recall_score,
+                             roc_auc_score)
 
 C3 = ("healthy", "cap", "covid")
 
@@ -44,6 +46,51 @@ def test_all_against_sklearn(classes):
     assert np.allclose(macro, [np.mean(each), accuracy_score(y, call), recall_score(y, call, average="macro"),
                                np.mean([recall_score(y != i, call != i) for i in range(len(classes))]), f1_score(y, call, average="macro")])
     assert (confusion(y, call, len(classes))[0] == confusion_matrix(y, call)).all()
+
+
+@pytest.mark.parametrize("classes", [C3, ("cap", "covid"), ("covid", "ild", "cap", "healthy")])
+def test_every_class_against_sklearn(classes):
+    "Six numbers of each class against the rest, their mean as macro, accuracy there the share that is right"
+    t = table(60, 2, classes=classes); y, prob, _ = scored(t); call = prob.argmax(1); c = class_table(t, n=30)
+    wide = c.pivot(index="class", columns="metric", values="value")
+    assert c["class"].unique().tolist() == [*classes, "macro"] and len(c) == 6 * (len(classes) + 1) and ((c.low <= c.value) & (c.value <= c.high)).all()
+    for i, k in enumerate(classes):
+        a, b = y == i, call == i
+        assert np.allclose(wide.loc[k, ["AUC", "accuracy", "sensitivity", "specificity", "precision", "F1"]].astype(float),
+                           [roc_auc_score(a, prob[:, i]), accuracy_score(a, b), recall_score(a, b), recall_score(~a, ~b), precision_score(a, b), f1_score(a, b)])
+    means = wide.drop(index="macro").mean()
+    assert np.allclose(wide.loc["macro"].drop("accuracy"), means.drop("accuracy")) and np.isclose(wide.loc["macro", "accuracy"], accuracy_score(y, call))
+    assert np.allclose(wide.loc[["covid", "macro"], list(METRICS)].T.to_numpy(), classification_metrics(t)[["covid vs rest", "macro"]].to_numpy())
+
+
+def test_class_table_is_the_bootstrap_and_says_what_is_undefined():
+    t = table(40, 3); c = class_table(t, n=40, seed=5).set_index(["class", "metric"])
+    slow = bootstrap(t, lambda f: precision_score(f.label == "cap", f[[f"prob_{k}" for k in C3]].to_numpy().argmax(1) == 1, zero_division=np.nan), n=40, seed=5)
+    assert np.allclose(c.loc[("cap", "precision"), ["value", "low", "high"]].astype(float), slow)
+    never = t.assign(prob_cap=0., prob_healthy=.6, prob_covid=.4)
+    n = class_table(never, C3, n=20).set_index(["class", "metric"])
+    assert np.isnan(n.loc[("cap", "precision"), "value"]) and n.loc[("cap", "precision"), "note"].startswith("undefined") and n.loc[("cap", "sensitivity"), "value"] == 0
+    assert np.isnan(n.loc[("macro", "precision"), "value"]) and not np.isnan(n.loc[("macro", "sensitivity"), "value"])
+    with pytest.raises(PredictionError, match="patient_id"): class_table(t.drop(columns="patient_id"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("ties", [2, 7, 10**6])
+def test_average_precision_and_curve_are_sklearns(seed, ties):
+    rng = np.random.default_rng(seed)
+    y, s, w = rng.random(80) < .2, rng.integers(0, ties, 80), rng.integers(0, 3, (20, 80))
+    assert np.allclose(average_precision(y, s), average_precision_score(y, s))
+    assert np.allclose(average_precision(y, s, w), [average_precision_score(y, s, sample_weight=k) for k in w])
+    grid = np.linspace(.01, 1, 57); low, high = pr_band(y, s, np.ones((1, 80)), grid)
+    p, r, _ = precision_recall_curve(y, s)                                        # recall falls along it
+    assert (low == high).all() and np.allclose(low, [p[np.flatnonzero(r >= g - 1e-12)[-1]] for g in grid])
+
+
+def test_precision_recall_of_nothing_and_of_everything():
+    y = np.arange(200) % 4 == 0
+    assert np.isnan(average_precision([0, 0], [.1, .2])) and average_precision(y, y)[0] == 1 and average_precision(y, np.ones(200))[0] == .25
+    w = draw_patients(np.arange(200), 300); low, high = pr_band(y, np.random.default_rng(0).random(200), w, [.25, .5, 1.])
+    assert (low < .25 + .05).all() and (high > .25 - .05).all() and (low < high).all()
 
 
 def test_column_order_does_not_matter():
@@ -110,7 +157,8 @@ def test_bad_tables():
     for bad in (t.drop(columns="label"), t.drop(columns="prob_cap"), t.assign(label="flu"), t.assign(label=None), t.assign(prob_cap=-.1), t.assign(prob_cap=np.nan), t.assign(prob_cap=np.inf), t[:0]):
         with pytest.raises(PredictionError): classification_metrics(bad, classes=C3)
     for call in (lambda: classification_metrics(t, "flu"), lambda: metric("Dice"), lambda: bootstrap(t.drop(columns="patient_id"), metric()), lambda: metrics_table(t.drop(columns="patient_id")),
-                 lambda: bootstrap(t.assign(patient_id=[None, *t.patient_id[1:]]), metric()), lambda: roc_figure(t[t.label == "covid"]), lambda: roc_figure(t, "flu")):
+                 lambda: bootstrap(t.assign(patient_id=[None, *t.patient_id[1:]]), metric()), lambda: roc_figure(t[t.label == "covid"]), lambda: roc_figure(t, "flu"), lambda: pr_figure(t[t.label == "covid"]), lambda: classification_metrics(t, "macro"),
+                 lambda: roc_figure(t.drop(columns="patient_id")), lambda: pr_figure(t.assign(patient_id=[None, *t.patient_id[1:]])), lambda: class_table(t.assign(patient_id=[None, *t.patient_id[1:]]))):
         with pytest.raises(PredictionError): call()
 
 
@@ -123,7 +171,9 @@ def test_roc_band_holds_the_curve_of_one_cohort():
 
 def test_figures_have_alt_text():
     t = table()
-    for fig in (roc_figure(t, n=50), confusion_figure(t)): assert "50 scans" in fig.alt
+    for fig in (roc_figure(t, n=50), pr_figure(t, n=50), confusion_figure(t)): assert "50 scans" in fig.alt
+    a = bootstrap(t, metric(), n=50)
+    assert f"AUC {a.value:.3f}, interval {a.low:.3f} to {a.high:.3f}" in roc_figure(t, n=50).alt and f"{average_precision(t.label == 'covid', t.prob_covid)[0]:.3f}" in pr_figure(t, n=50).alt
     assert confusion_figure(table(classes=("cap", "covid"))).alt
 
 
@@ -138,3 +188,40 @@ def test_energy_and_pointing():
     with pytest.raises(GeometryError): energy_in(v, m[:2])
     for bad in (v - 1, v * np.nan):
         with pytest.raises(PredictionError): energy_in(bad, m)
+
+
+def blobs(seed, shape=(14, 15, 16)):
+    rng = np.random.default_rng(seed)
+    return [gaussian_filter(rng.normal(size=shape), 2) > .02 for _ in range(2)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("spacing", [(1., 1., 1.), (5., .8, .7)])
+def test_masks_by_loop_and_against_monai(seed, spacing):
+    "Every border voxel to every border voxel, written out; and MONAI, where it counts the same"
+    a, b = blobs(seed)
+    def rim(m):
+        p = np.pad(m, 1)
+        return np.argwhere(m & ~np.logical_and.reduce([np.roll(p, k, axis)[1:-1, 1:-1, 1:-1] for axis in range(3) for k in (-1, 1)])) * np.array(spacing)
+    d = np.sqrt(((rim(a)[:, None] - rim(b)[None]) ** 2).sum(-1))
+    there, back, s = d.min(1), d.min(0), mask_scores(a, b, spacing)
+    assert np.isclose(s["surface"], (there.sum() + back.sum()) / (len(there) + len(back))) and np.isclose(s["hausdorff"], max(there.max(), back.max()))
+    assert np.isclose(s["hd95"], max(np.quantile(there, .95), np.quantile(back, .95))) and np.isclose(s["dice"], f1_score(a.ravel(), b.ravel()))
+    assert s == pytest.approx(mask_scores(b, a, spacing)) and s == pytest.approx(mask_scores(a[:, ::-1], b[:, ::-1], spacing))
+    torch, m = pytest.importorskip("torch"), pytest.importorskip("monai.metrics")
+    x, y = (torch.tensor(v[None, None].astype("f4")) for v in (a, b))
+    kw = dict(include_background=True, spacing=spacing)
+    assert np.isclose(s["surface"], m.compute_average_surface_distance(x, y, symmetric=True, **kw).item(), rtol=1e-5)
+    assert np.isclose(s["hd95"], m.compute_hausdorff_distance(x, y, percentile=95, **kw).item(), rtol=1e-5) and np.isclose(s["hausdorff"], m.compute_hausdorff_distance(x, y, **kw).item(), rtol=1e-5)
+
+
+def test_masks_at_their_limits():
+    m, e = np.zeros((6, 6, 6), bool), np.zeros((6, 6, 6), bool)
+    m[2, 2, 2] = True
+    assert mask_scores(m, m) == dict(dice=1, surface=0, hd95=0, hausdorff=0) and mask_scores(m, e)["dice"] == 0 and np.isnan(mask_scores(e, e)["dice"])
+    assert all(np.isnan(mask_scores(m, e)[k]) for k in ("surface", "hd95", "hausdorff"))
+    full = np.ones((6, 6, 6), bool)                                               # the edge of the picture is a border, too
+    assert mask_scores(full, full)["surface"] == 0 and mask_scores(full, m, (1., 1., 1.))["hausdorff"] == np.sqrt(27)
+    far = np.zeros_like(m); far[5, 2, 2] = True
+    assert mask_scores(m, far, (4., 1., 1.))["surface"] == 12
+    with pytest.raises(GeometryError): mask_scores(m, m[1:])

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['METRICS', 'PredictionError', 'classes_of', 'scored', 'auc', 'confusion', 'rates', 'all_metrics',
            'classification_metrics', 'draw_patients', 'Interval', 'interval', 'metric', 'bootstrap', 'metrics_table',
-           'roc_band', 'roc_figure', 'confusion_figure', 'energy_in', 'pointing_game']
+           'class_table', 'roc_band', 'roc_figure', 'average_precision', 'pr_band', 'pr_figure', 'confusion_figure',
+           'mask_scores', 'energy_in', 'pointing_game']
 
-# %% ../../nbs/core/60_metrics.ipynb #aef32e73
+# %% ../../nbs/core/60_metrics.ipynb #94620ea6
 from collections import namedtuple
 from collections.abc import Callable
 from inspect import Parameter, signature
 import numpy as np
 import pandas as pd
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import binary_erosion, distance_transform_edt
 from sklearn.metrics import roc_curve
 from ..scan import DataError, GeometryError
 from ..show import Picture, describe
@@ -71,19 +72,26 @@ def confusion(
     w = np.ones((1,len(y))) if weights is None else np.asarray(weights, float)
     return (w@np.eye(K*K)[np.asarray(y)*K+np.asarray(answer)]).reshape(-1,K,K)
 
-# %% ../../nbs/core/60_metrics.ipynb #dd61c2cb
+# %% ../../nbs/core/60_metrics.ipynb #c1a358f3
 def rates(
     C:np.ndarray, # confusion matrices, `(R,K,K)`
     k:int, # class that counts as positive
-)->dict: # accuracy, sensitivity, specificity, F1: `(R,)` in [0,1]; nan where 0/0
+)->dict: # accuracy, sensitivity, specificity, precision, F1: `(R,)` in [0,1]; nan where 0/0
     "One class against the rest (@eq-rates)"
     TP, row, col, n = C[:,k,k], C[:,k].sum(1), C[:,:,k].sum(1), C.sum((1,2))
     TN = n-row-col+TP
     with np.errstate(invalid='ignore', divide='ignore'):
-        return dict(accuracy=(TP+TN)/n, sensitivity=TP/row, specificity=TN/(n-row), F1=2*TP/(row+col))
+        return dict(accuracy=(TP+TN)/n, sensitivity=TP/row, specificity=TN/(n-row), precision=TP/col, F1=2*TP/(row+col))
 
-# %% ../../nbs/core/60_metrics.ipynb #4db8b5d2
+# %% ../../nbs/core/60_metrics.ipynb #bde60406
 METRICS = ('AUC','accuracy','sensitivity','specificity','F1')
+
+def _each(predictions, classes, weights):
+    "Every metric of every class against the rest, their macro mean under `macro`; accuracy there is the share that is right"
+    y, prob, classes = scored(predictions, classes); C = confusion(y, prob.argmax(1), len(classes), weights)
+    each = {c: dict(AUC=auc(y==k, prob[:,k], weights), **rates(C,k)) for k,c in enumerate(classes)}
+    macro = {m: np.mean([e[m] for e in each.values()], 0) for m in each[classes[0]]}
+    with np.errstate(invalid='ignore'): return each | dict(macro=macro | dict(accuracy=np.trace(C, axis1=1, axis2=2)/C.sum((1,2))))
 
 def all_metrics(
     predictions:pd.DataFrame, # see `scored`
@@ -92,14 +100,9 @@ def all_metrics(
     weights=None, # `(R,N)` ≥ 0; None: one cohort, each scan once
 )->dict: # `(setting, metric)` → `(R,)`
     "Both readings of every metric for many weighted cohorts (Shi et al. 2021, IV-B)"
-    y, prob, classes = scored(predictions, classes)
-    if positive not in classes: raise PredictionError('predictions', f'no class {positive!r}', f'Use one of {", ".join(classes)}.')
-    C = confusion(y, prob.argmax(1), len(classes), weights)
-    each = [dict(AUC=auc(y==k, prob[:,k], weights), **rates(C,k)) for k in range(len(classes))]
-    macro = {m: np.mean([e[m] for e in each], 0) for m in METRICS}
-    with np.errstate(invalid='ignore'): macro['accuracy'] = np.trace(C, axis1=1, axis2=2)/C.sum((1,2))
-    one = each[classes.index(positive)]
-    return {(setting,m): d[m] for setting,d in ((f'{positive} vs rest', one), ('macro', macro)) for m in METRICS}
+    found = _each(predictions, classes, weights)
+    if positive not in found or positive=='macro': raise PredictionError('predictions', f'no class {positive!r}', f'Use one of {", ".join(list(found)[:-1])}.')
+    return {(setting,m): found[k][m] for setting,k in ((f'{positive} vs rest', positive), ('macro', 'macro')) for m in METRICS}
 
 def classification_metrics(
     predictions:pd.DataFrame, # see `scored`
@@ -154,7 +157,11 @@ def metric(
         return all_metrics(predictions, positive or tuple(classes or classes_of(predictions))[0], classes, weights)[key]
     return statistic
 
-# %% ../../nbs/core/60_metrics.ipynb #9876cfd1
+# %% ../../nbs/core/60_metrics.ipynb #2bb8214a
+def _whose(predictions, by):
+    if by in predictions and predictions[by].notna().all(): return predictions[by]
+    raise PredictionError('predictions', f'column {by!r} is missing or has gaps', 'Name the patient of every scan.')
+
 def bootstrap(
     predictions:pd.DataFrame, # one row per scan
     statistic, # `f(predictions, weights)->(R,)`, or `f(predictions)->float`
@@ -164,8 +171,7 @@ def bootstrap(
     level:float=.95, # mass of the interval
 )->Interval: # `(value, low, high)`, with `.reason`
     "Percentile interval of a statistic over resampled patients; raises `PredictionError` without the column"
-    if by not in predictions or predictions[by].isna().any(): raise PredictionError('predictions', f'column {by!r} is missing or has gaps', 'Name the patient of every scan.')
-    w, rows = draw_patients(predictions[by], n, seed), np.arange(len(predictions))
+    w, rows = draw_patients(_whose(predictions, by), n, seed), np.arange(len(predictions))
     if sum(p.kind<=Parameter.POSITIONAL_OR_KEYWORD for p in signature(statistic).parameters.values())>1:
         return interval(np.ravel(statistic(predictions, np.ones((1,len(rows)))))[0], statistic(predictions, w), level)
     return interval(statistic(predictions), [statistic(predictions.iloc[np.repeat(rows,k)]) for k in w], level)
@@ -186,7 +192,26 @@ def metrics_table(
     rows = [(*k, *(i := interval(value[k][0], again[k])), i.reason) for k in value]
     return pd.DataFrame(rows, columns=['setting','metric','value','low','high','note'])
 
-# %% ../../nbs/core/60_metrics.ipynb #4b99e675
+# %% ../../nbs/core/60_metrics.ipynb #8af9474c
+def class_table(
+    predictions:pd.DataFrame, # see `scored`, with `patient_id`
+    classes=None, # labels; None: as in the table
+    n:int=1000, # resampled cohorts
+    seed:int=0, # seed of the draw
+    by:str='patient_id', # column whose values are drawn whole
+)->pd.DataFrame: # columns class, metric, value, low, high, note; the last class is `macro`
+    "Every metric of every class against the rest, each with its interval over patients"
+    value, again = (_each(predictions, classes, w) for w in (None, draw_patients(_whose(predictions, by), n, seed)))
+    rows = [(c, m, *(i := interval(v[0], again[c][m])), i.reason) for c,each in value.items() for m,v in each.items()]
+    return pd.DataFrame(rows, columns=['class','metric','value','low','high','note'])
+
+# %% ../../nbs/core/60_metrics.ipynb #0c0f30be
+def _above(truth, score, weights):
+    "Positives and negatives with at least each distinct score, the highest first, `(R,U)` each"
+    truth, score = np.asarray(truth, bool), np.asarray(score, float)
+    order = np.argsort(-score, kind='stable'); last = np.r_[np.diff(score[order])!=0, True]
+    return [np.cumsum(weights[:,order]*side[order], 1)[:,last] for side in (truth, ~truth)]
+
 def roc_band(
     truth, # bool `(N,)`
     score, # `(N,)`
@@ -194,13 +219,20 @@ def roc_band(
     grid, # false-alarm rates to read at, `(G,)`, rising
 )->np.ndarray: # `(2,G)`, 2.5th and 97.5th percentile of the sensitivity
     "Pointwise band of a ROC curve over resampled cohorts"
-    truth, order = np.asarray(truth, bool), np.argsort(-np.asarray(score), kind='stable')
-    last = np.r_[np.diff(np.asarray(score)[order])!=0, True]
-    up = [np.cumsum(weights[:,order]*side[order], 1)[:,last] for side in (truth, ~truth)]
-    curves = [np.interp(grid, np.r_[0,f]/f[-1], np.r_[0,t]/t[-1]) for t,f in zip(*up) if t[-1] and f[-1]]
+    curves = [np.interp(grid, np.r_[0,f]/f[-1], np.r_[0,t]/t[-1]) for t,f in zip(*_above(truth, score, weights)) if t[-1] and f[-1]]
     return np.quantile(curves, [.025,.975], axis=0)
 
-# %% ../../nbs/core/60_metrics.ipynb #be697d16
+# %% ../../nbs/core/60_metrics.ipynb #9629809e
+def _curve(predictions, positive, classes, n, seed, what):
+    "Truth, score and weights of the resampled cohorts; raises `PredictionError` where there is no curve"
+    y, prob, classes = scored(predictions, classes); k = classes.index(positive) if positive in classes else -1
+    if k<0 or not 0<(y==k).sum()<len(y): raise PredictionError(what, f'needs scans with and without {positive!r}', 'Choose another class or more scans.')
+    return y==k, prob[:,k], draw_patients(_whose(predictions, 'patient_id'), n, seed)
+
+def _axes(positive, x, y):
+    fig = Picture(figsize=(4.2,4), layout='constrained'); ax = fig.add_subplot(); ax.spines[['top','right']].set_visible(False)
+    ax.set(xlabel=x, ylabel=y, title=f'{positive} against the rest', aspect='equal', xlim=(-.01,1.01), ylim=(-.01,1.01)); return fig, ax
+
 def roc_figure(
     predictions:pd.DataFrame, # see `scored`, with `patient_id`
     positive:str='covid', # class against the rest
@@ -209,15 +241,48 @@ def roc_figure(
     seed:int=0, # seed of the draw
 )->Picture: # with alt text
     "ROC curve of one class against the rest with its band over patients; raises `PredictionError` where there is none"
-    y, prob, classes = scored(predictions, classes); k = classes.index(positive) if positive in classes else -1
-    if k<0 or not 0<(y==k).sum()<len(y): raise PredictionError('ROC curve', f'needs scans with and without {positive!r}', 'Choose another class or more scans.')
-    a, grid, (fpr,tpr,_) = bootstrap(predictions, metric('AUC', positive, classes), n=n, seed=seed), np.linspace(0,1,101), roc_curve(y==k, prob[:,k])
-    fig = Picture(figsize=(4.2,4), layout='constrained'); ax = fig.add_subplot()
-    ax.fill_between(grid, *roc_band(y==k, prob[:,k], draw_patients(predictions.patient_id, n, seed), grid), color='#2a6f97', alpha=.2, lw=0, label='95 % of resampled patients')
-    ax.plot(fpr, tpr, color='#2a6f97', label=f'AUC {a.value:.3f} ({a.low:.3f} … {a.high:.3f})'); ax.plot([0,1], [0,1], ':', color='.5', lw=1)
-    ax.set(xlabel='false alarms (1 − specificity)', ylabel='found (sensitivity)', title=f'{positive} against the rest', aspect='equal', xlim=(-.01,1.01), ylim=(-.01,1.01))
-    ax.legend(frameon=False, loc='lower right', fontsize=8); ax.spines[['top','right']].set_visible(False)
-    return describe(fig, f'ROC curve of {positive} against the rest for {len(y)} scans: AUC {a.value:.3f}, interval {a.low:.3f} to {a.high:.3f}.')
+    truth, score, w = _curve(predictions, positive, classes, n, seed, 'ROC curve')
+    a, grid, (fpr,tpr,_) = interval(auc(truth, score)[0], auc(truth, score, w)), np.linspace(0,1,101), roc_curve(truth, score)
+    fig, ax = _axes(positive, 'false alarms (1 − specificity)', 'found (sensitivity)'); ax.plot([0,1], [0,1], ':', color='.5', lw=1)
+    ax.fill_between(grid, *roc_band(truth, score, w, grid), color='#2a6f97', alpha=.2, lw=0, label='95 % of resampled patients')
+    ax.plot(fpr, tpr, color='#2a6f97', label=f'AUC {a.value:.3f} ({a.low:.3f} … {a.high:.3f})'); ax.legend(frameon=False, loc='lower right', fontsize=8)
+    return describe(fig, f'ROC curve of {positive} against the rest for {len(truth)} scans: AUC {a.value:.3f}, interval {a.low:.3f} to {a.high:.3f}.')
+
+# %% ../../nbs/core/60_metrics.ipynb #71120428
+def average_precision(
+    truth, # bool `(N,)`, positive or not
+    score, # `(N,)`, higher is more positive
+    weights=None, # `(R,N)` ≥ 0, one row per resampled cohort; None: one cohort, each scan once
+)->np.ndarray: # `(R,)` in [0,1]; nan where a cohort lacks positives
+    "Area under the precision-recall curve of many weighted cohorts (@eq-ap)"
+    t, f = _above(truth, score, np.ones((1,len(score))) if weights is None else np.asarray(weights, float))
+    with np.errstate(invalid='ignore', divide='ignore'): return (np.diff(t, prepend=0, axis=1)*np.nan_to_num(t/(t+f))).sum(1)/t[:,-1]
+
+def pr_band(
+    truth, # bool `(N,)`
+    score, # `(N,)`
+    weights, # `(R,N)`, see `draw_patients`
+    grid, # recalls to read at, `(G,)` in (0,1], rising
+)->np.ndarray: # `(2,G)`, 2.5th and 97.5th percentile of the precision
+    "Pointwise band of a precision-recall curve over resampled cohorts, read where each recall is first reached"
+    with np.errstate(invalid='ignore'): curves = [(t/(t+f))[np.searchsorted(t, np.asarray(grid)*t[-1]-1e-9)] for t,f in zip(*_above(truth, score, weights)) if t[-1]]
+    return np.quantile(curves, [.025,.975], axis=0)
+
+# %% ../../nbs/core/60_metrics.ipynb #36996f17
+def pr_figure(
+    predictions:pd.DataFrame, # see `scored`, with `patient_id`
+    positive:str='covid', # class against the rest
+    classes=None, # labels; None: as in the table
+    n:int=1000, # resampled cohorts
+    seed:int=0, # seed of the draw
+)->Picture: # with alt text
+    "Precision-recall curve of one class against the rest with its band over patients; raises `PredictionError` where there is none"
+    truth, score, w = _curve(predictions, positive, classes, n, seed, 'precision-recall curve')
+    a, grid, share = interval(average_precision(truth, score)[0], average_precision(truth, score, w)), np.linspace(.005,1,200), truth.mean()
+    fig, ax = _axes(positive, 'found (recall)', 'right among those called (precision)'); ax.axhline(share, ls=':', color='.5', lw=1)
+    ax.fill_between(grid, *pr_band(truth, score, w, grid), color='#2a6f97', alpha=.2, lw=0, label='95 % of resampled patients')
+    ax.plot(grid, pr_band(truth, score, np.ones((1,len(truth))), grid)[0], color='#2a6f97', label=f'average precision {a.value:.3f} ({a.low:.3f} … {a.high:.3f})'); ax.legend(frameon=False, loc='lower left', fontsize=8)
+    return describe(fig, f'Precision-recall curve of {positive} against the rest for {len(truth)} scans, {share:.0%} of them positive: average precision {a.value:.3f}, interval {a.low:.3f} to {a.high:.3f}.')
 
 # %% ../../nbs/core/60_metrics.ipynb #e404cdd2
 def confusion_figure(
@@ -233,6 +298,21 @@ def confusion_figure(
     ax.set(xticks=range(K), yticks=range(K), xticklabels=classes, yticklabels=classes, xlabel='predicted', ylabel='true'); ax.spines[:].set_visible(False); ax.tick_params(length=0)
     said = '; '.join(f'{c}: {C[i,i]:.0f} of {C[i].sum():.0f} right' for i,c in enumerate(classes))
     return describe(fig, f'Confusion matrix of {len(y)} scans. {said}.')
+
+# %% ../../nbs/core/60_metrics.ipynb #bc6c90ca
+def mask_scores(
+    found, # bool `(D,H,W)`
+    true, # bool, the same shape
+    spacing=(1.,1.,1.), # of the voxels, mm `(z,y,x)`
+)->dict: # `dice` in [0,1]; `surface`, `hd95` and `hausdorff` in mm; nan where a mask is empty, Dice only where both are
+    "Overlap of two masks and the distance of their surfaces (@eq-surface); raises `GeometryError`"
+    a, b = (np.asarray(m)>0 for m in (found, true))
+    if a.shape!=b.shape: raise GeometryError('masks', f'shapes differ, {a.shape} and {b.shape}', 'Bring both onto one grid.')
+    n = int(a.sum())+int(b.sum()); out = dict(dice=2*int((a&b).sum())/n if n else float('nan'))
+    if not (a.any() and b.any()): return out | dict.fromkeys(('surface','hd95','hausdorff'), float('nan'))
+    rim = [np.pad(m, 1)&~binary_erosion(np.pad(m, 1)) for m in (a, b)]
+    far = [distance_transform_edt(~to, sampling=spacing)[of] for of,to in (rim, rim[::-1])]
+    return out | dict(surface=float(np.concatenate(far).mean()), hd95=float(max(np.quantile(d, .95) for d in far)), hausdorff=float(max(d.max() for d in far)))
 
 # %% ../../nbs/core/60_metrics.ipynb #dfd211cd
 def _same_shape(values, mask):
