@@ -11,6 +11,7 @@ from pathlib import Path
 import nbs
 import pytest
 from stage import ROOT, sources
+from test_course import LESSONS, assert_judged
 
 PAGES = [p.relative_to(ROOT).as_posix() for p in sources()]
 EXECUTED = [p for p in PAGES if not p.startswith("nbs/reports/")]
@@ -21,12 +22,13 @@ def cells(page): return json.loads((ROOT / page).read_text("utf-8"))["cells"]
 
 @pytest.mark.parametrize("page", EXECUTED)
 def test_runs(page, tmp_path):
-    "Top to bottom in a fresh kernel, leaving nothing behind"
+    "Top to bottom in a fresh kernel, leaving nothing behind; in a lesson, each exercise refuses its unsolved cell and accepts its solution"
     before = {p for p in (ROOT / page).parent.iterdir()}
     nbdev_test = Path(sys.executable).with_name("nbdev_test")          # called as a function from `-c`, it would not see its arguments
     r = subprocess.run([nbdev_test, "--path", page, "--n_workers", "0"], cwd=ROOT, capture_output=True, text=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "TMPDIR": str(tmp_path)})
+                       env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "TMPDIR": str(tmp_path), "COVID_CT_COURSE": str(tmp_path / "course")})
     assert r.returncode == 0 and "Success" in r.stdout, (r.stdout + r.stderr)[-4000:]
+    if page in LESSONS: assert_judged(page, tmp_path / "course")
     assert {p for p in (ROOT / page).parent.iterdir() if "checkpoint" not in p.name} <= before, "the page left files beside itself"
 
 
