@@ -17,7 +17,7 @@ LIB = Path(covid_ct.__file__).parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(LIB)], "covid_ct.") if not m.name.endswith("._modidx"))
 # the stages, and what each may import beside the shared scan, phantom and show
 ORDER = {"data": "archive sets labels header volume dicom io catalog layouts public content checks baselines audit preprocess lungs split augment sample slices cache load",
-         "models": "blocks attention online lsh spatial resnet3d unet sliding darnet dual_sampling raunet prior_attention zoo"}
+         "models": "blocks attention online lsh spatial resnet3d unet sliding darnet dual_sampling raunet prior_attention zoo measures"}
 MAY = {"data": {"data", "evaluate"}, "models": {"models"}, "train": {"train", "data", "models", "evaluate"}, "evaluate": {"evaluate"},
        "explain": {"explain", "evaluate"}, "browse": {"browse"}}
 SHARED = {"scan", "anatomy", "phantom", "show", "__version__"}
