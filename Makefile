@@ -7,10 +7,10 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS   ?= 2
 
-.PHONY: help demo test lab docs bench fuzz export run clean
+.PHONY: help demo test lab docs bench bench-gpu fuzz export run clean
 MINUTES ?= 10
 help:                ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 $(VENV)/.runtime: settings.ini setup.py constraints.txt
 	@echo "Setting up $(VENV): PyTorch first, then the rest (a few minutes, once)"
@@ -38,6 +38,9 @@ docs: $(VENV)/.dev       ## build the site in _docs/
 
 bench: $(VENV)/.dev      ## speed and memory as ratios against peers; writes _bench/results.json
 	$(BIN)/python -m bench
+
+bench-gpu: $(VENV)/.dev  ## each system at its paper's size on the GPU that is there; keeps the JSON under nbs/reports/
+	$(BIN)/python -m bench.gpu
 
 fuzz: $(VENV)/.dev       ## feed the readers broken files for MINUTES=10
 	$(BIN)/python tests/fuzz.py --minutes $(MINUTES)

@@ -1,4 +1,5 @@
-"""One epoch over prepared scans of 64×224×224: our memory-mapped cache and loader, and MONAI's CacheDataset, with the same augmentation
+"""One epoch over prepared scans of 64×224×224: our memory-mapped cache and loader, and MONAI's CacheDataset, with the same augmentation; and a whole epoch
+of training on cached phantoms of 32×64×64: ours from the cache to the weights, and MONAI's CacheDataset, DataLoader and ResNet-18 in a bare loop
 
     python bench/epoch.py             prints a JSON list of rows: name, ours, peer, unit, ratio (peer / ours, above 1 is better)
     EPOCH_SCANS=50 python bench/epoch.py   fewer scans than 200
@@ -90,6 +91,44 @@ def side(name, folder):
     return dict(seconds=best, waits=float(np.mean(waits[1:])), memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
+def trained(scans=32, size=(32, 64, 64), epochs=3):
+    "Seconds of a whole epoch, ours and MONAI's: reading, views, forward, backward, step. The same phantoms, the same geometry, the same views; epochs in turn"
+    import statistics
+    from functools import partial
+    import torch
+    import torch.nn.functional as F
+    from covid_ct.data.augment import AUGMENTS
+    from covid_ct.data.load import ScanDataset, make_loader
+    from covid_ct.data.preprocess import Prep
+    from covid_ct.data.sample import UniformSampler
+    from covid_ct.models.zoo import build
+    from covid_ct.phantom import phantom_cohort, phantom_of
+    from covid_ct.train.loop import WithOutputs, make_accelerator, train_epoch
+    from covid_ct.train.losses import build_loss
+    from monai.data import CacheDataset, DataLoader
+    from monai.networks.nets import ResNet
+    from monai.transforms import Compose, RandAffined, RandFlipd
+    with tempfile.TemporaryDirectory() as folder:
+        d = ScanDataset(phantom_cohort(scans, seed=3, second_scan=0), Prep(size=size), load=partial(phantom_of, shape=size), cache=folder)
+        for i in range(scans): d[i]                                                # prepared before the clock starts
+        net = build("darnet-none", classes=3, depth=size[0], width=16); acc = make_accelerator("no")
+        wrapped, opt = acc.prepare(WithOutputs(net), torch.optim.Adam(net.parameters(), 1e-3))
+        loader, loss = make_loader(d, BATCH, UniformSampler(d.cohort), augment=AUGMENTS["darnet"]), build_loss("cross_entropy")
+        a, z = math.radians(5), (0.0, 0.0)
+        views = [RandFlipd("image", prob=.5, spatial_axis=2), RandAffined("image", prob=1., rotate_range=((-a, a), z, z), translate_range=(z, (-5, 5), (-5, 5)), scale_range=(z, (-.1, .1), (-.1, .1)), padding_mode="zeros")]
+        theirs = DataLoader(CacheDataset([{k: torch.as_tensor(d[i][k]) for k in ("image", "label")} for i in range(scans)], Compose(views), progress=False, num_workers=1), batch_size=BATCH, shuffle=True, num_workers=0)
+        peer = ResNet("basic", [2, 2, 2, 2], [16, 32, 64, 128], spatial_dims=3, n_input_channels=1, conv1_t_size=(3, 7, 7), conv1_t_stride=(1, 2, 2), no_max_pool=True, num_classes=3, shortcut_type="B").train()
+        bare = torch.optim.Adam(peer.parameters(), 1e-3)
+        def ours(epoch): loader.set_epoch(epoch); train_epoch(wrapped, loader, loss, opt, acc)
+        def monais(epoch):
+            for b in theirs:
+                total = F.cross_entropy(peer(b["image"].as_tensor()), b["label"]); bare.zero_grad(); total.backward(); bare.step()
+        seconds = {}
+        for epoch in range(epochs + 1):
+            for f in (ours, monais): start = time.perf_counter(); f(epoch); seconds.setdefault(f, []).append(time.perf_counter() - start)
+    return tuple(statistics.median(seconds[f][1:]) for f in (ours, monais))
+
+
 def bench():
     "Rows of name, ours, peer, unit and ratio"
     got = {}
@@ -101,6 +140,8 @@ def bench():
         for k, what, unit in (("seconds", f"epoch of {SCANS} cached scans, augmented", "s"), ("waits", f"wait for a batch of {BATCH} after {BUSY} s of other work", "s"),
                               ("memory", f"peak memory of an epoch of {SCANS} scans", "MB")):
             rows.append(dict(name=f"{what}: {name}", ours=round(a[k], 4), peer=round(got[peer][k], 4), unit=unit, ratio=round(got[peer][k] / a[k], 3)))
+    mine, peers = trained()
+    rows.append(dict(name="whole epoch of training on cached phantoms: MONAI pipeline and ResNet-18", ours=round(mine, 3), peer=round(peers, 3), unit="s", ratio=round(peers / mine, 3)))
     return rows
 
 

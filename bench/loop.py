@@ -1,4 +1,10 @@
-"""What our loop costs over a bare PyTorch loop, and a training step of DARNet without gates beside MONAI's ResNet-18."""
+"""What our loop costs over a bare PyTorch loop, and a training step of DARNet without gates beside MONAI's ResNet-18.
+
+Ours is `fit` as a researcher calls it, with its bar, gradient norm, checks and states. Between any two of its steps a twin of the network takes the same
+step in five bare lines, so that a busy machine slows both alike; medians over the pairs are compared."""
+import contextlib
+import copy
+import io
 import statistics
 import tempfile
 import time
@@ -15,65 +21,72 @@ def _batches(n, size, shape, seed=0):
                  patient_id=[f"{i}-{j}" for j in range(size)]) for i in range(n)]
 
 
-def _bare(model, train, epochs):
+def bare_step(model):
     "The five lines"
-    opt = torch.optim.Adam(model.parameters(), 1e-3); model.train(); seconds = []
-    for _ in range(epochs):
-        start = time.perf_counter()
-        for b in train:
-            loss = F.cross_entropy(model(b["image"]), b["label"])
-            opt.zero_grad(); loss.backward(); opt.step()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) / len(train)
+    opt = torch.optim.Adam(model.parameters(), 1e-3)
+    def step(b):
+        loss = F.cross_entropy(model.train()(b["image"]), b["label"])
+        opt.zero_grad(); loss.backward(); opt.step()
+    return step
 
 
-def _ours(model, train, epochs):
-    "The same steps through our epoch, progress bar included"
-    from covid_ct.train.loop import WithOutputs, make_accelerator, train_epoch
-    from covid_ct.train.losses import CrossEntropy
-    from tqdm.auto import tqdm
-    acc = make_accelerator("no"); net, opt = acc.prepare(WithOutputs(model), torch.optim.Adam(model.parameters(), 1e-3)); seconds = []
-    with tqdm(total=epochs * len(train), leave=False) as bar:
-        def after(told): bar.set_postfix_str(f"loss {told['loss']:.3f}", refresh=False); bar.update()
-        for _ in range(epochs):
-            start = time.perf_counter(); train_epoch(net, train, CrossEntropy(), opt, acc, after=after); seconds.append(time.perf_counter() - start)
-    return min(seconds) / len(train)
+def bare_look(model):
+    "Validation without any metric"
+    @torch.inference_mode()
+    def look(b): model.eval()(b["image"])
+    return look
+
+
+class Pairs:
+    "Batches; the bare twin works on each before it is handed out. What passes until the next is asked for is ours, whatever `fit` does then"
+    def __init__(self, batches, twin): self.batches, self.twin, self.bare, self.ours, self.epochs = batches, twin, [], [], []
+    def __len__(self): return len(self.batches)
+    def set_epoch(self, epoch): self.epochs.append(time.perf_counter())
+    def __iter__(self):
+        for b in self.batches:
+            start = time.perf_counter(); self.twin(b); middle = time.perf_counter()
+            self.bare.append(middle - start); yield b
+            self.ours.append(time.perf_counter() - middle)
+
+
+def compare(model, recipe, shape, train=10, valid=3, epochs=3):
+    "Seconds of a step, ours and bare; seconds of an epoch with validation, tables and checkpoints, ours and bare"
+    from covid_ct.train.loop import Engine, fit
+    from covid_ct.train.recipes import change
+    r, twin = change(recipe, "bench", epochs=epochs + 1, milestones=(), schedule="step"), copy.deepcopy(model)
+    a, b = Pairs(_batches(train, r.batch_size, shape), bare_step(twin)), Pairs(_batches(valid, r.batch_size, shape, 1), bare_look(twin))
+    with tempfile.TemporaryDirectory() as d, contextlib.redirect_stderr(io.StringIO()): fit(model, a, b, r, Path(d) / "r", engine=Engine(show="bar"))
+    steps = [statistics.median(x[train:]) for x in (a.ours, a.bare)]                    # the first epoch warms up
+    chunk = lambda x, n, e: sum(x[n * e:n * (e + 1)])
+    bare = [chunk(a.bare, train, e) + chunk(b.bare, valid, e) for e in range(epochs)]   # the last epoch's end is not seen
+    whole = [end - start - s for start, end, s in zip(a.epochs, a.epochs[1:], bare)]
+    return *steps, *map(statistics.median, (whole[1:], bare[1:]))
+
+
+def _row(name, ours, peer, unit):
+    k = dict(ms=1e3, s=1)[unit]
+    return dict(name=name, ours=round(k * ours, 3), peer=round(k * peer, 3), unit=unit, ratio=round(ours / peer, 3))
 
 
 def _overhead():
-    make = lambda: nn.Sequential(nn.Conv3d(1, 8, 3, 2, 1), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(16, 3))
-    train = _batches(20, 8, (16, 32, 32))
-    _bare(make(), train, 1); _ours(make(), train, 1)
-    pairs = [(_ours(make(), train, 3), _bare(make(), train, 3)) for _ in range(3)]
-    ours, bare = (1e3 * min(p[i] for p in pairs) for i in (0, 1))
-    return dict(name="training step, small network: fit against a bare loop", ours=round(ours, 3), peer=round(bare, 3), unit="ms", ratio=round(ours / bare, 3))
-
-
-def _run_folder():
-    "What an epoch costs on top of its steps: validation metrics, checkpoints, tables"
+    from covid_ct.data.preprocess import PREPS
     from covid_ct.models.zoo import build
-    from covid_ct.train.loop import fit
     from covid_ct.train.recipes import change, recipe
-    r = change(recipe(), "bench", epochs=3, milestones=()); train, valid = _batches(3, 4, (32, 64, 64)), _batches(1, 4, (32, 64, 64), 1)
-    with tempfile.TemporaryDirectory() as d:
-        run = fit(build(r.model, **r.model_kwargs), train, valid, r, Path(d) / "r", progress=False)
-        ours = float(run.history.seconds.min())
-    model = build(r.model, **r.model_kwargs); bare = _bare(model, train, 2) * len(train)
-    start = time.perf_counter()
-    with torch.inference_mode():
-        for b in valid: model.eval()(b["image"])
-    bare += time.perf_counter() - start
-    return dict(name="epoch of DARNet tiny: fit with validation and checkpoints against bare steps", ours=round(ours, 3), peer=round(bare, 3), unit="s", ratio=round(ours / bare, 3))
+    r = recipe()
+    small = nn.Sequential(nn.Conv3d(1, 8, 3, 2, 1), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(16, 3))
+    toy = change(r, "bench", system="toy", name="toy", prep="", model="", model_kwargs={}, augment="none")
+    few = compare(small, toy, (16, 32, 32), 40, 2, 5)
+    real = compare(build(r.model, **r.model_kwargs), r, PREPS[r.prep].size)
+    return [_row("step of a small network, fit beside a bare loop", *few[:2], "ms"), _row("fixed cost of a step: the difference, beside the bare step", few[0] - few[1], few[1], "ms"),
+            _row("step of DARNet tiny, fit beside a bare loop", *real[:2], "ms"), _row("epoch of DARNet tiny with validation and checkpoints", *real[2:], "s")]
 
 
 def _steps_ms(models, x, y, repeats=5):
     "Median step of each, taken in turn, so that a busy machine slows all of them"
-    opts, seconds = [torch.optim.Adam(m.parameters(), 1e-3) for m in models], [[] for _ in models]
+    steps, seconds = [bare_step(m) for m in models], [[] for _ in models]
     for _ in range(repeats):
-        for model, opt, s in zip(models, opts, seconds):
-            start = time.perf_counter()
-            opt.zero_grad(); F.cross_entropy(model.train()(x), y).backward(); opt.step()
-            s.append(1e3 * (time.perf_counter() - start))
+        for step, s in zip(steps, seconds):
+            start = time.perf_counter(); step(dict(image=x, label=y)); s.append(time.perf_counter() - start)
     return [statistics.median(s[1:]) for s in seconds]
 
 
@@ -87,12 +100,11 @@ def _monai():
     size = [sum(p.numel() for p in m.parameters()) for m in (ours, peer)]
     with torch.no_grad(): assert ours(x).shape == peer(x).shape
     assert abs(size[0] / size[1] - 1) < .02, size
-    a, p = _steps_ms((ours, peer), x, y)
-    return dict(name=f"training step, ResNet-18 of the same geometry ({size[0]:,} parameters; MONAI's has {size[1]:,})", ours=round(a, 1), peer=round(p, 1), unit="ms", ratio=round(a / p, 3))
+    return _row(f"training step, ResNet-18 of the same geometry ({size[0]:,} parameters; MONAI's has {size[1]:,})", *_steps_ms((ours, peer), x, y), "ms")
 
 
 def bench():
-    return [_overhead(), _run_folder(), _monai()]
+    return [*_overhead(), _monai()]
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_live_viewer(lab, browser):
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")               # do not wait for it here
     viewer = page.locator(".jp-OutputArea-output .covid-ct-viewer")
     viewer.locator("[data-ready='1']").wait_for(timeout=60_000)
-    viewer.locator("[data-preset=bone][aria-pressed=true]").wait_for(timeout=30_000)                    # Python to page: the third cell
+    viewer.locator("[data-preset=bone][aria-pressed=true]").wait_for(timeout=90_000)                    # Python to page: the third cell
     assert viewer.locator("[data-control=level]").input_value() == "400"
     assert "±4 HU" in viewer.locator(".cct-note").inner_text()                                            # live: every voxel, no WebP
     before = int(viewer.locator("input[data-control=axial]").input_value())
@@ -65,7 +65,7 @@ def test_live_viewer(lab, browser):
     viewer.locator("[data-preset=lung]").click()
     page.wait_for_timeout(500)
     page.evaluate("() => { const a = window.jupyterapp, n = a.shell.currentWidget.content; n.activeCellIndex = 3; a.commands.execute('notebook:run-cell') }")
-    page.wait_for_function(f"""() => document.body.innerText.includes("python sees [{before + 5},") && document.body.innerText.includes("lung")""", timeout=30_000)   # page to Python
+    page.wait_for_function(f"""() => document.body.innerText.includes("python sees [{before + 5},") && document.body.innerText.includes("lung")""", timeout=90_000)   # page to Python
     assert viewer.locator(".cct").get_attribute("data-theme") == "light"
     if os.environ.get("LAB_SHOT"): page.screenshot(path=os.environ["LAB_SHOT"])
     page.close()

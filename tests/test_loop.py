@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import test_lab
 import torch
 from covid_ct.data.split import assert_disjoint, split_patients, test_part as held_out
 from covid_ct.models.zoo import ROWS
@@ -492,8 +493,73 @@ def test_a_full_disk_is_seen_before_work(whole, tmp_path, monkeypatch):
     assert told(go(whole.folder, resume="auto")).equals(told(whole))                        # what is there already needs no room
 
 
+def test_impossible_batches_are_said(tmp_path, monkeypatch):
+    good = blobs(8, 1)
+    for i, (bad, words) in enumerate((([1, 2], "is a list without scans"), (dict(label=torch.zeros(4)), "without scans"), (dict(good[0], image=torch.zeros(0, 1, 4, 6, 6)), "without scans"),
+                       (dict(good[0], label=torch.tensor([0, 1, 2, 7])), "label 7"), (dict(good[0], label=torch.tensor([0, 1])), "do not fit"))):
+        with pytest.raises(DataError, match=words): go(tmp_path / str(i), train=[bad])
+    class Huge(nn.Module):
+        def __init__(self): super().__init__(); self.body = net()
+        def forward(self, x): raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(TrainError, match="does not fit into the memory.*accumulate"): go(tmp_path / "huge", Huge())
+    assert json.loads((tmp_path / "huge" / "trouble.json").read_text())["step"] == 0 and json.loads((tmp_path / "huge" / "config.json").read_text())["status"] == "failed"
+
+
 def test_trackers(tmp_path):
     with pytest.raises(TrainError, match="not installed|does not work"): go(tmp_path / "r", engine=Engine(trackers=("nothing",)))
+
+
+def test_tensorboard_is_told_what_the_table_says(tmp_path):
+    "Also by a run that was stopped and resumed"
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    engine = Engine(trackers=("tensorboard",))
+    with pytest.raises(OSError): go(tmp_path / "r", train=Shuffled(blobs(22, 1), 14, OSError), engine=engine)
+    run = go(tmp_path / "r", resume="auto", engine=engine)
+    said = events.EventAccumulator(str(next((tmp_path / "r").rglob("events.out*")).parent)); said.Reload()
+    for k in ("train_loss", "valid_accuracy", "grad_norm", "lr", "scans_per_second"):
+        told = {e.step: e.value for e in said.Scalars(k)}
+        assert [*told] == run.history.steps.tolist() and np.allclose([*told.values()], run.history[k]), k
+
+
+CELLS = ("""import time, torch
+from torch import nn
+from covid_ct.train.loop import fit
+from covid_ct.train.recipes import change, recipe
+class Slow(list):
+    def __iter__(self):
+        for b in super().__iter__(): time.sleep(.15); yield b
+def blobs(n, seed):
+    y = torch.arange(n)%3; x = torch.rand(n,1,4,6,6, generator=torch.Generator().manual_seed(seed))+.25*y[:,None,None,None,None]
+    return Slow(dict(image=x[i:i+4], label=y[i:i+4], scan_id=[f's{i+j}' for j in range(4)], patient_id=[f'p{i+j}' for j in range(4)]) for i in range(0,n,4))
+r = change(recipe(), 'lesson', system='toy', name='toy', prep='', model='', model_kwargs={}, epochs=5, lr=1e-2, milestones=(), augment='none', batch_size=4, keep='loss')""",
+         "run = fit(nn.Sequential(nn.Flatten(), nn.Linear(144,3)), blobs(24,1), blobs(12,2), r, 'run')", "print('epochs', len(run.history))")
+lab = test_lab.lab
+
+
+@pytest.fixture
+def training(monkeypatch, request):
+    "A JupyterLab with a notebook that trains"
+    monkeypatch.setattr(test_lab, "CELLS", CELLS)
+    return request.getfixturevalue("lab")
+
+
+@pytest.mark.slow
+def test_the_curves_grow_in_a_notebook(training, browser):
+    "One picture, drawn again after each epoch, with its alt text, below a bar that fits"
+    page = browser.new_page(viewport={"width": 1200, "height": 1100})
+    page.goto(f"{training}/lab/tree/live.ipynb?reset")
+    page.wait_for_function("""() => { const c = window.jupyterapp?.shell.currentWidget?.sessionContext; return c?.isReady && c.session?.kernel?.status === "idle"; }""", timeout=60_000)
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+    picture, seen, bars = page.locator(".jp-OutputArea-output img"), [], []
+    picture.first.wait_for(timeout=120_000)
+    while "epochs 5" not in page.locator(".jp-Notebook").inner_text():
+        if (alt := picture.first.get_attribute("alt")) not in seen: seen.append(alt)
+        bars.append(page.locator(".jp-OutputArea-output .widget-hbox").evaluate("e => { const w = [...e.querySelectorAll('.widget-html')].at(-1); return [w.getBoundingClientRect().right, e.getBoundingClientRect().right, w.innerText] }"))
+        page.wait_for_timeout(100)
+    assert picture.count() == 1 and len(seen) >= 3 and all("over" in a and "epochs" in a for a in seen), seen
+    assert all(right <= edge + 1 for right, edge, _ in bars) and any("loss" in text for *_, text in bars)
+    if os.environ.get("LAB_SHOT"): page.screenshot(path=os.environ["LAB_SHOT"])
+    page.close()
 
 
 def test_recipes_of_last_year_keep_their_names():

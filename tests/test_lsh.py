@@ -180,6 +180,31 @@ def test_layer_refusals():
     with pytest.raises(GeometryError, match="6"): LSHAttention(6)(torch.zeros(1, 5, 3, 3))
 
 
+def test_buckets_need_not_be_looked_up():
+    "Their number is known from the shape, and knowing it changes nothing"
+    torch.manual_seed(0)
+    qk, v, factors = torch.randn(2, 3, 100, 8).double(), torch.randn(2, 3, 100, 5).double(), bucket_factors(100, 16)
+    b, mask = hash_tokens(qk, draw_rotations(8, factors, 3)), torch.rand(2, 3, 100) < .7
+    for kw in ({}, dict(mask=mask), dict(causal=True)):
+        assert torch.equal(lsh_attention(qk, v, b, 16, count=math.prod(factors), **kw), lsh_attention(qk, v, b, 16, **kw))
+    order, codes = sort_tokens(b, 16, math.prod(factors))
+    assert torch.equal(order, b.argsort(stable=True, dim=-1)) and torch.equal(codes, sort_tokens(b, 16)[1]) and codes.dtype == torch.int32
+    assert sort_tokens(b, 16, 2**30)[1].dtype == torch.int64 and sort_tokens(b + 2**30, 16)[1].dtype == torch.int64      # where they do not fit
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_the_layer_is_a_program(warm):
+    "For any number of pictures; a stand-in that was drawn while it was followed is not kept"
+    torch.manual_seed(0)
+    layer, x = LSHAttention(8, heads=2, chunk=16).eval(), torch.randn(5, 8, 9, 7)
+    if warm: layer(x)
+    with torch.no_grad(): program = torch.export.export(layer, (torch.randn(2, 8, 9, 7),), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=64)},)).module()
+    assert all(type(t) is torch.Tensor for drawn in layer.fixed.values() for t in drawn)
+    y = layer(x)
+    assert not warm or torch.equal(program(x), y) and torch.equal(program(x[:1]), layer(x[:1]))
+    assert len(layer.fixed) == 1 and "fixed" not in str(layer.state_dict().keys()) and torch.equal(layer.train().eval()(x), y)
+
+
 def test_crossover():
     cross = importlib.import_module("bench.lsh").crossover
     assert abs(cross((1, 100), (10, 100), (1, 1000)) - 10) < 1e-9                      # ours ∝ T^½, theirs T^1.5: equal at 10

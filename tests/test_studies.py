@@ -64,3 +64,20 @@ def test_what_cannot_be_carried_out_is_said(tmp_path):
     few = read_study(FOUR.replace("patients = 15", "patients = 3").split("[[run]]\nrecipe = \"dual")[0])
     with pytest.raises(StudyError, match="4 of 4 failed; the first: darnet tiny, seed 0, fold 0"): run_study(few, tmp_path / "few", progress=False)
     with pytest.raises(StudyError, match="no finished run"): study_table(few, tmp_path / "few")
+
+
+def test_a_search_by_optuna(tmp_path):
+    "What is suggested is what is trained, what is told is what was reached, and a search goes on without training twice"
+    optuna = pytest.importorskip("optuna"); optuna.logging.set_verbosity(optuna.logging.ERROR)
+    e = read_study('name = "search"\n[[run]]\nrecipe = "raunet/tiny"\nphantoms = { n = 12, size = 17 }\nset = { epochs = 1, model_kwargs = { widths = [4,8], cardinality = 2, chunk = 16, heads = 1, rounds = 1 } }').runs[0]
+    space = lambda trial: dict(lr=trial.suggest_float("lr", 1e-4, 1e-1, log=True), clip=trial.suggest_categorical("clip", [0., 1.]))
+    ask = lambda day=0: optuna.create_study(study_name="s", storage=f"sqlite:///{tmp_path / 'search.db'}", direction="maximize", sampler=optuna.samplers.TPESampler(seed=day), load_if_exists=True)
+    ask(1).optimize(studies.objective(e, space, tmp_path / "out", folds=2), n_trials=2)
+    ask(2).optimize(studies.objective(e, space, tmp_path / "out", folds=2), n_trials=1)                        # another day; with the same seed it would ask the same again
+    search = ask()
+    assert len(search.trials) == 3 and len({t.params["lr"] for t in search.trials}) == 3
+    for t in search.trials:
+        at = studies.place(studies.Entry(f"trial_{t.number}", e.recipe), 0, 0, tmp_path / "out"); c = json.loads((at / "config.json").read_text())
+        assert {k: c["recipe"][k] for k in t.params} == t.params and c["recipe"]["sources"]["lr"] == f"trial {t.number}"
+        assert t.value == pd.read_csv(at / "metrics.csv").valid_dice.max()
+    assert search.best_value == max(t.value for t in search.trials)

@@ -6,8 +6,9 @@
 __all__ = ['SELF', 'unit', 'exact_attention', 'draw_rotations', 'hash_tokens', 'bucket_factors', 'sort_tokens', 'reaches',
            'attend_round', 'check_tokens', 'lsh_attention', 'LSHAttention']
 
-# %% ../../nbs/core/34_lsh.ipynb #f5a1ef85
+# %% ../../nbs/core/34_lsh.ipynb #88d0232a
 import math
+from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -69,18 +70,20 @@ def bucket_factors(
     a = 2*math.ceil(math.sqrt(n)/2)
     return a, 2*math.ceil(n/a/2)
 
-# %% ../../nbs/core/34_lsh.ipynb #76121d28
+# %% ../../nbs/core/34_lsh.ipynb #98e76499
 def _highest(x): return 0 if x.is_meta else int(x.max()) # tensors on the meta device have shapes and no numbers
 
 def sort_tokens(
     buckets:torch.Tensor, # bucket of each token, `(n_r,…,T)`
     chunk:int, # `m`, tokens in a chunk
+    count:int=0, # buckets there are; 0: looked up in their numbers
 )->tuple: # `order`, the token at each place, and `codes`, bucket and chunk of each token, int32 where they fit; both `(n_r,…,T)`
     "Sort by bucket, then position, and cut into chunks (@eq-chunks)"
-    order, T = buckets.argsort(stable=True, dim=-1), buckets.shape[-1]
-    place = torch.empty_like(order).scatter_(-1, order, torch.arange(T, device=order.device).expand_as(order))
-    codes = buckets*(-(-T//chunk)+1)+place//chunk
-    return order, codes.int() if _highest(codes)<2**31 else codes # half the bytes to compare
+    T = buckets.shape[-1]; at = torch.arange(T, device=buckets.device)
+    order = (buckets*T+at).argsort(dim=-1) # no two alike: every sort gives this order
+    place = torch.zeros_like(order).scatter(-1, order, at.expand_as(order))
+    gap = -(-T//chunk)+1; codes = buckets*gap+place//chunk
+    return order, codes.int() if (count or _highest(buckets)+1)*gap<2**31 else codes # half the bytes to compare
 
 def reaches(
     query:torch.Tensor, # codes of queries
@@ -128,7 +131,7 @@ def check_tokens(
     if mask is not None and (mask.shape!=qk.shape[:-1] or mask.dtype!=torch.bool): raise tell(f'a mask {tuple(mask.shape)} of {mask.dtype}', 'Give bool (…,T), True for tokens that count.')
     if chunk<1: raise DataError('lsh_attention', f'chunk={chunk}', 'Give the number of tokens in a chunk, at least 1.')
 
-# %% ../../nbs/core/34_lsh.ipynb #7c69b1df
+# %% ../../nbs/core/34_lsh.ipynb #f78343ae
 def lsh_attention(
     qk:torch.Tensor, # shared queries and keys, `(…,T,d)`
     v:torch.Tensor, # values, `(…,T,e)`
@@ -137,14 +140,15 @@ def lsh_attention(
     causal:bool=False, # only keys that do not stand behind the query
     mask:torch.Tensor=None, # bool `(…,T)`: False is neither seen nor answered
     budget:int=2**25, # scores held at a time
+    count:int=0, # buckets there are; 0: looked up in their numbers
 )->torch.Tensor: # `(…,T,e)`
     "Attention over the union of what the rounds reach (Chen et al. 2020, Eq. 3); raises `GeometryError`"
     check_tokens(qk, v, buckets, chunk, mask)
-    lead, T, e, spare = qk.shape[:-2], qk.shape[-2], v.shape[-1], _highest(buckets)+1
+    lead, T, e, spare = qk.shape[:-2], qk.shape[-2], v.shape[-1], count or _highest(buckets)+1
     if mask is not None: buckets = buckets.masked_fill(~mask, spare)
     flat = lambda x: F.pad(x.float() if x.dtype in (torch.half, torch.bfloat16) else x, (0,0,0,-T%chunk)).reshape(-1,T+-T%chunk,x.shape[-1])
     with torch.autocast('cpu' if qk.is_meta else qk.device.type, enabled=False): # scores of −100,000 and their logarithms need float32
-        order,codes = sort_tokens(F.pad(buckets, (0,-T%chunk), value=spare).reshape(len(buckets),-1,T+-T%chunk), chunk)
+        order,codes = sort_tokens(F.pad(buckets, (0,-T%chunk), value=spare).reshape(len(buckets),-1,T+-T%chunk), chunk, spare+1)
         out = _in_turn(flat(qk), flat(v), order, codes.movedim(0,-1), chunk, causal, budget)
     out = out[:,:T].reshape(*lead,T,e).to(v.dtype)
     return out if mask is None else out.masked_fill(~mask[...,None], 0)
@@ -152,13 +156,13 @@ def lsh_attention(
 def _in_turn(qk, v, order, codes, chunk, causal, budget):
     "Rounds and slabs of heads one after the other, so that few scores exist at a time"
     out, step = [], max(1, budget//(qk.shape[1]*2*chunk))
-    for i in range(0, len(qk), step):
-        s = slice(i, i+step); args = [(qk[s], v[s], order[g,s], codes[s], g, chunk, causal) for g in range(len(order))]
-        r = torch.stack([checkpoint(attend_round, *a, use_reentrant=False) for a in args])
+    lean = partial(checkpoint, attend_round, use_reentrant=False) if torch.is_grad_enabled() else attend_round
+    for s in [slice(None)] if torch.compiler.is_compiling() else [slice(i, i+step) for i in range(0, len(qk), step)]: # a program for any B has no slabs
+        r = torch.stack([lean(qk[s], v[s], order[g,s], codes[s], g, chunk, causal) for g in range(len(order))])
         out.append((r[...,-1:].softmax(0)*r[...,:-1]).sum(0))
     return torch.cat(out)
 
-# %% ../../nbs/core/34_lsh.ipynb #aeece9b4
+# %% ../../nbs/core/34_lsh.ipynb #ea7668da
 class LSHAttention(nn.Module):
     "Attention among the pixels of a map by locality-sensitive hashing, added to it (Kitaev et al. 2020; Chen et al. 2020, II-C)"
     def __init__(self,
@@ -173,14 +177,18 @@ class LSHAttention(nn.Module):
         if heads<1 or channels%heads: raise DataError('LSHAttention', f'{heads} heads do not divide {channels} channels', 'Choose a divisor.')
         if rounds<1 or chunk<1: raise DataError('LSHAttention', f'rounds={rounds}, chunk={chunk}', 'Both are at least 1.')
         self.heads,self.chunk,self.rounds,self.causal,self.seed = heads,chunk,rounds,causal,seed
+        self.fixed = {} # rotations of evaluation, by their factors
         self.qk,self.v,self.out = (nn.Linear(channels, channels, bias=False) for _ in range(3))
         if not self.out.weight.is_meta: nn.init.normal_(self.out.weight, 0, .01) # a fresh layer hardly changes its input
 
-    def hash(self, qk:torch.Tensor, # `(B,heads,T,d)`
-            )->torch.Tensor: # buckets, `(n_r,B,heads,T)`
-        "New rotations in training, always the same in evaluation"
-        g = None if self.training else torch.Generator().manual_seed(self.seed)
-        return hash_tokens(qk, draw_rotations(qk.shape[-1], bucket_factors(qk.shape[-2], self.chunk), self.rounds, g))
+    def rotations(self, dim:int, # of a head
+                  factors:tuple, # of `bucket_factors`
+                 )->list: # as `draw_rotations` makes them
+        "New ones in training, always the same in evaluation, where they are constants of the network"
+        if self.training: return draw_rotations(dim, factors, self.rounds)
+        drawn = self.fixed.get((dim,factors)) or draw_rotations(dim, factors, self.rounds, torch.Generator().manual_seed(self.seed))
+        if type(drawn[0]) is torch.Tensor: self.fixed[dim,factors] = drawn # and no stand-in of a program being traced
+        return drawn
 
     def forward(self, x:torch.Tensor, # features, `(B,C,H,W)`
                 seen:list=None, # gets the buckets, `(n_r,B,heads,H,W)`
@@ -189,7 +197,8 @@ class LSHAttention(nn.Module):
         if x.ndim!=4 or x.shape[1]!=self.qk.in_features: raise GeometryError('LSHAttention', f'needs features (B,{self.qk.in_features},H,W), these are {tuple(x.shape)}', 'Build it for this number of channels.')
         t = rearrange(x, 'b c h w -> b (h w) c')
         qk,v = (rearrange(f(t), 'b t (n d) -> b n t d', n=self.heads) for f in (self.qk, self.v))
-        b = self.hash(qk)
+        factors = bucket_factors(qk.shape[-2], self.chunk)
+        b = hash_tokens(qk, self.rotations(qk.shape[-1], factors))
         if seen is not None: seen.append(rearrange(b, 'r b n (h w) -> r b n h w', h=x.shape[2]))
-        y = lsh_attention(qk, v, b, self.chunk, self.causal)
+        y = lsh_attention(qk, v, b, self.chunk, self.causal, count=math.prod(factors))
         return x+rearrange(self.out(rearrange(y, 'b n t d -> b t (n d)')), 'b (h w) c -> b c h w', h=x.shape[2])

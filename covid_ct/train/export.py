@@ -17,7 +17,7 @@ from ..data.preprocess import PREPS
 from ..models.zoo import ROWS
 from .loop import load_run
 
-# %% ../../nbs/core/55_export.ipynb #b5516c21
+# %% ../../nbs/core/55_export.ipynb #8de24e79
 class ExportError(DataError): "A network that cannot be written for elsewhere, or that answers differently there"
 
 def trace(
@@ -26,8 +26,10 @@ def trace(
 )->torch.export.ExportedProgram: # for any number of scans
     "A network as a program of tensor operations; raises `ExportError` where it decides by the values it sees"
     if model.training: raise ExportError('model', 'is in training mode', 'Call model.eval() first.')
-    try: return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim('scans', min=1, max=1024)},))
-    except Exception as e: raise ExportError(type(model).__name__, f'cannot be followed ({str(e).strip().splitlines()[0][:120]})', 'Its forward decides by values of its input: export a row of the zoo that does not.') from e
+    with torch.no_grad():
+        model(example)                                                     # what it draws once and for all is drawn now
+        try: return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim('scans', min=1, max=1024)},))
+        except Exception as e: raise ExportError(type(model).__name__, f'cannot be followed ({str(e).strip().splitlines()[0][:120]})', 'Its forward decides by values of its input: export a row of the zoo that does not.') from e
 
 # %% ../../nbs/core/55_export.ipynb #f06bf185
 def write_onnx(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['predict', 'WithOutputs', 'make_accelerator', 'train_epoch', 'valid_epoch', 'save_epoch', 'Engine', 'fit', 'load_run']
 
-# %% ../../nbs/core/50_loop.ipynb #c114d1a7
+# %% ../../nbs/core/50_loop.ipynb #1bf08561
 import json, time, warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from .recipes import Recipe, from_dict
 from .run import (AuditWarning, Run, RunError, audit_hint, best_epoch, check_disk, describe_run, history_figure, load_weights, open_run, pack_random, positive_of,
                                 read_config, read_tensors, unpack_random, write_documents, write_tensors, write_text)
 from .state import State, load_state, save_state
-from .step import TrainError, finite, make_average, make_optimizer, rate, recompute, split_batch, train_step
+from .step import TrainError, finite, half_error, make_average, make_optimizer, rate, recompute, split_batch, train_step
 from .task import TASKS
 from .watch import Clock, Watch, peak_memory, stop_asked
 
@@ -56,7 +56,7 @@ class WithOutputs(nn.Module):
         x = x.contiguous(memory_format=self.format[x.ndim]) if x.ndim in self.format else x
         return self.model.outputs(x) if hasattr(self.model, 'outputs') else dict(logits=self.model(x))
 
-# %% ../../nbs/core/50_loop.ipynb #37dbf8fa
+# %% ../../nbs/core/50_loop.ipynb #88274481
 def make_accelerator(
     precision:str='no', # 'no', 'bf16' or 'fp16'
     trackers=(), # names of Accelerate's trackers, as 'tensorboard'
@@ -66,17 +66,19 @@ def make_accelerator(
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision!=precision: AcceleratorState._reset_state()
     try: acc = Accelerator(mixed_precision=precision, log_with=list(trackers) or None, project_dir=str(folder) if trackers else None)
     except ValueError as e: raise TrainError('fit', f'precision {precision!r} with trackers {list(trackers)} does not work here ({e})', "Use 'no' or 'bf16', and trackers that Accelerate knows.") from e
+    if precision=='bf16' and acc.device.type=='cpu' and not half_error()<.1: warnings.warn("bf16 gradients of very small maps are wrong on this processor: use 'no' here, and bf16 on a GPU.", RuntimeWarning, stacklevel=2)
     if precision=='fp16' and acc.device.type=='cpu': raise TrainError('recipe', "precision 'fp16' needs a GPU", "Use 'no' or 'bf16'.")
     lacking = set(map(str, trackers))-set(map(str, acc.log_with))
     if lacking: raise TrainError('fit', f'tracker {sorted(lacking)[0]!r} is not installed', 'Install it, or leave it out: metrics.csv is always written.')
     return acc
 
-# %% ../../nbs/core/50_loop.ipynb #9ad201fd
+# %% ../../nbs/core/50_loop.ipynb #9a336512
 def _mean(told): return {k: float(np.average([t[k] for t in told], weights=[t['scans'] for t in told])) for k in (told[0] if told else ()) if k!='scans'}
 
 def _mine(batch, acc):
     "Scans of a batch that this process takes, how many count (none, if there are fewer scans than processes), and how many the batch has"
     rank, world = acc.process_index, acc.num_processes
+    if not isinstance(batch, dict) or not len(batch.get('image', ())): raise TrainError('batch', f'is a {type(batch).__name__} without scans under "image"', 'Give dicts with image, label or mask, scan_id and patient_id.')
     n = batch.get('of', len(batch['image'])); mine = batch if 'of' in batch else split_batch(batch, world)[min(rank, n-1)]
     return send_to_device(mine, acc.device), len(mine['image'])*(rank<n), n
 
@@ -232,7 +234,7 @@ def _trouble(s, error):
     write_text(s.folder/'trouble.json', json.dumps(dict(epoch=len(s.history)+1, step=s.steps, where=error.source, fault=error.fault, remedy=error.remedy), indent=1))
     write_text(s.folder/'config.json', json.dumps(s.config | dict(status='failed'), indent=1))
 
-# %% ../../nbs/core/50_loop.ipynb #6a9809ec
+# %% ../../nbs/core/50_loop.ipynb #a8889b9d
 def fit(
     model:nn.Module, # gives logits `(B,K)`, or `(B,C,…)` to segment; trained in place
     train, # iterable of Batch dicts, iterated once per epoch after `set_epoch`, if it has one
@@ -253,6 +255,8 @@ def fit(
         with stop_asked() as asked:
             for epoch in range(len(s.history), recipe.epochs): _epoch(s, train, valid, epoch, steps, watch, asked, engine)
     except KeyboardInterrupt: interrupted = True
+    except torch.cuda.OutOfMemoryError as e:
+        _trouble(s, full := TrainError(f'batch of {recipe.batch_size}', f'does not fit into the memory of {s.accelerator.device}', 'Cut it by accumulate=, or use Engine(recompute=True) or bf16. What was saved is kept.')); raise full from e
     except TrainError as e: _trouble(s, e); raise
     finally: watch.close(); s.accelerator.end_training() if engine.trackers else None
     return _finish(s, interrupted)

@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = ['viewer', 'Clock', 'peak_memory', 'Watch', 'stop_asked']
 
-# %% ../../nbs/core/47_watch.ipynb #a28d0317
+# %% ../../nbs/core/47_watch.ipynb #c14fdc96
 import os, signal, sys, threading, time
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 import torch
 from tqdm import tqdm
+from ..show import png
 
 # %% ../../nbs/core/47_watch.ipynb #a410123a
 def viewer()->str: # 'notebook', 'bar' or 'lines'
@@ -41,7 +44,7 @@ def peak_memory(
     except ImportError: return float('nan')
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)/1e6
 
-# %% ../../nbs/core/47_watch.ipynb #7a3ca7b6
+# %% ../../nbs/core/47_watch.ipynb #cc683eb9
 class Watch:
     "A bar with curves, a bar, plain lines, or nothing"
     def __init__(self,
@@ -53,20 +56,21 @@ class Watch:
         self.show, self.epochs, self.figure, self.said = viewer() if show=='auto' else show, epochs, None, ''
         if self.show=='notebook': from tqdm.notebook import tqdm as bar
         else: bar = tqdm
-        self.bar = bar(total=steps, initial=done, disable=self.show not in ('notebook','bar'))
+        self.bar = bar(total=steps, initial=done, mininterval=.5, disable=self.show not in ('notebook','bar'))
     def begin(self, epoch:int)->None: self.bar.set_description(f'epoch {epoch+1}/{self.epochs}')
     def step(self, loss:float)->None:
         "One step was taken"
-        if not self.bar.disable: self.bar.set_postfix_str(f'loss {loss:.3f}{self.said}', refresh=False); self.bar.update()
+        if not self.bar.disable: self.bar.set_postfix_str(f'loss {loss:.3f}{self.said if self.show=="bar" else ""}', refresh=False); self.bar.update()
     def epoch(self, now:dict, shown=(), picture=None)->None:
         "An epoch is over: its row of the history, the columns to tell, a function that draws the curves"
         self.said = ''.join(f', {k.replace("_"," ")} {now[k]:.3f}' for k in shown)
         if self.show=='lines': print(f'epoch {now["epoch"]}/{self.epochs}  {now["seconds"]:.0f} s, waited {now["waited"]:.0%}, train loss {now["train_loss"]:.3f}{self.said}', file=sys.stderr, flush=True)
         if self.show=='notebook' and picture: self._draw(picture())
     def _draw(self, figure):
-        from IPython.display import display
-        if self.figure is None: self.figure = display(figure, display_id=True)
-        else: self.figure.update(figure)
+        from IPython.display import HTML, display
+        page = HTML(f'<img alt="{escape(figure.alt)}" src="data:image/png;base64,{b64encode(png(figure)).decode()}">') # as a bare picture it would reach the page without its alt text
+        if self.figure is None: self.figure = display(page, display_id=True)
+        else: self.figure.update(page)
     def close(self)->None: self.bar.close()
 
 # %% ../../nbs/core/47_watch.ipynb #fe877b87
