@@ -334,6 +334,17 @@ def test_depth_and_channel_gates():
     assert np.allclose(attention_maps(m, q, s)["channel gate stages.0.0.gates.channel"].values, .3, atol=1e-5)           # all channels alike: the same share everywhere
 
 
+def test_one_map_of_each_kind():
+    "The finest layer of each kind, the last of those that are equally fine"
+    s = make_scan(); q = prepare(s, Prep(size=(8, 32, 32))); torch.manual_seed(0)
+    m = DARNET_ROWS["darnet"](classes=3, depth=8, width=4, blocks=(2, 1, 1, 1)).eval()
+    few, every = attention_maps(m, q, s, every=False), attention_maps(m, q, s)
+    assert list(few) == ["depth gate stages.0.1.gates.depth", "channel gate stages.0.1.gates.channel"] and len(every) == 10
+    assert all(np.array_equal(v.values, every[k].values) for k, v in few.items())
+    p = PARL_ROWS["pa-66-m"](depth=32, width=4, blocks=(1, 1, 1, 1), hidden=16)
+    assert list(attention_maps(p, prepare(s, Prep(size=(32, 32, 32))), s, every=False)) == ["prior attention unit 1"]
+
+
 def test_online_attention_and_prior_maps():
     s = make_scan(); q = prepare(s, Prep(size=(8, 32, 32))); cube = prepare(s, Prep(size=(32, 32, 32)))
     m = DUAL_ROWS["attention-rn34"](depth=8, width=8, blocks=(1, 1, 1), strides=(1, 1, 1)).eval()
@@ -343,7 +354,9 @@ def test_online_attention_and_prior_maps():
     assert [k for k in units] == [f"prior attention unit {i}" for i in (1, 2, 3, 4)] and all(k.values.max() == 1 for k in units.values())
     with torch.no_grad(), inspecting(p): raw = p.outputs(torch.tensor(cube.voxels)[None, None])["attention_maps"][0][0].numpy()
     assert np.unravel_index(units["prior attention unit 1"].values.argmax(), s.shape) == np.unravel_index(cube.back(raw).argmax(), s.shape)
-    assert list(attention_maps(PARL_ROWS["sa-66"](depth=32, width=4, blocks=(1, 1, 1, 1), hidden=(16, 16)), cube, s))[0] == "self-attention unit 1"
+    for row, hidden in (("sa-66", (16, 16)), ("sa-66-m", 16)):                            # the multi-task twin has no prior either
+        assert list(attention_maps(PARL_ROWS[row](depth=32, width=4, blocks=(1, 1, 1, 1), hidden=hidden), cube, s))[0] == "self-attention unit 1"
+    with pytest.raises(DataError, match="no attention"): attention_maps(PARL_ROWS["wa-66-m"](depth=32, width=4, blocks=(1, 1, 1, 1), hidden=16), cube, s)
 
 
 def test_lsh_buckets():

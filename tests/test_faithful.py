@@ -144,23 +144,44 @@ def test_cascade_table_sees_through_edges():
     assert np.allclose(cheat["rank"], 1) and np.allclose(cheat.ssim, 1) and honest["rank"].iloc[0] == pytest.approx(1) and honest["rank"].iloc[-1] < .9
 
 
-@pytest.fixture(scope="module")
-def seer():
-    "A network that learned to find balls, and twelve balls it has not seen"
-    torch.manual_seed(1)
-    grid = torch.stack(torch.meshgrid(*map(torch.arange, SIZE), indexing="ij"), -1)
-    def balls(n, seed):
-        g = torch.Generator().manual_seed(seed); y = torch.arange(n) % 2
-        at = torch.stack([torch.randint(4, s - 4, (n,), generator=g) for s in SIZE], 1)
-        truth = (((grid - at[:, None, None, None])**2).sum(-1) <= 9) & (y == 1)[:, None, None, None]
-        return .24 * torch.randn(n, 1, *SIZE, generator=g) + .6 * truth[:, None], y, truth
+GRID = torch.stack(torch.meshgrid(*map(torch.arange, SIZE), indexing="ij"), -1)
+
+
+def balls(n, seed):
+    g = torch.Generator().manual_seed(seed); y = torch.arange(n) % 2
+    at = torch.stack([torch.randint(4, s - 4, (n,), generator=g) for s in SIZE], 1)
+    truth = (((GRID - at[:, None, None, None])**2).sum(-1) <= 9) & (y == 1)[:, None, None, None]
+    return .24 * torch.randn(n, 1, *SIZE, generator=g) + .6 * truth[:, None], y, truth
+
+
+def learner(seed, dealt=False):
+    "A network that learned to find balls, or one whose labels were dealt anew"
+    torch.manual_seed(seed)
     m = nn.Sequential(nn.Conv3d(1, 8, 5, 2, 2, bias=False), nn.BatchNorm3d(8, momentum=.3), nn.ReLU(), nn.Conv3d(8, 16, 3, 1, 1), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(16, 2))
     opt = torch.optim.Adam(m.parameters(), 1e-2)
     for i in range(60):
-        x, y, _ = balls(16, i); opt.zero_grad(); F.cross_entropy(m(x), y).backward(); opt.step()
-    x, y, truth = balls(24, 999)
-    assert (m.eval()(x).argmax(1) == y).float().mean() > .9
+        x, y, _ = balls(16, i)
+        if dealt: y = torch.tensor(deal_labels(range(16), y.numpy(), 100 * seed + i))
+        opt.zero_grad(); F.cross_entropy(m(x), y).backward(); opt.step()
+    return m.eval()
+
+
+@pytest.fixture(scope="module")
+def seer():
+    "A network that learned to find balls, and twelve balls it has not seen"
+    m = learner(1); x, y, truth = balls(24, 999)
+    assert (m(x).argmax(1) == y).float().mean() > .9
     return m, x[y == 1], truth[y == 1].numpy()
+
+
+def test_another_training_says_the_same_and_dealt_labels_do_not(seer):
+    "Repeatability over seeds above the level of other scans, and a map of labels without meaning off the balls"
+    m, x, truth = seer
+    a, b, c = (full_maps(n, x, grad_cam, 1) for n in (m, learner(2), learner(1, dealt=True)))
+    level = random_pairs(a)["rank"].mean()
+    assert compare_maps(a, b)["rank"].mean() > level + .1 and compare_maps(a, b)["rank"].mean() > compare_maps(a, c)["rank"].mean()
+    good, again, dealt = (np.mean([auprc(h, t) for h, t in zip(maps, truth)]) for maps in (a, b, c))
+    assert min(good, again) > 2 * dealt
 
 
 def test_a_randomised_network_falls_to_the_baselines(seer):

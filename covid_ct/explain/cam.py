@@ -230,7 +230,7 @@ def baselines(
     grid = getattr(scan, 'grid', scan)
     return {'centre': Map(center_gaussian(grid.shape), grid, method='centre Gaussian'), 'lungs': Map(lungs.astype('f4'), grid, method='lung mask')}
 
-# %% ../../nbs/core/70_cam.ipynb #9380f6fe
+# %% ../../nbs/core/70_cam.ipynb #e2f7a3cd
 def _passed(model, seen)->list: # hooks that note what the channel gates let through
     def note(name):
         def hook(m, i, o):
@@ -253,10 +253,11 @@ def _read(model, x, at)->dict: # (method, layer) → `(values, stretch)` in netw
     found = {('depth gate',n): (g.mean(1)[0][:,None,None], False) for n,g in zip(depth, out.get('depth_gates',()))}
     found |= {('channel gate',n): (v, False) for n,v in seen.items()}
     if 'attention' in out: found['online attention',''] = out['attention'][0,0], False
-    found |= {('prior attention' if 'detection' in out else 'self-attention',f'unit {i+1}'): (m[0], True) for i,m in enumerate(out.get('attention_maps',()))}
+    prior = any(type(m).__name__=='PARL' for m in model.modules())                # both kinds put out the same names
+    found |= {('prior attention' if prior else 'self-attention',f'unit {i+1}'): (m[0], True) for i,m in enumerate(out.get('attention_maps',()))}
     return found | {('LSH bucket',f'decode.{i}.attend'): (_met(b, *at), False) for i,b in enumerate(out.get('buckets',()))}
 
-# %% ../../nbs/core/70_cam.ipynb #26cd6a95
+# %% ../../nbs/core/70_cam.ipynb #39542ffa
 def _one_slice(values, z, depth)->torch.Tensor: # `(depth,h,w)`: pixels meet within a slice only
     out = values.new_zeros(depth, *values.shape[1:]); out[z] = values[0]
     return out
@@ -266,6 +267,7 @@ def attention_maps(
     prepared, # as in `explain`
     scan, # the scan itself
     at=None, # voxel `(z,y,x)` of the scan whose bucket is asked for, for networks of slices; `None` is the middle
+    every:bool=True, # False: of each kind only the finest layer, the last of those
 )->dict: # 'method layer' → `Map`
     "Attention that a network carries inside, on the scan; raises `DataError` for a network without any"
     check_same_grid(prepared.scan_grid, scan, 'attention_maps')
@@ -277,4 +279,5 @@ def attention_maps(
     z = int(where[0]*x.shape[2])
     found = _read(model, x[:,:,z] if flat else x, where[1:])
     if not found: raise DataError(type(model).__name__, 'carries no attention', 'Use explain.')
+    if not every: found = {k: found[k] for k in {m: (m,l) for (m,l),_ in sorted(found.items(), key=lambda kv: kv[1][0].numel())}.values()}
     return {f'{m} {l}'.strip(): bring_back(_one_slice(v, z, x.shape[2]) if flat else v, prepared, scan, '', l, m, s) for (m,l),(v,s) in found.items()}
