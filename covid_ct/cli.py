@@ -96,7 +96,7 @@ def _fetch(a)->None:
     from covid_ct.data.sets import fetch
     print(fetch(a.name, a.out, progress=True))
 
-# %% ../nbs/core/90_cli.ipynb #31c64a2a
+# %% ../nbs/core/90_cli.ipynb #3c00a337
 def _recipe(a):
     "The recipe that was named, changed as asked"
     from covid_ct.train.recipes import change, recipe
@@ -111,7 +111,7 @@ def _recipe(a):
 def _train(a)->int:
     from covid_ct.train.loop import Engine
     from covid_ct.train.study import train
-    done = train(a.path, _recipe(a), a.out, a.fold, engine=Engine(compile=a.compile, recompute=a.recompute, trackers=tuple(a.trackers)), workers=a.workers, **(dict(cache=a.cache) if a.cache else {}))
+    done = train(a.path, _recipe(a), a.out, a.fold, engine=Engine(compile=a.compile, recompute=a.recompute, channels_last=a.channels_last, save_minutes=a.save_minutes, trackers=tuple(a.trackers)), workers=a.workers, **(dict(cache=a.cache) if a.cache else {}))
     print(f'{"stopped after" if done.interrupted else "finished"} {len(done.history)} of {done.recipe.epochs} epochs: {a.out}')
     return 130 if done.interrupted else 0
 
@@ -130,6 +130,11 @@ def _study(a)->None:
     table = run_study(read_study(Path(a.path)), a.out, a.jobs, not a.json)
     print(table.reset_index().to_json(orient='records', indent=1) if a.json else table.round(3).to_string())
 
+def _report(a)->None:
+    from covid_ct.evidence import write_report
+    written = write_report(a.paper, [a.path, *a.others], a.out, a.format, a.cohort, a.draws)
+    print(json.dumps({k: str(v) for k,v in written.items()}, indent=1) if a.json else '\n'.join(f'{k:<12}{v}' for k,v in written.items()))
+
 def _cases(a)->None:
     from covid_ct.reading import as_json, open_room, told
     room = open_room([a.path, *a.others] if a.others else a.path, a.cohort, part=a.part, progress=not a.json)
@@ -139,6 +144,11 @@ def _cases(a)->None:
 def _export(a)->None:
     from covid_ct.train.export import export_run
     print(f'{a.out}: answers differ by at most {export_run(a.path, a.out, a.which):.1g} from the network')
+
+def _course(a)->None:
+    from covid_ct.course import copy_course
+    written = copy_course(a.out, not a.no_solutions); first = next(p for p in written if not p.name.startswith('0'))
+    print(f'{len(written)} notebooks in {a.out}. Open the first with: jupyter lab {first}')
 
 # %% ../nbs/core/90_cli.ipynb #77c41a21
 def _burden(a)->None:
@@ -179,7 +189,7 @@ def _of_scans(add)->None:
     p.add_argument('--lobes', help='mask of the lobes; without it, right and left lung'); p.add_argument('--convention', default='1-5', help='numbers of the lobes: 1-5, luna16, totalsegmentator')
     p.add_argument('--report', help='page to write')
 
-# %% ../nbs/core/90_cli.ipynb #65e87ec9
+# %% ../nbs/core/90_cli.ipynb #216e1d6c
 def _of_cohorts(add)->None:
     "Commands about many scans"
     cohort = 'cohort CSV, folder of a public layout, or the tables of CC-CCII'
@@ -190,18 +200,25 @@ def _of_cohorts(add)->None:
     p.add_argument('--masks', nargs='*', default=(), choices=('lung','infection'), help='masks to keep too'); p.add_argument('--jobs', type=int, default=2, help='processes')
     p = add('train', _train, 'train a network by a recipe; goes on where it was stopped', cohort, js=False)
     p.add_argument('out', help='run folder'); p.add_argument('--recipe', default='darnet/tiny', help='as darnet/paper'); p.add_argument('--set', nargs='*', default=(), metavar='FIELD=VALUE', help='other values, as lr=1e-4 epochs=20')
-    p.add_argument('--fold', type=int, default=0, help='fold that validates'); p.add_argument('--compile', action='store_true', help='translate the network first'); p.add_argument('--recompute', action='store_true', help='less memory, more time')
+    p.add_argument('--fold', type=int, default=0, help='fold that validates'); p.add_argument('--compile', action='store_true', help='translate the network first'); p.add_argument('--recompute', action='store_true', help='less memory, more time'); p.add_argument('--channels-last', action='store_true', help='order of voxels that GPUs like')
+    p.add_argument('--save-minutes', type=float, default=10., help='a state is kept at least this often')
     p.add_argument('--trackers', nargs='*', default=(), help='as tensorboard'); p.add_argument('--cache', help='folder for prepared scans'); p.add_argument('--workers', type=int, default=0, help='processes that read')
     p = add('evaluate', _evaluate, 'answers and metrics of a trained network on other patients', cohort)
     p.add_argument('--run', dest='run_folder', required=True, help='run folder'); p.add_argument('--out', help='CSV for the answers'); p.add_argument('--cache', help='folder for prepared scans'); p.add_argument('--workers', type=int, default=0, help='processes that read')
     p = add('study', _study, 'networks × seeds × folds from one file; goes on where it was stopped', 'TOML file')
     p.add_argument('--out', required=True, help='folder'); p.add_argument('--jobs', type=int, default=1, help='processes')
+    p = add('report', _report, 'the tables of a paper, theirs beside ours, with figures, files and checklist', 'run folder, or a folder with runs')
+    p.add_argument('others', nargs='*', metavar='RUN', help='more of them'); p.add_argument('--paper', required=True, choices=('darnet','dual_sampling','raunet','prior_attention'), help='whose tables')
+    p.add_argument('--out', required=True, help='folder for the report'); p.add_argument('--format', nargs='+', default=('html','md','tex','csv'), choices=('html','md','tex','csv'), help='default: all')
+    p.add_argument('--cohort', help='CSV with what the runs do not know: infection_ratio, age, sex'); p.add_argument('--draws', type=int, default=1000, help='resampled cohorts, and random swaps')
     p = add('cases', _cases, 'the cases of a run, worst first, to read in a page', 'run folder, or folder of a cross-validation')
     p.add_argument('--cohort', help='CSV of the scans it was tested on; without it a table without pictures'); p.add_argument('--html', help='page to write')
     p.add_argument('--against', dest='others', nargs='*', default=(), metavar='RUN', help='more runs on the same scans'); p.add_argument('--part', default='test', choices=('test','valid'), help='scans to read')
     p.add_argument('--most', type=int, default=8, help='cases that carry a small copy of their scan in the page'); p.add_argument('--no-notes', action='store_true', help='leave out what readers wrote')
     p = add('export', _export, 'write a trained network as ONNX', 'run folder', js=False)
     p.add_argument('out', help='file, as model.onnx'); p.add_argument('--which', choices=('best','last'), default='best', help='weights')
+    p = add('course', _course, 'write the lessons into a folder, ready for JupyterLab', None, js=False)
+    p.add_argument('out', help='folder for the lessons'); p.add_argument('--no-solutions', action='store_true', help='leave the solutions out')
     p = add('fetch', _fetch, 'download a public set where its source allows it', None, js=False)
     p.add_argument('name', help='as ct_seg or medseg100'); p.add_argument('out', help='folder for it')
 

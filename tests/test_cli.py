@@ -137,3 +137,24 @@ def test_train_evaluate_export(capsys, tmp_path):
     for bad in (["--set", "epochs"], ["--set", "wings=2"], ["--recipe", "darnet/huge"], ["--set", "lr=fast"]):
         code, _, err = run(capsys, "train", tmp_path / "c" / "cohort.csv", tmp_path / "new", *bad)
         assert code == 2 and err.count("\n") == 1 and not (tmp_path / "new").exists()
+
+def test_report(capsys, tmp_path):
+    "A paper's tables from a finished run; another paper's runs are refused in one line"
+    import numpy as np, pandas as pd
+    from covid_ct.train.recipes import recipe, to_dict
+    r, at, rng = recipe("darnet", "tiny"), tmp_path / "run", np.random.default_rng(0); at.mkdir()
+    (at / "config.json").write_text(json.dumps(dict(system="darnet", recipe=to_dict(r), recipe_hash=r.hash, seed=0, status="finished", trained_on="phantoms", versions={}, hardware={}, model=dict(kind="DARNet", parameters=1))))
+    label = np.repeat(r.classes, 8); p = rng.dirichlet(np.ones(3), len(label))
+    pd.DataFrame(dict(part="test", scan_id=[f"s{i}" for i in range(len(label))], patient_id=[f"p{i // 2}" for i in range(len(label))], label=label,
+                      **{f"prob_{c}": p[:, i] for i, c in enumerate(r.classes)})).to_csv(at / "predictions.csv", index=False)
+    code, out, _ = run(capsys, "report", at, "--paper", "darnet", "--out", tmp_path / "out", "--draws", "50", "--format", "md", "csv")
+    assert code == 0 and "tables.md" in out and not (tmp_path / "out" / "report.html").exists() and "phantoms" in (tmp_path / "out" / "tables.md").read_text("utf-8")
+    code, _, err = run(capsys, "report", at, "--paper", "raunet", "--out", tmp_path / "other")
+    assert code == 2 and err.count("\n") == 1 and "no run of this system" in err and not (tmp_path / "other").exists()
+
+
+def test_course(capsys, tmp_path):
+    code, out, _ = run(capsys, "course", tmp_path / "lessons")
+    assert code == 0 and "1_first_scan.ipynb" in out and (tmp_path / "lessons" / "1_first_scan.ipynb").exists()
+    code, _, err = run(capsys, "course", tmp_path / "lessons")
+    assert code == 2 and err.count("\n") == 1 and "may hold your answers" in err
