@@ -126,6 +126,27 @@ def test_twins_with_equal_weights_and_input():
     torch.testing.assert_close(*(torch.autograd.grad(y[0].square().sum(), x)[0] for y in (a, b)))
 
 
+def by_loops(u, x, o):
+    "Eq. 3-6 voxel by voxel: x + h(x) + γ S(o) x, S a softmax over the voxels of each channel"
+    h, rows = u.h(x), []
+    for b in range(x.shape[0]):
+        for c in range(x.shape[1]):
+            voxels = [(z, y, k) for z in range(x.shape[2]) for y in range(x.shape[3]) for k in range(x.shape[4])]
+            total = sum(o[b, c][v].exp() for v in voxels)
+            rows += [x[b, c][v] + h[b, c][v] + u.attend.gamma * o[b, c][v].exp() / total * x[b, c][v] for v in voxels]
+    return torch.stack(rows).view_as(x)
+
+
+def test_unit_against_loops():
+    "Values and all gradients in float64: input, prior, every weight and a learned γ"
+    x, o = (torch.randn(2, 4, 2, 3, 2, dtype=torch.float64, requires_grad=True) for _ in "xo"); r = torch.randn_like(x)
+    learned = partial(SpatialAttention, 1.7, learn=True)
+    lent, own = unit(PARL, attend=learned), unit(SARL, attend=learned)
+    for ours, theirs, leaves in ((lent(x, o)[0], by_loops(lent, x, o), [x, o, *lent.parameters()]), (own(x)[0], by_loops(own, x, own.h(x)), [x, *own.parameters()])):
+        torch.testing.assert_close(ours, theirs)
+        for a, b in zip(*(torch.autograd.grad((f * r).sum(), leaves) for f in (ours, theirs))): torch.testing.assert_close(a, b)
+
+
 def test_prior_matters():
     x, o = torch.randn(2, 1, 4, 3, 3, 3, dtype=torch.float64)
     assert not torch.equal(unit(PARL)(x, o)[0], unit(PARL)(x, 2 * o)[0])

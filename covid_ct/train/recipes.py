@@ -219,7 +219,7 @@ _raunet_tiny = change(replace(_raunet, name='tiny'), _TINY, model_kwargs=dict(wi
 
 RECIPES |= {(r.system, r.name): r for r in (_raunet, _raunet_tiny)}
 
-# %% ../../nbs/core/51_recipes.ipynb #64a12afa
+# %% ../../nbs/core/51_recipes.ipynb #63e140ca
 _WANG = 'Wang et al. 2020, III'
 _MIX = {'healthy':4, 'ild':3, 'covid':3}
 
@@ -227,8 +227,8 @@ _prior = Recipe('prior_attention', 'paper', ('healthy','ild','covid'), prep='pri
     sampler='composition', sampler_kwargs=dict(composition=_MIX, batches=100), keep='accuracy', sources={k: _WANG for k in sourced()} | dict(weight_decay=_OURS, milestones=_OURS, precision=_OURS, seed=_OURS,
         loss='Wang et al. 2020, Eq. 7', loss_kwargs='Wang et al. 2020, Eq. 7', model='Wang et al. 2020, Table I', model_kwargs='Wang et al. 2020, Table I', epochs=f'{_WANG}: 30,000 steps; epochs of 100 steps are ours'))
 
-_prior_tiny = change(replace(_prior, name='tiny'), _TINY, prep='prior_tiny', model_kwargs=dict(depth=32, width=8, blocks=(1,1,1,1), hidden=64), lr=.003, epochs=20, decay_every=15,
-    augment='flips', sampler_kwargs=dict(composition=_MIX))
+_prior_tiny = change(replace(_prior, name='tiny'), _TINY, prep='prior_tiny', model_kwargs=dict(depth=32, width=8, blocks=(1,1,1), hidden=64), lr=.01, warmup=10, epochs=10, decay_every=5,
+    augment='flips', sampler_kwargs=dict(composition=_MIX, batches=30))
 
 RECIPES |= {(r.system, r.name): r for r in (_prior, _prior_tiny)}
 
