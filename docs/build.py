@@ -4,8 +4,9 @@
     python docs/build.py --stage    -> _build/src/ only
 
 1. nbdev's own processors over every notebook (`#| hide`, `show_doc`, links of symbols).
-2. The few Quarto constructs in use become MyST.
-3. Sphinx with myst-nb and Furo, warnings as errors.
+2. The few Quarto constructs in use become MyST; what is named of references.bib becomes a link.
+3. Two pages made of the others: the gallery of figures and the references.
+4. Sphinx with myst-nb and Furo, warnings as errors.
 """
 import argparse
 import os
@@ -16,20 +17,43 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+import gallery
 import nbformat
-from stage import ROOT, STAGE, sources, stage
+import refs
+from house import rows
+from stage import ROOT, STAGE, page_name, sources, stage
 
 OUT, WORK = ROOT / "_docs", ROOT / "_build"          # myst-nb writes beside its output folder, so that one lies deeper
-ROOMS = {"tutorials": "Tutorials", "papers": "Papers, one page each", "core": "Reference", "reports": "Reports"}
+ABOUT = "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"             # of the repository, on the site too
+ROOMS = {"tutorials": "The course", "papers": "Papers, one page each", "core": "Reference", "reports": "Reports"}
+
+
+def groups(pages):
+    "Caption -> pages of the side bar: the rooms, the reference split as the map on the front page has it"
+    left, out = [p["page"] for p in pages if p["page"] != "index.ipynb"], {}
+    for room, caption in ROOMS.items():
+        if room == "core":
+            for stage_name, links, _ in rows(ROOT / "index.ipynb"):
+                named = [page_name(ROOT / link).as_posix() for link in links]
+                here = [p for p in dict.fromkeys(named) if p in left and p.startswith("core/")]
+                left = [p for p in left if p not in here]
+                if here: out[f"Reference: {stage_name}"] = here
+        out[caption] = sorted((p for p in left if p.startswith(room + "/")), key=lambda p: "for_instructors" in p)     # theirs comes last
+    return {**out, "About": ["figures.md", "references.md", "CONTRIBUTING.md", "CHANGELOG.md"]}
 
 
 def toctree(pages):
-    "The side bar: one caption a room, pages in the order of their numbers"
-    out = []
-    for room, caption in ROOMS.items():
-        of_room = [p[:-6] for p in pages if p.startswith(room + "/")]
-        if of_room: out.append("```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```" % (caption, "\n".join(of_room)))
-    return "\n\n".join([*out, "```{toctree}\n:hidden:\n:caption: Project\n\nCONTRIBUTING\n```"])
+    return "\n\n".join("```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```" % (caption, "\n".join(p.rsplit(".", 1)[0] for p in named))
+                       for caption, named in groups(pages).items() if named)
+
+
+def made(pages):
+    "Write the pages that are made of the others"
+    cited = {}
+    for p in pages:
+        for key in p["cited"]: cited.setdefault(key, []).append((p["page"], p["title"]))
+    (STAGE / "references.md").write_text(refs.page(cited), "utf-8")
+    (STAGE / "figures.md").write_text(gallery.page(pages, ROOMS, STAGE / "figures"), "utf-8")
 
 
 def main():
@@ -43,7 +67,8 @@ def main():
     index.cells.append(nbformat.v4.new_markdown_cell(toctree(pages)))
     nbformat.write(index, STAGE / "index.ipynb")
     shutil.copytree(ROOT / "docs/_static", STAGE / "docs/_static")             # pictures of the front page
-    shutil.copy(ROOT / "CONTRIBUTING.md", STAGE)
+    for name in ABOUT: shutil.copy(ROOT / name, STAGE)
+    made(pages)
     print(f"staged {len(pages)} notebooks in {time.time() - t0:.1f} s")
     if a.stage: return
     t0 = time.time()

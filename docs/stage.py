@@ -11,10 +11,16 @@ from fastcore.docments import DocmentTbl, ShowDocRenderer
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 
+import refs
+from gallery import picture, thumbnail
+from house import house
+
 ROOT = Path(__file__).resolve().parent.parent
 STAGE = ROOT / "_build" / "src"                    # not _proc: nbdev and Quarto keep theirs there
+TAKE = "notebooks"                                 # the pages to download, in that folder
 NUMBER = re.compile(r"^\d+[a-zA-Z0-9]*_")          # the prefix that nbdev drops
 CALLOUT = re.compile(r"^(:{3,})\s*\{\.callout-(note|tip|warning|caution|important)([^}]*)\}\s*\n(.*?)^\1[ \t]*$", re.S | re.M)
+SOLVED = re.compile(r"\{\.callout-\w+[^}]*collapse=\"true\"[^}]*\}\s*\n#+ Solution.*?^:::+\s*\Z", re.S | re.M)     # ends a cell
 
 
 def page_name(src: Path) -> PurePosixPath:
@@ -29,6 +35,9 @@ def sources():
 
 
 # ---------------------------------------------------------------- markdown
+GFM = re.compile(r'^(:{3,})\s*\{\.content-visible when-format="gfm"\}\s*\n(.*?)^\1[ \t]*\n?', re.S | re.M)   # for README.md alone
+
+
 def callouts(md):
     def one(m):
         kind = m[2]
@@ -36,21 +45,40 @@ def callouts(md):
         h = re.match(r"\s*#+\s+(.+)\n", body)
         if h and not title: title, body = h[1], body[h.end():]
         head = f"{m[1]}{{admonition}} {title}\n:class: {kind}" if title else f"{m[1]}{{{kind}}}"
-        extra = "\n:class: dropdown" if "collapse" in m[3] and not title else " dropdown" if "collapse" in m[3] else ""
-        return f"{head}{extra}\n{body.strip()}\n{m[1]}"
+        fold = re.search(r'collapse="(true|false)"', m[3])
+        extra = f"\n:collapsible: {'closed' if fold[1] == 'true' else 'open'}" if fold else ""
+        return f"{head}{extra}\n\n{body.strip()}\n{m[1]}"
     return CALLOUT.sub(one, md)
 
 
-def to_myst(md, links):
-    parts = re.split(r"(^```.*?^```\s*$)", md, flags=re.S | re.M)
+def to_myst(md, links, cite=lambda md: md):
+    "Quarto's constructs as MyST; `links` maps an address, `cite` links the sources that are named"
+    parts = re.split(r"(^```.*?^```\s*$)", callouts(GFM.sub("", md)), flags=re.S | re.M)
     for i in range(0, len(parts), 2):
-        p = callouts(parts[i])
+        p = parts[i]
         p = re.sub(r"\$\$\s*\{#(eq-[\w-]+)\}", r"$$ (\1)", p)
         p = re.sub(r"^(#+ .*?)\s*\{#([\w-]+)\}\s*$", r"(\2)=\n\1", p, flags=re.M)
         p = re.sub(r"(?<![\w`\[])@(eq|fig|tbl|sec)-([\w-]+)",
                    lambda m: "{%s}`%s-%s`" % ({"eq": "eq", "sec": "ref"}.get(m[1], "numref"), m[1], m[2]), p)
-        parts[i] = re.sub(r"(\]\()([^)\s]+)(\))", lambda m: m[1] + links(m[2]) + m[3], p)
+        parts[i] = cite(re.sub(r"(\]\()([^)\s]+)(\))", lambda m: m[1] + links(m[2]) + m[3], p))
     return "".join(parts)
+
+
+def open_here(rel, room):
+    "How to run this page, folded under its title"
+    take = f"{{download}}`Take this notebook </{TAKE}/{rel}>`"
+    home = os.path.relpath("index.ipynb", rel.parent)
+    how = {"tutorials": f"With [covid_ct installed]({home}#three-ways-in), the lessons come along:\n\n```sh\npip install jupyterlab\ncovid-ct course lessons\njupyter lab lessons/{rel.name}\n```\n\nOr {take.replace('Take', 'take')} alone.",
+           "reports": f"This page keeps the results of long runs; its first cells say which command makes them. {take} to read the code; in a clone of the repository, `make lab` opens `nbs/{rel}`."}.get(
+           room, f"{take}, without its outputs. With [covid_ct installed]({home}#three-ways-in) it runs where you put it:\n\n```sh\npip install jupyterlab\njupyter lab {rel.name}\n```\n\nIn a clone of the repository, `make lab` opens them all; this one is `nbs/{rel}`.")
+    return f":::{{admonition}} Open this page in JupyterLab\n:class: open-here\n:collapsible: closed\n\n{how}\n:::"
+
+
+def take_away(src):
+    "The notebook to download: as it is, without outputs"
+    nb = json.loads(src.read_text("utf-8"))
+    for c in nb["cells"]: c.update(outputs=[], execution_count=None) if c["cell_type"] == "code" else None
+    return json.dumps(nb, indent=1, ensure_ascii=False) + "\n"
 
 
 # ---------------------------------------------------------------- one notebook
@@ -86,7 +114,8 @@ class TableRenderer(ShowDocRenderer):
         out = [f"({label(name, inspect.isclass(self.sym))})="]
         out += [f"{'#' * self.title_level} {self.nm}", ""]
         if src: out += [f"[source]({src}){{.source-link}}", ""]
-        out += ["```python", sig, "```", "", self.docs or "", "", str(DocmentTbl(self.sym))]
+        table = re.sub(r"^\|\s+\|", "| **Name** |", str(DocmentTbl(self.sym)))        # no empty head of a column
+        out += ["```python", sig, "```", "", self.docs or "", "", table]
         return "\n".join(out)
 
 
@@ -107,11 +136,15 @@ def process(src: Path):
 
 
 def stage(src: Path):
+    "Write one staged page; what the gallery and the references need to know of it"
     import nbformat
     nb, fm = process(src)
     cfg = get_config()
     site = cfg.doc_host.rstrip("/") + cfg.doc_baseurl.rstrip("/") + "/"
     here = page_name(src)
+    rel = src.relative_to(ROOT / "nbs") if here.parent.name else None        # the front page is run by everybody
+    cited, figures = set(), []
+    cite = functools.partial(refs.cite, to=os.path.relpath("references.md", here.parent), seen=cited)
 
     def links(url):
         if url.startswith(site):                         # a link that nbdev made
@@ -120,18 +153,25 @@ def stage(src: Path):
             known = anchors().get(url[len(site):])
             return f"#{known}" if known else os.path.relpath(target, here.parent)
         path, _, anchor = url.partition("#")
+        if path == "docs/references.bib": return "references.md"
         if path.endswith(".ipynb") and "://" not in path:
             target = page_name((src.parent / path).resolve())
             return os.path.relpath(target, here.parent) + (f"#{anchor}" if anchor else "")
         return url
 
     new = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
-    md = lambda s: new.cells.append(nbformat.v4.new_markdown_cell(to_myst(s, links)))
+    md = lambda s: new.cells.append(nbformat.v4.new_markdown_cell(to_myst(s if rel else house(s), links, cite)))
     if fm.get("title"): md(f"# {fm['title']}\n\n" + (f"_{fm['description']}_" if fm.get("description") else ""))
+    if rel:
+        new.cells.append(nbformat.v4.new_markdown_cell(open_here(rel, here.parent.name)))
+        (STAGE / TAKE / rel.parent).mkdir(parents=True, exist_ok=True)
+        (STAGE / TAKE / rel).write_text(take_away(src), "utf-8")
+    solved = False                                       # after a folded solution its code and output are folded too
     for c in nb.cells:
         if c.cell_type == "raw": continue
         s = c.source
         if c.cell_type == "markdown":
+            solved = bool(SOLVED.search(s))
             if not s.startswith("<!-- WARNING"): md(s)
             continue
         opts = {}
@@ -145,20 +185,28 @@ def stage(src: Path):
         tags = []
         if opts.get("echo") == "false": tags.append("remove-input")
         if opts.get("output") == "false": tags.append("remove-output")
-        if "code-fold" in opts: tags.append("hide-input")
+        if solved or "code-fold" in opts: tags.append("hide-cell" if solved or "solution" in opts else "hide-input")
+        judge = re.search(r"^@exercise\(['\"]([\d.]+)", s, re.M)
+        folded = (f"Solution {opts['solution']}: the code" if "solution" in opts else f"Exercise {judge[1]}: the judge" if judge
+                  else "Solution: the code and what it says" if solved else "")
         figure = {"image": {"alt": opts["fig-alt"]}} if "fig-alt" in opts else {}
         if opts.get("label", "").startswith("fig-"):
-            figure["figure"] = {"name": opts["label"], "caption": opts.get("fig-cap", "")}
+            figure["figure"] = {"name": opts["label"], "caption": to_myst(opts.get("fig-cap", ""), links, cite)}
         cell = nbformat.v4.new_code_cell(s, metadata={"tags": tags} if tags else {})
         for o in outs:
             for k, v in o.get("data", {}).items():
                 if isinstance(v, list): o["data"][k] = "".join(v)
             if isinstance(o.get("text"), list): o["text"] = "".join(o["text"])
-        pictures = [o for o in outs if "image/png" in o.get("data", {})]
-        cell.outputs = [nbformat.from_dict(o) for o in (pictures if figure and pictures else outs)]
-        if figure: cell.metadata["mystnb"] = figure
+        pictures = [o for o in outs if picture(o)]
+        one = pictures[-1:] if "figure" in figure else pictures                 # a label stands once
+        cell.outputs = [nbformat.from_dict(o) for o in (one if figure and one else outs)]
+        if figure or folded: cell.metadata["mystnb"] = figure | ({"code_prompt_show": folded} if folded else {})
+        if "figure" in figure and pictures:
+            figures.append(dict(label=opts["label"], caption=opts.get("fig-cap", ""), alt=opts.get("fig-alt", ""), thumb=thumbnail(picture(one[0]))))
         new.cells.append(cell)
+        if figure and one and (rest := [o for o in outs if o not in pictures and "image/png" not in one[0]["data"]]):      # beside a picture in HTML
+            new.cells.append(nbformat.v4.new_code_cell("", metadata={"tags": ["remove-input"]}, outputs=[nbformat.from_dict(o) for o in rest]))
     dst = STAGE / here
     dst.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(new, dst)
-    return here.as_posix()
+    return dict(page=here.as_posix(), title=fm.get("title", here.stem), figures=figures, cited=sorted(cited))

@@ -431,7 +431,7 @@ async function render({ model, el }) {
   function makeSlide(k) {                          // a slider with the profile of what is shown behind it
     const name = NAMES[k], curve = svg("svg", { viewBox: `0 0 ${Math.max(1, shape[k] - 1)} 1`, preserveAspectRatio: "none", role: "img" });
     const slider = h("input", { type: "range", min: 0, max: shape[k] - 1, step: 1, tabIndex: state.side ? 0 : -1, data: { control: name }, "aria-label": `${name} slice`, oninput: () => go(k, Number(slider.value)) });
-    rails.push({ k, slider, curve, key: "" });
+    rails.push({ k, slider, curve, key: null });
     return h("div", { className: "cct-slide" }, curve, slider);
   }
   const profiles = {};
