@@ -28,7 +28,7 @@ demo: $(VENV)/.runtime   ## train and explain a small DARNet on the built-in pha
 	$(BIN)/covid-ct demo
 
 test: $(VENV)/.dev       ## all tests: pages, library, site, browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	PYTHONUTF8=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lab: $(VENV)/.dev        ## open the notebooks
 	$(BIN)/jupyter lab index.ipynb

@@ -27,7 +27,7 @@ set = { epochs = 1, model_kwargs = { widths = [4,8], cardinality = 2, chunk = 16
 [[run]]
 recipe = "prior_attention/tiny"
 phantoms = { patients = 30, shape = [32, 48, 48] }
-set = { epochs = 1, model_kwargs = { depth = 32, width = 4, blocks = [1,1,1,1], hidden = 16 } }
+set = { epochs = 1, model_kwargs = { depth = 32, width = 4, blocks = [1,1,1,1], hidden = 16 }, sampler_kwargs = { composition = { healthy = 4, ild = 3, covid = 3 }, batches = 2 } }
 """
 
 

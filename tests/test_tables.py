@@ -369,9 +369,9 @@ def test_a_planted_number_moves_the_table(darnet, tmp_path):
     assert np.isclose(lost, 100 / (t[t.part == "test"].label == "covid").sum() / 3)                                        # one of the covid scans, in one of three models
     now = file_table([after])
     assert list(now.file[now.sha256 != files.sha256]) == ["none/1/predictions.csv"] == changed_files(tmp_path / "report", darnet)
-    old = (tmp_path / "report" / "tables.md").read_text()
+    old = (tmp_path / "report" / "tables.md").read_text("utf-8")
     write_report("darnet", darnet, tmp_path / "report", n=20)
-    assert (tmp_path / "report" / "tables.md").read_text() != old and changed_files(tmp_path / "report", darnet) == []
+    assert (tmp_path / "report" / "tables.md").read_text("utf-8") != old and changed_files(tmp_path / "report", darnet) == []
     path.unlink()
     assert changed_files(tmp_path / "report", darnet) == ["none/1/predictions.csv"]
 
@@ -386,7 +386,7 @@ def test_every_number_names_its_files(dual):
     out = runs.parent / "report"
     write_report("dual_sampling", runs, out, ["csv"], cohort, n=10)
     assert changed_files(out, runs, cohort) == []
-    cohort.write_text(cohort.read_text() + "\n")
+    cohort.write_text(cohort.read_text("utf-8") + "\n")
     assert changed_files(out, runs, cohort) == ["cohort.csv"]
 
 
@@ -423,7 +423,7 @@ def test_report_in_every_format(darnet, tmp_path):
     assert all(str(tmp_path) not in p.read_text("utf-8") for p in out.iterdir())
     csv = pd.read_csv(out / "tables.csv")
     assert len(csv) == len(published("darnet")) and np.allclose(csv.theirs, published("darnet").value) and csv.files[csv.ours.notna()].notna().all()
-    tex = (out / "tables.tex").read_text()
+    tex = (out / "tables.tex").read_text("utf-8")
     assert tex.count("\\begin{longtable}") == tex.count("\\end{longtable}") == 4
     page = (out / "report.html").read_text("utf-8")
     assert page.count("<img ") == 2 and "no run of darnet-ca" in page and file_table([paper_table("darnet", "IV", darnet, n=10)]).sha256[0] in page
@@ -448,7 +448,7 @@ def test_hostile_names_stay_text(tmp_path):
     evil = "<img src=x onerror=alert(1)>"
     t = answers(("healthy", "cap", "covid"), shift=0).assign(scan_id=lambda t: evil + t.scan_id)
     make_run(tmp_path / "runs" / "a&b <i>", "darnet", table=t)
-    (tmp_path / "runs" / "a&b <i>" / "model_card.md").write_text(evil)
+    (tmp_path / "runs" / "a&b <i>" / "model_card.md").write_text(evil, "utf-8")
     write_report("darnet", tmp_path / "runs", tmp_path / "out", n=10)
     tags = Tags()
     tags.feed((tmp_path / "out" / "report.html").read_text("utf-8"))
