@@ -85,7 +85,7 @@ def test_a_bf16_step_on_a_gpu(system):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system,device", [("raunet", "cpu"), *(pytest.param(s, "cuda", marks=CUDA) for s in SYSTEMS)])
+@pytest.mark.parametrize("system,device", [("darnet", "cpu"), *(pytest.param(s, "cuda", marks=CUDA) for s in SYSTEMS)])
 def test_compiled_equals_eager(system, device):
     gpu.clear(device)
     close(one_step(system, device), one_step(system, device, compile=True), 2e-3)
