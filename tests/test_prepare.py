@@ -419,11 +419,12 @@ def test_a_changed_scan_is_prepared_again(tmp_path, kind, keep_times):
     assert quiet(cohort, PREP, tmp_path/'out', jobs=1).made == 1
     assert quiet(cohort, PREP, tmp_path/'out', jobs=1).found == 1
     before = stamps(tmp_path/'scan')
+    contents = {f: f.read_bytes() for f in before}
     KINDS[kind](brighter(scan), tmp_path/'scan')
     after = stamps(tmp_path/'scan')
     assert {f: s.st_size for f, s in after.items()} == {f: s.st_size for f, s in before.items()}
-    if keep_times:
-        for f, s in before.items(): os.utime(f, ns=(s.st_atime_ns, s.st_mtime_ns))
+    for f, s in before.items():  # a file that was written again with the same content, as the header of a pair, counts as untouched
+        if keep_times or f.read_bytes() == contents[f]: os.utime(f, ns=(s.st_atime_ns, s.st_mtime_ns))
     again = quiet(cohort, PREP, tmp_path/'out', jobs=1)
     assert (again.made, again.found) == (1, 0)
     got = Cache(tmp_path/'out', PREP).get(cohort.iloc[0])['image']

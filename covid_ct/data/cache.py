@@ -217,12 +217,13 @@ def has_mask(
 def own_lungs(
     row, # of a cohort, its paths as they can be opened
     scan, # `Scan` that the mask must lie on
+    root=None, # folder that its paths start from; None: they can be opened as they are
 )->np.ndarray|None: # bool `(D,H,W)`; None: the row names no lung mask
     "Lung mask that a row names; raises `GeometryError` on another grid, `VoxelError` for an empty one"
     if not given(row.get('lung_mask')): return None
-    mask = load_mask(row, 'lung_mask', scan=scan)>0
+    mask = load_mask(row, 'lung_mask', root, scan)>0
     if mask.any(): return mask
-    raise VoxelError(row['lung_mask'], 'this lung mask is empty: no voxel of it is set',
+    raise VoxelError(Path(root or '.')/row['lung_mask'], 'this lung mask is empty: no voxel of it is set',
                      'Draw the lungs, or clear the cell of lung_mask: then the built-in method finds them.')
 
 def _mask(m, row, loaded, scan, lungs)->np.ndarray:
