@@ -85,7 +85,7 @@ class CaseLoader:
         row,case = self.row(scan_id),self.table.set_index('scan_id').loc[scan_id]
         labels = [case.predicted, case.label] if whole and len(self.networks)==1 and case.label!=case.predicted else [case.predicted]
         scan,once = load_row(row, self.root),{}
-        def lungs(s): # the crop and the outline ask for the same, and the network saw it in training
+        def lungs(s): # crop and outline ask for the same, and training used it too
             if not once:
                 own = own_lungs(row, s, self.root)
                 once['lungs'] = self.lungs(s) if own is None else own

@@ -234,7 +234,7 @@ def test_a_part_of_every_batch_and_what_comes_after_some(cohort, workers):
 
 
 def test_items_say_whose_lungs_were_used(cohort, tmp_path):
-    "A table that names some lung masks: `own` for these, `built-in` for the others, with a cache and without"
+    "A table that names some lung masks: `own` for these, `built-in` for the others"
     rows, keep = [], Prep(size=SIZE, keep='lungs')
     for i, r in cohort[:4].reset_index(drop=True).iterrows():
         t = Toy(r)
@@ -253,8 +253,9 @@ def test_items_say_whose_lungs_were_used(cohort, tmp_path):
         for i in range(4):
             t = Toy(cohort.iloc[i])
             mask = t.lungs if i % 2 else everything(t.scan)
-            assert np.abs(batch['image'][i, 0].numpy()-prepare(t.scan, keep, mask).voxels).max() < 1e-4
-            assert (batch['lung'][i, 0].numpy() == prepare(t.scan, keep, mask).forward(mask)).all()
+            ready = prepare(t.scan, keep, mask)
+            assert np.abs(batch['image'][i, 0].numpy()-ready.voxels).max() < 1e-4
+            assert (batch['lung'][i, 0].numpy() == ready.forward(mask)).all()
     plain = ScanDataset(files, PREP)
     assert [plain[i]['lungs'] for i in range(4)] == ['none']*4
 
@@ -265,7 +266,8 @@ def test_an_empty_lung_mask_stops_the_scan_that_names_it(cohort, tmp_path):
     write_mask(t.lungs & False, t.scan, tmp_path/'m.nii.gz')
     files = check_cohort(cohort[:1].assign(path='s.nii.gz', lung_mask='m.nii.gz'), tmp_path)
     for cache in (None, tmp_path/'cache'):
-        with pytest.raises(VoxelError, match='m.nii.gz: this lung mask is empty.*built-in'): ScanDataset(files, Prep(size=SIZE, keep='lungs'), cache=cache)[0]
+        d = ScanDataset(files, Prep(size=SIZE, keep='lungs'), cache=cache)
+        with pytest.raises(VoxelError, match='m.nii.gz: this lung mask is empty.*built-in'): d[0]
     assert not list((tmp_path/'cache').rglob('*.npy'))
 
 
@@ -278,4 +280,5 @@ def test_pictures_of_cc_ccii_load_by_the_recipe_of_the_paper(tmp_path):
     assert batch['image'].shape == (2, 1, 64, 224, 224) and batch['lungs'] == ['none', 'none']
     assert 0 <= batch['image'].min() < batch['image'].max() <= 1
     for name in ('fixed', 'tiny'):
-        with pytest.raises(UnitsError, match='darnet/paper'): ScanDataset(df, recipe('darnet', name))[0]
+        d = ScanDataset(df, recipe('darnet', name))
+        with pytest.raises(UnitsError, match='darnet/paper'): d[0]

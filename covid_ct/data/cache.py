@@ -66,7 +66,7 @@ def _code(file)->str:
         _SEEN[file] = _digest([l for l in lines if l.strip() and not l.lstrip().startswith('#')])
     return _SEEN[file]
 
-_UNUSED = {('covid_ct.data.catalog','covid_ct.phantom')} # imported to write phantoms, never to read a row
+_UNUSED = {('covid_ct.data.catalog','covid_ct.phantom')} # to write phantoms, never to read a row
 
 def sources(
     name:str, # module that is loaded, as `covid_ct.data.preprocess`
@@ -80,7 +80,8 @@ def sources(
         if name in found or not file: continue
         found[name] = _code(file)
         near = {getattr(v, '__module__', None) or getattr(v, '__name__', None) for v in vars(here).values()}
-        near = {n for n in near if isinstance(n, str) and n.split('.')[0] in (name.split('.')[0], ours)}
+        packages = name.split('.')[0],ours
+        near = [n for n in near if isinstance(n, str) and n.split('.')[0] in packages]
         todo += [n for n in near if (name,n) not in _UNUSED]
     return found
 
@@ -100,7 +101,7 @@ def given(
     return isinstance(x, (str,os.PathLike)) and bool(str(x).strip())
 
 def _files(path)->list:
-    "Pairs of a name below the path and the file, for each file that reading opens; none where there is none"
+    "Pairs of a name below the path and the file, for each file that reading opens"
     top = Path(path) if Path(path).is_dir() else Path(path).parent
     try: return [(f.relative_to(top).as_posix(), f) for f in files_of(path)]
     except DataError: return []
@@ -123,7 +124,8 @@ def cache_folder(
     lungs=lung_mask, # function that finds the lungs
 )->Path: # folder of this row; not made here
     "Where the scans of one preprocessing lie"
-    return Path(out)/_digest(FORMAT, sorted(asdict(prep).items()), *map(_called, (prepare, load, lungs)))
+    code = map(_called, (prepare, load, lungs))
+    return Path(out)/_digest(FORMAT, sorted(asdict(prep).items()), *code)
 
 def scan_name(
     row, # of a cohort, its paths as they can be opened
@@ -145,7 +147,8 @@ def content_of(
     "Hash of the content of all files of a row; reads all of them"
     h = hashlib.blake2b(digest_size=16)
     for name,file in _opened(row):
-        with open(file, 'rb') as f: h.update(name.encode()+hashlib.file_digest(f, 'blake2b').digest())
+        h.update(name.encode())
+        with open(file, 'rb') as f: h.update(hashlib.file_digest(f, 'blake2b').digest())
     return h.hexdigest()
 
 # %% ../../nbs/core/19_prepare.ipynb #1ffe335a
@@ -208,28 +211,31 @@ def has_mask(
     row, # of a cohort
     m:str, # one of `MASKS`
 )->bool: # False: lungs are found by the built-in method, infection is known to be empty
-    "Whether a file holds the mask of a scan; raises `CohortError` for an infection that nobody knows"
+    "Whether a file holds a mask of a scan; raises `CohortError` for an infection that nobody knows"
     if given(row.get(f'{m}_mask')): return True
     if m=='lung' or row['label']=='healthy': return False
     raise CohortError(f'scan {row["scan_id"]}', f'has no {m}_mask',
-                      f'Fill the column, or leave {m!r} out of masks= (on the command line --masks).')
+                      f'Fill the column, or leave {m!r} out of masks= '
+                      '(on the command line --masks).')
 
 def own_lungs(
     row, # of a cohort, its paths as they can be opened
     scan, # `Scan` that the mask must lie on
     root=None, # folder that its paths start from; None: they can be opened as they are
 )->np.ndarray|None: # bool `(D,H,W)`; None: the row names no lung mask
-    "Lung mask that a row names; raises `GeometryError` on another grid, `VoxelError` for an empty one"
+    "Lung mask of a row; raises `GeometryError` on another grid, `VoxelError` for an empty one"
     if not given(row.get('lung_mask')): return None
     mask = load_mask(row, 'lung_mask', root, scan)>0
     if mask.any(): return mask
-    raise VoxelError(Path(root or '.')/row['lung_mask'], 'this lung mask is empty: no voxel of it is set',
-                     'Draw the lungs, or clear the cell of lung_mask: then the built-in method finds them.')
+    remedy = 'Draw the lungs, or clear the cell of lung_mask: then the built-in method finds them.'
+    file = Path(root or '.')/row['lung_mask']
+    raise VoxelError(file, 'this lung mask is empty: no voxel of it is set', remedy)
 
 def _mask(m, row, loaded, scan, lungs)->np.ndarray:
     "One mask on the grid of the scan: of its file, of a phantom, or found"
     if m=='lung' and (own := own_lungs(row, scan)) is not None: return own
-    if m=='infection' and given(row.get('infection_mask')): return load_mask(row, 'infection_mask', scan=scan)>0
+    if m=='infection' and given(row.get('infection_mask')):
+        return load_mask(row, 'infection_mask', scan=scan)>0
     if loaded is not scan: return np.asarray(dict(lung=loaded.lungs, infection=loaded.infection)[m])
     return lungs(scan) if m=='lung' else np.zeros(scan.shape, bool)
 
@@ -239,7 +245,7 @@ def prepare_row(
     masks=(), # of `MASKS`
     load=load_row, # function from a row to a `Scan` or a `Phantom`
     lungs=lung_mask, # function that finds the lungs where the row names no mask of them
-)->tuple: # arrays, as in `make_arrays`; dict of `lungs` ('own', 'built-in', 'none'), `units`, `remarks`
+)->tuple: # arrays of `make_arrays`; dict of `lungs` (own, built-in, none), `units`, `remarks`
     "Prepare one scan and say how; raises what reading, `prepare` and `own_lungs` raise"
     loaded = load(row)
     scan = getattr(loaded, 'scan', loaded)
@@ -251,7 +257,8 @@ def prepare_row(
         return found[0]
     own = own_lungs(row, scan) if prep.needs_lungs else None
     ready = prepare(scan, prep, lungs=find if own is None else own)
-    arrays = dict(image=pack(ready.voxels), **{m: ready.forward(_mask(m, row, loaded, scan, find)) for m in masks})
+    arrays = dict(image=pack(ready.voxels))
+    for m in masks: arrays[m] = ready.forward(_mask(m, row, loaded, scan, find))
     whose = ready.lungs
     if not prep.needs_lungs and 'lung' in masks: whose = 'built-in' if found else 'own'
     return arrays,dict(lungs=whose, units=scan.units, remarks=[*scan.remarks, *ready.remarks])
@@ -275,10 +282,12 @@ class Cache:
                  load=load_row, # function that makes a scan from a row
                  lungs=lung_mask, # function that finds the lungs where a row names no mask of them
                 ):
-        self.folder,self.prep,self.load,self.lungs = cache_folder(out, prep, load, lungs),prep,load,lungs
+        self.folder = cache_folder(out, prep, load, lungs)
+        self.prep,self.load,self.lungs = prep,load,lungs
         self.known,self.notes = {},{}
 
-    def __getstate__(self)->dict: return {**self.__dict__, 'known':{}, 'notes':{}} # to a worker, without all scans
+    def __getstate__(self)->dict: # what a worker gets, without the names of all scans
+        return {**self.__dict__, 'known':{}, 'notes':{}}
 
     def name(self, row)->str:
         "Name of a scan; the state of its sources is looked up once"
@@ -291,7 +300,7 @@ class Cache:
         return self.folder/f'{self.name(row)}.{kind}.npy'
 
     def about(self, row)->dict|None:
-        "Note on a scan: `lungs`, `units`, `remarks`; None where it is not there, or its files have changed"
+        "Note on a scan: `lungs`, `units`, `remarks`; None: not there, or its files have changed"
         key = row['scan_id']
         if key in self.notes: return self.notes[key]
         note = self.folder/f'{self.name(row)}.json'
@@ -299,7 +308,8 @@ class Cache:
             told,now = json.loads(note.read_text(encoding='utf-8')),changed_at(row)
             if told['changed']!=now:
                 if told['content']!=content_of(row): return None
-                write_atomic(note, json.dumps({**told, 'changed':now})) # copied or touched, and the same
+                # copied or touched, and the same
+                write_atomic(note, json.dumps({**told, 'changed':now}))
         except (OSError, ValueError, KeyError, TypeError): return None
         self.notes[key] = told
         return told
@@ -324,7 +334,7 @@ class Cache:
         return dict(changed=changed_at(row), content=content_of(row))
 
     def put(self, row, arrays:dict, about:dict=None)->None:
-        "Keep the arrays of a scan and a note: all are written before the first gets its name, the note gets it last"
+        "Keep a scan and its note: all are written before the first gets its name, the note last"
         note = dict(lungs='none', units='', remarks=[]) | (about or {})
         if 'content' not in note: note |= self.state(row)
         with staged(self.folder) as stage:
@@ -390,11 +400,10 @@ def _attempt(cache, row, masks)->tuple|None:
         return str(row['scan_id']), type(e).__name__, _fault(e, row), getattr(e, 'remedy', '')
 
 def _fault(e, row)->str:
-    "What was wrong, with the name of the file where it is not that of the scan"
-    mine = given(row.get('path')) and str(row['path'])==getattr(e, 'source', '')
-    fault = getattr(e, 'fault', str(e))
-    where = [Path(row[c]).name for c in MASK_COLUMNS if given(row.get(c)) and str(row[c])==getattr(e, 'source', '')]
-    return f'{where[0]}: {fault}' if where and not mine else fault
+    "What was wrong, with the name of the file where that is a mask"
+    fault,source = getattr(e, 'fault', str(e)),getattr(e, 'source', '')
+    masks = [row[c] for c in MASK_COLUMNS if given(row.get(c)) and str(row[c])==source]
+    return f'{Path(masks[0]).name}: {fault}' if masks else fault
 
 def _told(cache, rows)->pd.DataFrame:
     "Table of the scans that are there, a row each: whose lungs were used, unit, remarks"
@@ -410,7 +419,9 @@ def _note(folder, name, rows:pd.DataFrame, tried)->None:
     write_atomic(file, rows.to_csv(index=False))
 
 # %% ../../nbs/core/19_prepare.ipynb #c10f7055
-def _counts(values)->str: return ' and '.join(f'{n} {k}' for k,n in values.value_counts().sort_index().items())
+def _counts(values)->str:
+    "How often each value occurs, in words"
+    return ' and '.join(f'{n} {k}' for k,n in values.value_counts().sort_index().items())
 
 @dataclass(frozen=True, eq=False)
 class Preparation:
@@ -427,7 +438,8 @@ class Preparation:
         used = self.scans.lungs[self.scans.lungs!='none']
         said = f', lung masks: {_counts(used)}' if len(used) else ''
         if self.scans.units.nunique()>1: said += f', units that differ: {_counts(self.scans.units)}'
-        if len(self.failures): said += f', {len(self.failures)} failed (see {self.folder/"failures.csv"})'
+        if len(self.failures):
+            said += f', {len(self.failures)} failed (see {self.folder/"failures.csv"})'
         return f'{self.made} scans prepared, {self.found} were there{said}: {self.folder}'
 
 # %% ../../nbs/core/19_prepare.ipynb #eb8591c2

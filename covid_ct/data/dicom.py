@@ -40,17 +40,19 @@ class Series:
 
     @property
     def scan_id(self)->str: # eight hex digits
-        "Pseudonym of the series: of its UID, else of its images' UIDs, else of the first file's bytes"
+        "Pseudonym of its UID, else of its images' UIDs, else of the first file's bytes"
         name = self.uid or ''.join(sorted(s.uid for s in self.slices))
         return pseudonym(name or hashlib.sha1(self.files[0].read_bytes()).hexdigest())
 
 # %% ../../nbs/core/09_dicom.ipynb #a9172203
-IDENTITY = ('Modality','SOPClassUID','SeriesInstanceUID','StudyInstanceUID','PatientID','SOPInstanceUID') # tags that de-identified exports may lack
+IDENTITY = ('Modality','SOPClassUID','SeriesInstanceUID','StudyInstanceUID','PatientID',
+            'SOPInstanceUID') # tags that de-identified exports may lack
 
 def _series_of(d, path)->tuple:
     "What files of one series have in common: its UID, or all that stands in for it"
     if uid := tag_text(d,'SeriesInstanceUID'): return (uid,)
-    alike = ('FrameOfReferenceUID','StudyInstanceUID','PatientID','SeriesNumber','SeriesDescription','ConvolutionKernel')
+    alike = ('FrameOfReferenceUID','StudyInstanceUID','PatientID','SeriesNumber',
+             'SeriesDescription','ConvolutionKernel')
     return '',path.parent,*(tag_text(d,k) for k in alike)
 
 def _text(d, key)->str:
@@ -122,7 +124,11 @@ def _check_steps(at, n, pixel, source, tilt)->float:
     bent = np.linalg.norm(aside-np.outer((h-h[0])/(h[-1]-h[0]), aside[-1]), axis=1).max()
     if bent>.5*pixel: raise GeometryError(source, f'slices jump sideways by {drift.max():.1f} mm: a moved table, or parts of several series', 'Separate the parts into series.')
     if drift.max()>.5*pixel and tilt!='correct':
-        raise GeometryError(source, f'slices drift sideways by {drift.max():.1f} mm: a gantry tilted by {np.degrees(np.arctan2(drift[-1],h[-1]-h[0])):.1f}°', "Pass tilt='correct' (on the command line --tilt correct) to have it resampled on an upright grid.")
+        angle = np.degrees(np.arctan2(drift[-1], h[-1]-h[0]))
+        raise GeometryError(source, f'slices drift sideways by {drift.max():.1f} mm: '
+                            f'a gantry tilted by {angle:.1f}°',
+                            "Pass tilt='correct' (on the command line --tilt correct) "
+                            'to have it resampled on an upright grid.')
     i = int(np.abs(gaps-step).argmax()); wide = (h[-1]-h[0])/(len(h)-1); lack = round(gaps[i]/step)-1 if abs(gaps[i]/step-round(gaps[i]/step))<.1 else 0
     if abs(gaps[i]-step)>.1*step:
         raise GeometryError(source, f'slices {i+1} and {i+2} of {len(h)}, at {_mm(at[i])} and {_mm(at[i+1])}, are {gaps[i]:.4g} mm apart, the others {step:.4g} mm'
@@ -236,7 +242,8 @@ def _identity(s)->list:
     "Remark on the tags that a series lacks, as a list of one or none"
     gone = [k for k in IDENTITY if k in s.lacking]
     told = f'no {", ".join(gone)} in the headers, as in de-identified exports'
-    if 'SeriesInstanceUID' in gone: told += '; files of one folder that agree in all else are taken as one series'
+    if 'SeriesInstanceUID' in gone:
+        told += '; files of one folder that agree in all else are taken as one series'
     if {'Modality','SOPClassUID'}<=s.lacking: told += '; taken as CT, its unit told from the values'
     elif 'Modality' in gone: told += '; its class says CT'
     return [told] if gone else []
@@ -253,7 +260,8 @@ def check_series(s:Series, # one series
     return slices,grid,_identity(s)+seen+list(dict.fromkeys(n for x in slices for n in x.notes))
 
 def _row(s, source)->dict:
-    row = dict(scan_id=s.scan_id, modality=s.modality, description=s.description, slices=len(s.slices) or len(s.files), shape=None, spacing=None,
+    row = dict(scan_id=s.scan_id, modality=s.modality, description=s.description,
+               slices=len(s.slices) or len(s.files), shape=None, spacing=None,
                kernel=s.kernel, readable=False, why_not=s.foreign)
     if s.foreign: return row
     try: g = check_series(s, source)[1]
@@ -267,15 +275,16 @@ def list_series(folder, # searched with all folders in it
 
 # %% ../../nbs/core/09_dicom.ipynb #62ebbba6
 def _check_named(found, source, s=None)->None:
-    "Raise `ReadError` where files without a series lie among those of a series, that of `s` if given"
+    "Raise `ReadError` where files without a series lie among those of a series, of `s` if given"
     places = lambda x: {p.parent for p in x.files}
     ct = [x for x in found if not x.foreign]
     for a in (x for x in ct if x.uid):
         for b in (x for x in ct if not x.uid):
             if (s is None or s in (a,b)) and places(a)&places(b):
                 lost,n = len(b.files),len(a.files)+len(b.files)
-                raise ReadError(source, f'{lost} of {n} CT files name no series (SeriesInstanceUID), the others do: '
-                                'nobody can tell whether they belong together',
+                raise ReadError(source, f'{lost} of {n} CT files name no series '
+                                '(SeriesInstanceUID), the others do: nobody can tell '
+                                'whether they belong together',
                                 'Put each series into a folder of its own, or export it again.')
 
 def choose_series(found, # `Series` of one folder
@@ -286,13 +295,18 @@ def choose_series(found, # `Series` of one folder
     ct = [s for s in found if not s.foreign]
     if series is None: hits = ct or found
     elif isinstance(series,Integral) or str(series).isdigit(): hits = found[int(series):int(series)+1] if int(series)>=0 else []
-    else: hits = [s for s in found if series in (s.uid or s.scan_id, s.scan_id)] or [s for s in found if series.lower() in f'{s.description} kernel {s.kernel}'.lower()]
+    else:
+        hits = [s for s in found if series in (s.uid or s.scan_id, s.scan_id)]
+        words = lambda s: f'{s.description} kernel {s.kernel}'.lower()
+        hits = hits or [s for s in found if series.lower() in words(s)]
     if len(hits)==1: return hits[0]
     rows = [(i,_row(x, source)) for i,x in enumerate(found) if x in (hits or found)]
     text = '; '.join(f'[{i}] {r["modality"]} {r["description"]!r} kernel {r["kernel"]!r}, {r["slices"]} slices, {r["why_not"] or "readable"}' for i,r in rows[:8])
     fault = f'{len(hits)} {"CT " if ct else ""}series {"found" if series is None else f"match series={series!r}"}: {text}'+f'; … {len(rows)-8} more'*(len(rows)>8)
     if series is None and ct and not any(r['readable'] or x.broken for (_,r),x in zip(rows,ct)): raise GeometryError(source, fault, 'None of them is a volume: give one that is.')
-    raise ReadError(source, fault, 'Choose with series= (on the command line --series) and an index, a uid or a part of the description.' if ct else 'Give a folder with a CT series.')
+    if not ct: raise ReadError(source, fault, 'Give a folder with a CT series.')
+    raise ReadError(source, fault, 'Choose with series= (on the command line --series) and an '
+                    'index, a uid or a part of the description.')
 
 # %% ../../nbs/core/09_dicom.ipynb #66942d37
 def read_dicom(path, # DICOM folder or file
@@ -319,4 +333,5 @@ def read_dicom(path, # DICOM folder or file
         mm = np.linalg.norm(off*grid.spacing[1:], axis=1).max(); deg = np.degrees(np.arctan2(mm, grid.spacing[0]*(len(slices)-1)))
         seen.append(f'gantry tilt of {deg:.1f}° corrected: slices moved by up to {mm:.1f} mm in their planes, linearly interpolated')
         air = -1024 if sure else v.min(); v,grid = upright(np.maximum(v, air), grid, off, air); ends = None
-    return v,grid,dict(units='HU' if sure else None, patient_id=pseudonym(s.patient), scan_id=s.scan_id, remarks=tuple(seen), ends=ends)
+    return v,grid,dict(units='HU' if sure else None, patient_id=pseudonym(s.patient),
+                       scan_id=s.scan_id, remarks=tuple(seen), ends=ends)

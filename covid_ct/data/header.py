@@ -13,7 +13,8 @@ import numpy as np, pydicom
 
 # %% ../../nbs/core/07_header.ipynb #98b8579f
 _CT = '1.2.840.10008.5.1.4.1.1.2' # class of a CT image; the enhanced ones begin with it
-_TAGS = '''SOPClassUID SOPInstanceUID Modality StudyInstanceUID SeriesInstanceUID SeriesNumber FrameOfReferenceUID SeriesDescription ImageType Rows Columns NumberOfFrames SamplesPerPixel
+_TAGS = '''SOPClassUID SOPInstanceUID Modality StudyInstanceUID SeriesInstanceUID SeriesNumber
+FrameOfReferenceUID SeriesDescription ImageType Rows Columns NumberOfFrames SamplesPerPixel
 PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept
 RescaleType GantryDetectorTilt ConvolutionKernel LossyImageCompression SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence'''.split()
 _PERSON = '''PatientName PatientID PatientBirthDate PatientAddress OtherPatientNames OtherPatientIDs AccessionNumber InstitutionName InstitutionAddress
@@ -82,7 +83,8 @@ def _plain(d)->str:
 def _one(d, path, i, notes, at, axes, pixel, hu)->Slice:
     m,b = ((_numbers(hu,k) or [None])[0] for k in ('RescaleSlope','RescaleIntercept'))
     shape,kind = (int(d.get('Rows')),int(d.get('Columns'))),_plain(d)
-    return Slice(Path(path), i, tag_text(d,'SOPInstanceUID'), shape, _numbers(at,'ImagePositionPatient'), _numbers(axes,'ImageOrientationPatient'),
+    return Slice(Path(path), i, tag_text(d,'SOPInstanceUID'), shape,
+                 _numbers(at,'ImagePositionPatient'), _numbers(axes,'ImageOrientationPatient'),
                  _numbers(pixel,'PixelSpacing'), m, b, (int(d.get('BitsStored') or 16),bool(d.get('PixelRepresentation'))), tuple(notes),
                  kind, d.at+i*shape[0]*shape[1]*int(kind[2]) if kind else 0, getattr(d,'z',0))
 
@@ -105,7 +107,7 @@ def foreign(d, # header
     "What a DICOM file is if it is no CT slice"
     kind,sop = _word(tag_text(d,'Modality')),tag_text(d,'SOPClassUID')
     what = [str(t).upper().strip() for t in np.atleast_1d(d.get('ImageType') or [])]
-    if kind!='CT' and tag_text(d,'Modality'): return f'modality {kind}, not CT' # a missing one is no other
+    if kind!='CT' and tag_text(d,'Modality'): return f'modality {kind}, not CT' # none is no other
     if sop.startswith('1.2.840.10008.5.1.4.1.1.7'): return 'a secondary capture, a picture of a screen'
     if sop and not sop.startswith(_CT): return f'not a CT image (class {_uid(sop)})'
     return 'a localizer, a projection for planning' if {'LOCALIZER','SCOUT'}&set(what) else ''

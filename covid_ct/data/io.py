@@ -60,7 +60,8 @@ def guess_units(v:np.ndarray, # voxels as stored
     lo,hi = v.min(),v.max()
     if lo>=0 and hi<=255: return 'unit' if hi<=1 and v.dtype.kind=='f' else 'uint8'
     raise UnitsError(source, f'values {lo:.5g} … {hi:.5g} are not HU (no air near −1000), not grey values 0 … 255, not in [0,1]',
-                     "If you know better, pass units='HU' in Python or write HU into the column units of a cohort; "
+                     "If you know better, pass units='HU' in Python "
+                     'or write HU into the column units of a cohort; '
                      'else restore the intercept that the file has lost.')
 
 # %% ../../nbs/core/10_io.ipynb #5b32935a
@@ -140,7 +141,8 @@ def _read_volume(path, allow, units, **about)->Scan:
 
 def _unknown(path, doubt)->GeometryError:
     return GeometryError(path, f'geometry is unknown: {doubt}',
-                         'Find the original, or pass allow_unknown_geometry=True (on the command line --allow-unknown-geometry; '
+                         'Find the original, or pass allow_unknown_geometry=True '
+                         '(on the command line --allow-unknown-geometry; '
                          'in a cohort, unknown in the column geometry) and do without millimetres.')
 
 # %% ../../nbs/core/10_io.ipynb #e0bdf8b7
@@ -221,7 +223,10 @@ def to_image(voxels:np.ndarray, # `(D,H,W)` on the grid of the scan; bool become
 def _write(image, path, overwrite)->Path:
     path = Path(path); end = _ending(path)
     if end not in ('.nii','.nii.gz','.mha','.nrrd'): raise DataError(path, 'has no ending that is written here', 'Use .nii.gz, .nii, .mha or .nrrd.')
-    if path.exists() and not overwrite: raise DataError(path, 'exists already', 'Choose another name, or pass overwrite=True (on the command line --overwrite).')
+    if path.exists() and not overwrite:
+        raise DataError(path, 'exists already',
+                        'Choose another name, or pass overwrite=True '
+                        '(on the command line --overwrite).')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, lambda tmp: sitk.WriteImage(image, str(tmp), end!='.nii'))

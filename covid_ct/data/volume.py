@@ -177,7 +177,7 @@ def promise(path, # volume file
 
 # %% ../../nbs/core/08_volume.ipynb #4e83a6d8
 def body_of(path, # volume file
-           )->Path: # the file that holds its voxels: itself, or one beside it that its header points to
+           )->Path: # the file that holds its voxels: itself, or one that its header points to
     "Where the voxels of a volume file lie; itself where its header cannot be read"
     path = Path(path)
     read_header = next((r for e,r in _READERS.items() if path.name.lower().endswith(e)), None)
