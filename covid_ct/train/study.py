@@ -144,9 +144,10 @@ def with_folds(
     cohort:pd.DataFrame, # one row per scan; returned as it is where it has `fold`
     recipe:Recipe, # its task
     seed:int=0, # seed of the split
-)->pd.DataFrame: # with `fold`: five folds and a test set
+    folds:int=5, # number of folds
+)->pd.DataFrame: # with `fold`
     "Split a cohort unless it is split; raises `SplitError` or `CohortError`"
-    if recipe.task=='segment':
+    if recipe.task=='segment' and 'path' in cohort:
         there = [given(p) for p in cohort.get('infection_mask', [None]*len(cohort))]
         cohort = cohort[there]
         if not len(cohort):
@@ -154,7 +155,7 @@ def with_folds(
                               'Segmentation learns from masks: give a cohort of slices that has them.')
     if 'fold' in cohort: return cohort
     by_slice = recipe.task=='segment' and not patient_known(cohort).all()
-    return split_patients(cohort, seed=seed, group='scan_id' if by_slice else 'patient_id')
+    return split_patients(cohort, folds, seed=seed, group='scan_id' if by_slice else 'patient_id')
 
 # %% ../../nbs/core/52_study.ipynb #8a717073
 def cross_validate(
@@ -228,5 +229,5 @@ def evaluate(
                        'Make the same batches and use covid_ct.train.loop.predict.')
     said = refuse_trained(run, cohort, unchecked)
     found = predict(model, batches_of(cohort, r, batch_size, **kwargs), r.classes, r.task)
-    found.attrs['warnings'] = [*config['warnings'], *([said] if said else [])]
+    found.attrs['warnings'] = [*config.get('warnings', []), *([said] if said else [])]
     return found
