@@ -444,6 +444,24 @@ def test_every_run_carries_its_split(study, tmp_path, monkeypatch, how):
     assert len(found) == len(held_out(cohort)) and found.attrs["warnings"] == []
 
 
+@pytest.mark.slow
+def test_the_command_refuses_patients_of_the_training(tmp_path, monkeypatch, capsys):
+    "One line, exit code 2, nothing written; and so for the run that make demo leaves"
+    from covid_ct import demo
+    from covid_ct.cli import main
+    class Enough(Exception): pass
+    def enough(*a, **k): raise Enough
+    monkeypatch.setattr(demo, "known_lungs", enough)
+    monkeypatch.setattr(demo, "recipe", lambda *a: change(recipe(), model_kwargs=dict(classes=3, depth=32, width=2, blocks=(1, 1, 1, 1), strides=(2, 2, 2, 1))))
+    with pytest.raises(Enough): demo.run_demo(tmp_path / "d", patients=30, epochs=1, jobs=1)
+    assert len(run_split(tmp_path / "d" / "run")) > 30
+    csv = next((tmp_path / "d" / "scans").glob("cohort.csv"))
+    capsys.readouterr()
+    code = main(["evaluate", str(csv), "--run", str(tmp_path / "d" / "run"), "--out", str(tmp_path / "answers.csv")])
+    told = capsys.readouterr().err.strip()
+    assert code == 2 and "both sides" in told and len(told.splitlines()) == 1 and not (tmp_path / "answers.csv").exists()
+
+
 def test_a_test_set_that_was_trained_on(study, tmp_path):
     cohort, r = study
     run = train_fold(cohort, 0, r, tmp_path / "r", progress=False, load=load)

@@ -338,8 +338,10 @@ def test_the_papers_recipe_trains_on_slices(tmp_path, layout):
     masked = cohort[cohort.infection_mask.notna()]
     run = train(tmp_path / "set", toy_paper(), tmp_path / "run", progress=False, workers=0)
     check_run(run, masked, tmp_path / "run")
-    said = " ".join(run.config["warnings"])
-    assert "Patients are unknown" in said and said in (tmp_path / "run" / "model_card.md").read_text("utf-8").replace("**", "") or len(run.config["warnings"]) > 1
+    said, card = run.config["warnings"], (tmp_path / "run" / "model_card.md").read_text("utf-8")
+    assert "Patients are unknown" in said[-1] and all(f"**{w}**" in card for w in said)
+    left = len(cohort) - len(masked)
+    assert len(said) == 1 + bool(left) and (not left or said[0].startswith(f"{left} of {len(cohort)} slices"))
     split = run_split(tmp_path / "run")
     held = masked[masked.scan_id.isin(split.scan_id[split.fold == -1])]
     found = evaluate(tmp_path / "run", held)
