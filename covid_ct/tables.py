@@ -103,7 +103,8 @@ def _caveats(runs, names, factual=False):
     if any(r.phantoms for r in mine): out.append('phantoms: no reproduction')
     elif any(not r.config.get('trained_on') for r in mine): out.append('data not named: no reproduction')
     if factual: out = []                                    # the size of a network, whatever it learned from
-    other = sorted({r.recipe['name'] for r in mine if (not factual and r.changed) or 'model_kwargs' in r.changed})
+    other = [r for r in mine if r.changed and (not factual or 'model_kwargs' in r.changed)]
+    other = sorted({r.recipe['name'] for r in other})
     if other: out.append(f'no difference, not the paper\'s recipe: {"; ".join(other)}')
     return out, not out
 

@@ -318,6 +318,15 @@ def test_every_field_refuses_what_it_cannot_be(k):
         with pytest.raises(RecipeError): from_dict({**to_dict(R), k: v})
 
 
+@pytest.mark.parametrize("word", ["milestones=5", "lr=null", "epochs=2.5", "seed=-1", "classes=covid", 'model_kwargs=[1]'])
+def test_the_command_says_what_a_field_accepts(tmp_path, capsys, word):
+    from covid_ct.cli import main
+    assert main(["train", str(tmp_path / "c"), str(tmp_path / "r"), "--set", word]) == 2
+    told = capsys.readouterr().err.strip()
+    assert word.partition("=")[0] in told and "Give a" in told and len(told.splitlines()) == 1
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize("k, v", [("lr", 0), ("lr", -1.), ("decay", 0.), ("weight_decay", -.1), ("ema", 1), ("clip", -1), ("seed", -1), ("seed", 2**32), ("slice_size", 0), ("warmup", -1), ("epochs", 0)])
 def test_ranges(k, v):
     with pytest.raises(RecipeError) as e: change(R, **{k: v})

@@ -285,7 +285,7 @@ def fit(
     about:dict=None, # facts for config.json: `trained_on`, `fold`, anything else that JSON can hold
     progress:bool=True, # show something
     engine:Engine=Engine(), # how the machine does it
-    split:pd.DataFrame|None=None, # `scan_id patient_id fold` of all scans; None: what loaders of this package know
+    split:pd.DataFrame|None=None, # `scan_id patient_id fold`; None: what loaders of this package know
 )->Run: # with the best weights in its model
     "Train by a recipe into a run folder; raises `RunError` for the folder, `TrainError` for the training. Ctrl-C ends early and keeps what was learned"
     about = about or {}

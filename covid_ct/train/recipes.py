@@ -103,7 +103,8 @@ def sourced()->list:
 # %% ../../nbs/core/51_recipes.ipynb #b712035f
 _KINDS = {str:'a word', int:'a whole number', float:'a number',
           tuple:'a list', dict:'a dict, as {"depth": 32}'}
-_LISTS = dict(classes=', as ["cap", "covid"]', milestones=', as [30, 60]', faults=' of sentences')
+_LISTS = dict(classes=', as ["cap", "covid"]', milestones=', as [30, 60]',
+              faults=' of sentences')
 _NO_LIMIT, _ABOVE_0 = float('inf'), 5e-324 # the smallest number above 0
 _RANGES = {k: (1, _NO_LIMIT, ' of at least 1') for k in
            ('batch_size','epochs','accumulate','slice_size')} | {
@@ -241,7 +242,8 @@ def change(
     name, _, before = new.name.partition(_MARK)
     if 'name' in kwargs or (new.system, name) in RECIPES: return new
     before = before.rstrip(')').split(', ')
-    changed = [k for k in sourced() if k!='seed' and (k in before or getattr(new,k)!=getattr(recipe,k))]
+    changed = [k for k in sourced() if k!='seed'
+               and (k in before or getattr(new,k)!=getattr(recipe,k))]
     return replace(new, name=_marked(name, changed))
 
 # %% ../../nbs/core/51_recipes.ipynb #83da33e7

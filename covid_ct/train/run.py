@@ -179,7 +179,7 @@ def open_run(
     return True
 
 # %% ../../nbs/core/45_run.ipynb #45a10001
-class UncheckedWarning(UserWarning): "An evaluation of patients of whom nobody knows whether they were trained on"
+class UncheckedWarning(UserWarning): "Patients of whom nobody knows whether they were trained on"
 
 def _own_split(path):
     "The split in a file; raises `RunError` where it cannot be read"

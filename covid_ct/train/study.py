@@ -15,15 +15,17 @@ from ..data.augment import AUGMENTS
 from ..data.cache import given
 from ..data.load import ScanDataset, make_loader, make_loaders
 from ..data.preprocess import PREPS
-from ..data.sample import ClassBalancedSampler, CompositionSampler, SizeBalancedSampler, UniformSampler
+from ..data.sample import (ClassBalancedSampler, CompositionSampler, SizeBalancedSampler,
+                                  UniformSampler)
 from ..data.slices import SliceBatches, SliceDataset
 from ..data.public import open_cohort
-from ..data.split import fold_parts, patient_known, split_hash, split_patients, test_part, write_split
+from ..data.split import (fold_parts, patient_known, split_hash, split_patients, test_part,
+                                 write_split)
 from ..evaluate.metrics import classification_metrics
 from ..scan import CohortError
 from .loop import Engine, TrainError, build_model, fit, load_run, predict
 from .recipes import Recipe, RecipeError
-from .run import (Run, RunError, open_run, positive_of, read_config, refuse_trained, run_split,
+from .run import (Run, RunError, open_run, positive_of, read_config, refuse_trained,
                                 write_documents, write_text)
 from .task import TASKS, dice_table
 
@@ -32,7 +34,7 @@ def make_sampler(
     cohort:pd.DataFrame, # training scans
     recipe:Recipe, # its sampler, sampler_kwargs, classes and seed
 )->torch.utils.data.Sampler: # of rows, or of whole batches
-    "Sampler of a recipe; raises `CohortError` for a cohort it cannot draw from, `RecipeError` for its settings"
+    "Sampler of a recipe; raises `CohortError` for the cohort, `RecipeError` for the settings"
     kw = dict(seed=recipe.seed) | recipe.sampler_kwargs
     try:
         if recipe.sampler=='uniform': return UniformSampler(cohort, **kw)
@@ -41,7 +43,7 @@ def make_sampler(
         return CompositionSampler(cohort, **kw)
     except TypeError as e:
         raise RecipeError(f'recipe {recipe.system} {recipe.name}',
-                          f'{recipe.sampler} does not take sampler_kwargs={recipe.sampler_kwargs!r} ({e})',
+                          f'{recipe.sampler} does not take {recipe.sampler_kwargs!r} ({e})',
                           'Compare with another recipe that has this sampler.') from e
 
 # %% ../../nbs/core/52_study.ipynb #c72170da
@@ -52,7 +54,7 @@ def dataset_of(
     root=None, # folder that paths in the table start from; None: the cohort's own
     **kwargs, # `load`, `cache`, `lungs` for `ScanDataset`; slices stay in memory and need none
 )->torch.utils.data.Dataset: # `ScanDataset` or `SliceDataset`
-    "What a network of this recipe reads; raises `TrainError` for a recipe without prep, `CohortError` for the rows"
+    "What a network of this recipe reads; raises `TrainError` without a prep, `CohortError` for rows"
     if recipe.task=='segment': return SliceDataset(rows, recipe.slice_size, root=root)
     if recipe.prep:
         return ScanDataset(rows, PREPS[recipe.prep], recipe.classes, root, masks=masks, **kwargs)
@@ -98,7 +100,8 @@ def scores_of(
     recipe:Recipe, # its task and classes
 )->pd.DataFrame: # index metric, one column per reading
     "Scores of answers in every reading of the task"
-    if recipe.task=='classify': return classification_metrics(answers, positive_of(recipe), recipe.classes)
+    if recipe.task=='classify':
+        return classification_metrics(answers, positive_of(recipe), recipe.classes)
     t = dice_table(answers, recipe.classes, n=1)
     return t.pivot(index='metric', columns='setting', values='value')
 
@@ -107,11 +110,12 @@ def score_test(
     batches, # iterable of Batch dicts of the test set
     unchecked:bool=False, # as for `evaluate`
 )->pd.DataFrame: # index metric, one column per reading
-    "Predict the test set by the best weights and add it to the run; raises `SplitError` for patients of the training"
+    "Predict the test set and add it to the run; raises `SplitError` for patients of the training"
     r = run.recipe
     test = predict(run.model, batches, r.classes, r.task).assign(part='test')
     refuse_trained(run.folder, test, unchecked)
-    run.predictions = pd.concat([run.predictions[run.predictions.part!='test'], test], ignore_index=True)
+    others = run.predictions[run.predictions.part!='test']
+    run.predictions = pd.concat([others, test], ignore_index=True)
     write_text(run.folder/'predictions.csv', run.predictions.to_csv(index=False))
     write_documents(run)
     return scores_of(test, r)
@@ -129,13 +133,14 @@ def train_fold(
     engine:Engine=Engine(), # how the machine does it
     **kwargs, # for `fold_loaders`
 )->Run: # with predictions on validation and test set
-    "Train and test one fold, or go on where it was stopped; raises `RunError` for a folder of another recipe, split or fold"
+    "Train and test one fold, or go on with it; raises `RunError` for a folder of another run"
     open_run(out, recipe, 'auto', split_hash(cohort), k)
     train, valid, test = fold_loaders(cohort, k, recipe, **kwargs)
     about = dict(about or {}, fold=k)
     if 'split_by' in cohort: about['warnings'] = [*about.get('warnings', []), _BY_SLICE]
     set_seed(recipe.seed)
-    run = fit(build_model(recipe), train, valid, recipe, out, 'auto', about, progress, engine, cohort)
+    model = build_model(recipe)
+    run = fit(model, train, valid, recipe, out, 'auto', about, progress, engine, cohort)
     if not run.interrupted and test is not None: score_test(run, test)
     return run
 
@@ -155,7 +160,8 @@ def with_folds(
                               'Segmentation learns from masks: give a cohort of slices that has them.')
     if 'fold' in cohort: return cohort
     by_slice = recipe.task=='segment' and not patient_known(cohort).all()
-    return split_patients(cohort, folds, seed=seed, group='scan_id' if by_slice else 'patient_id')
+    group = 'scan_id' if by_slice else 'patient_id'
+    return split_patients(cohort, folds, seed=seed, group=group)
 
 # %% ../../nbs/core/52_study.ipynb #8a717073
 def cross_validate(
@@ -169,7 +175,8 @@ def cross_validate(
 )->pd.DataFrame: # index (setting, metric); a column per fold, mean, std
     "Train each fold, test all on the same patients (Shi et al. 2021, IV-A); finished folds are not trained again"
     cohort, out = with_folds(cohort, recipe, split_seed), Path(out)
-    if not len(test_part(cohort)): raise TrainError('cohort', 'has no test set', 'Split it with split_patients(cohort, test=.2).')
+    if not len(test_part(cohort)):
+        raise TrainError('cohort', 'has no test set', 'Split it with split_patients(cohort, test=.2).')
     folds = [int(k) for k in sorted(cohort.fold[cohort.fold>=0].unique())]
     done = [_finished(out/f'fold_{k}', recipe, split_hash(cohort), k) for k in folds]
     out.mkdir(parents=True, exist_ok=True)
@@ -177,7 +184,8 @@ def cross_validate(
     scores = {}
     for k,there in zip(folds, done):
         folder = out/f'fold_{k}'
-        if not there and train_fold(cohort, k, recipe, folder, about, progress, **kwargs).interrupted: break
+        run = None if there else train_fold(cohort, k, recipe, folder, about, progress, **kwargs)
+        if run and run.interrupted: break
         test = pd.read_csv(folder/'predictions.csv').query("part=='test'")
         scores[f'fold_{k}'] = scores_of(test, recipe).unstack()
     t = pd.DataFrame(scores)
@@ -188,7 +196,7 @@ def cross_validate(
 
 # %% ../../nbs/core/52_study.ipynb #3e053f66
 def _finished(folder, recipe, split, k):
-    "Whether a fold of this recipe and split was trained and tested; raises `RunError` for a folder of another"
+    "Whether this fold was trained and tested; raises `RunError` for a folder of another run"
     if not open_run(folder, recipe, 'auto', split, k): return False
     p = folder/'predictions.csv'
     if read_config(folder)['status']!='finished' or not p.exists(): return False
@@ -207,11 +215,13 @@ def train(
     **kwargs, # `load`, `root`, `cache`, `workers`
 )->Run: # with predictions on validation and test set
     "Train one network on a cohort, or go on where it was stopped; raises `CohortError`, `SplitError`, `RunError` or `TrainError`"
-    about = {'trained_on': '' if isinstance(cohort, pd.DataFrame) else Path(cohort).name} | (about or {})
-    cohort = cohort if isinstance(cohort, pd.DataFrame) else open_cohort(cohort)
+    named = '' if isinstance(cohort, pd.DataFrame) else Path(cohort).name
+    about = dict(trained_on=named) | (about or {})
+    cohort = open_cohort(cohort) if named else cohort
     rows = with_folds(cohort, recipe, split_seed)
     if len(rows)<len(cohort):
-        about['warnings'] = [f'{len(cohort)-len(rows)} of {len(cohort)} slices have no mask and were left out.']
+        left = f'{len(cohort)-len(rows)} of {len(cohort)}'
+        about['warnings'] = [f'{left} slices have no mask and were left out.']
     return train_fold(rows, fold, recipe, out, about, progress, engine, **kwargs)
 
 def evaluate(
@@ -220,12 +230,12 @@ def evaluate(
     batch_size:int=8, # scans at a time
     unchecked:bool=False, # accept patients who cannot be looked up; the result and a warning say so
     **kwargs, # `load`, `root`, `cache`, `workers`
-)->pd.DataFrame: # one row per scan, as `predict` gives it; `.attrs['warnings']`: what has to be said of it
-    "Answers of a trained network for other scans, or slices; raises `SplitError` for patients it was trained on, `RunError` for the folder"
+)->pd.DataFrame: # one row per scan; `.attrs['warnings']`: what has to be said of the result
+    "Answers of a trained network; raises `SplitError` for patients it learned from, `RunError` for the folder"
     model, r, config = load_run(run)
     cohort = cohort if isinstance(cohort, pd.DataFrame) else open_cohort(cohort)
     if r.task!='segment' and r.prep not in PREPS:
-        raise RunError(run, f'was trained on batches of the caller: its recipe {r.system} {r.name} names no prep',
+        raise RunError(run, f'was trained on batches of the caller: {r.system} {r.name} names no prep',
                        'Make the same batches and use covid_ct.train.loop.predict.')
     said = refuse_trained(run, cohort, unchecked)
     found = predict(model, batches_of(cohort, r, batch_size, **kwargs), r.classes, r.task)
