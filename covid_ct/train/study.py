@@ -217,7 +217,7 @@ def train(
     "Train one network on a cohort, or go on where it was stopped; raises `CohortError`, `SplitError`, `RunError` or `TrainError`"
     named = '' if isinstance(cohort, pd.DataFrame) else Path(cohort).name
     about = dict(trained_on=named) | (about or {})
-    cohort = open_cohort(cohort) if named else cohort
+    cohort = cohort if isinstance(cohort, pd.DataFrame) else open_cohort(cohort)
     rows = with_folds(cohort, recipe, split_seed)
     if len(rows)<len(cohort):
         left = f'{len(cohort)-len(rows)} of {len(cohort)}'
