@@ -84,13 +84,14 @@ def plain_table(
 # %% ../nbs/core/91_demo.ipynb #0e4b584c
 def fill_cache(
     cohort:pd.DataFrame, # on disk
-    recipe, # its `prep` and `classes`
+    recipe, # its `prep`, `classes` and `masks`
     root, # folder of the scans
     cache, # folder for prepared scans
     jobs:int=2, # processes
 )->dict: # what data sets of this cohort need: `root` and `cache`
     "Prepare every scan once; raises `CohortError` naming the first that cannot be"
-    failed = ScanDataset(cohort, PREPS[recipe.prep], recipe.classes, root=root, cache=cache).fill(jobs=jobs).failures
+    data = ScanDataset(cohort, PREPS[recipe.prep], recipe.classes, root=root, cache=cache, masks=recipe.masks)
+    failed = data.fill(jobs=jobs).failures
     if len(failed): raise CohortError(failed.scan_id[0], failed.fault[0], failed.remedy[0] or 'Repair or exclude the scan.')
     return dict(root=root, cache=cache)
 

@@ -128,8 +128,10 @@ def _said(runs, tables):
     "What stands above all numbers"
     every = pd.concat(tables.values()); lack = sorted({p for n in every.note for p in n.split('; ') if p.startswith('no run of')}); out = []
     if any(r.phantoms for r in runs): out.append('**Results on phantoms.** They show that the machinery works; they reproduce nothing and have no difference from the paper\'s numbers.')
-    other = sorted({f"{r.recipe['system']}/{r.recipe['name']}" for r in runs if r.recipe['name']!='paper'})
-    if other: out.append(f'Not the paper\'s recipe: {", ".join(other)}.')
+    other = sorted({f"{r.recipe['system']}/{r.recipe['name']}: {', '.join(r.changed)}" for r in runs if r.changed})
+    if other:
+        out.append('Not the paper\'s recipe, so without a difference from its numbers; what is other: '
+                   f'{"; ".join(other)}.')
     if lack: out.append('Empty cells: '+'; '.join(lack)+'.')
     return '\n\n'.join([*out, 'For teaching and research, not for clinical use.'])
 

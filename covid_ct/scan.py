@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['UNITS', 'DataError', 'ReadError', 'GeometryError', 'UnitsError', 'VoxelError', 'NotAChestError', 'CohortError',
-           'SplitError', 'write_atomic', 'Grid', 'check_same_grid', 'Scan', 'Map']
+           'SplitError', 'write_atomic', 'evaluating', 'Grid', 'check_same_grid', 'Scan', 'Map']
 
 # %% ../nbs/core/00_scan.ipynb #c456645a
 import os, uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -49,6 +51,17 @@ def write_atomic(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
     return path
+
+# %% ../nbs/core/00_scan.ipynb #e7a10001
+@contextmanager
+def evaluating(
+    model, # any network of PyTorch
+)->Iterator: # yields the model, in evaluation mode
+    "Evaluation mode inside the block; afterwards every module is in the mode it was in"
+    modes = [(m, m.training) for m in model.modules()]
+    try: yield model.eval()
+    finally:
+        for m,training in modes: m.training = training
 
 # %% ../nbs/core/00_scan.ipynb #6667a278
 _EYE = ((1.,0.,0.),(0.,1.,0.),(0.,0.,1.))

@@ -18,12 +18,15 @@ from .evaluate.statistics import paired_t
 from .models.dual_sampling import VARIANTS, combine, ratio_group
 from .scan import DataError
 from .train.dual import readings
-from .train.recipes import Recipe
+from .train.recipes import Recipe, changed_fields, name_of
 from .train.run import read_config
 from .train.task import classes_in, dice_of
 
 # %% ../nbs/core/65_seats.ipynb #76f5cb50
 class TableError(DataError): "Runs that do not make a table of a paper"
+
+_CHOSEN = dict(dual_sampling=('sampler','sampler_kwargs','loss','loss_kwargs'),
+               prior_attention=('loss','loss_kwargs'), raunet=('augment',)) # differs from row to row of their tables
 
 @dataclass(frozen=True)
 class Found:
@@ -34,7 +37,13 @@ class Found:
     phantoms:bool=False # whether its scans are drawn
 
     @property
-    def recipe(self)->dict: return {f.name: f.default for f in fields(Recipe) if f.default is not MISSING} | self.config['recipe'] # with fields that it was too old to know
+    def recipe(self)->dict: # with fields that it was too old to know, and the name that it deserves
+        values = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING} | self.config['recipe']
+        return values | dict(name=name_of(values))
+    @property
+    def changed(self)->list: # fields other than in the paper's recipe, without what chooses the row
+        chosen = ('model', *_CHOSEN.get(self.config['system'], ()))
+        return [k for k in changed_fields(self.recipe, 'paper') if k not in chosen]
     @property
     def seat(self)->tuple: # network and what else decides the row of a table that it stands for
         r, sampler = self.recipe, dict(uniform='us', size_balanced='ss')

@@ -97,20 +97,22 @@ def _where(paper, table, part):
     if paper=='raunet': return ('valid', part, '')
     return ('test','','') if paper=='darnet' else ('held-out' if table in ('II','III') else 'shared', '', '')
 
-def _caveats(runs, names):
+def _caveats(runs, names, factual=False):
     "What must be said of the runs behind a number, and whether it may be held against the paper's"
-    mine = [r for r in runs if any(n.startswith(r.name+'/') for n in names)]; out = []
+    mine, out = [r for r in runs if any(n.startswith(r.name+'/') for n in names)], []
     if any(r.phantoms for r in mine): out.append('phantoms: no reproduction')
     elif any(not r.config.get('trained_on') for r in mine): out.append('data not named: no reproduction')
-    other = sorted({r.recipe['name'] for r in mine}-{'paper'})
-    return out+([f'recipe {", ".join(other)}'] if other else []), not out
+    if factual: out = []                                    # the size of a network, whatever it learned from
+    other = [r for r in mine if r.changed and (not factual or 'model_kwargs' in r.changed)]
+    other = sorted({r.recipe['name'] for r in other})
+    if other: out.append(f'no difference, not the paper\'s recipe: {"; ".join(other)}')
+    return out, not out
 
 # %% ../nbs/core/65_tables.ipynb #017497d7
 def _line(r, runs, ours=float('nan'), note='', files=(), factual=False, **kw):
     "A line of a table; the difference only where it may stand"
-    caveats, fair = _caveats(runs, files) if len(files) else ([], False)
-    good = (fair or factual) and np.isfinite(ours)
-    if factual: caveats = [c for c in caveats if c.startswith('recipe')]
+    caveats, fair = _caveats(runs, files, factual) if len(files) else ([], False)
+    good = fair and np.isfinite(ours)
     return dict(part=r.part, row=r.row, metric=r.metric, unit=r.unit, digits=r.digits, printed=r.printed, theirs=r.value, theirs_sd=r.sd, theirs_scans=r.scans, ours=ours,
                 difference=ours-r.value if good else float('nan'), note='; '.join(n for n in [note, *caveats] if n), files='; '.join(files), source=r.source)|kw
 

@@ -10,7 +10,7 @@ from captum.attr import LayerGradCam
 from covid_ct.data.preprocess import Prep, prepare
 from covid_ct.browse.overlay import compare, overlay
 from covid_ct.explain.cam import (METHODS, all_cams, attention_maps, baselines, bring_back, cam, center_gaussian, contrast_cam, explain, explain_all, find_layer, grad_cam, grad_cam_pp,
-                                  inspecting, layer_sizes, normalise)
+                                  evaluating, layer_sizes, normalise)
 from covid_ct.models.darnet import DARNET_ROWS
 from covid_ct.models.dual_sampling import DUAL_ROWS
 from covid_ct.models.prior_attention import PARL_ROWS
@@ -117,9 +117,9 @@ def test_leaves_no_trace(f):
     assert all(torch.equal(v, buffers[k]) for k, v in m.state_dict().items()) and all(p.grad is None for p in m.parameters())
 
 
-def test_inspecting_restores_after_an_error():
+def test_evaluating_restores_after_an_error():
     m = net().train(); m.stages[2].eval(); before = state(m)
-    with pytest.raises(KeyError), inspecting(m): m.stages[0].train(); raise KeyError
+    with pytest.raises(KeyError), evaluating(m): m.stages[0].train(); raise KeyError
     assert state(m) == before
 
 
@@ -322,7 +322,7 @@ def test_bring_back_keeps_or_stretches():
 def test_depth_and_channel_gates():
     s = make_scan(); q = prepare(s, Prep(size=(8, 32, 32))); m = net().float().train(); x = torch.tensor(q.voxels)[None, None]
     maps = attention_maps(m, q, s)
-    with inspecting(m), torch.no_grad(): gates = m.outputs(x)
+    with evaluating(m), torch.no_grad(): gates = m.outputs(x)
     assert m.training and len(maps) == 16 and all(k.grid == s.grid and k.label == "" for k in maps.values()) and not any(k._forward_hooks for k in m.modules())
     first = maps["depth gate stages.0.0.gates.depth"]
     assert np.ptp(first.values, axis=(1, 2)).max() < 1e-6
@@ -352,7 +352,7 @@ def test_online_attention_and_prior_maps():
     assert list(got) == ["online attention"] and np.allclose(got["online attention"].values, q.back(a).clip(0, 1), atol=1e-5)
     p = PARL_ROWS["pa-66-m"](depth=32, width=4, blocks=(1, 1, 1, 1), hidden=16); units = attention_maps(p, cube, s)
     assert [k for k in units] == [f"prior attention unit {i}" for i in (1, 2, 3, 4)] and all(k.values.max() == 1 for k in units.values())
-    with torch.no_grad(), inspecting(p): raw = p.outputs(torch.tensor(cube.voxels)[None, None])["attention_maps"][0][0].numpy()
+    with torch.no_grad(), evaluating(p): raw = p.outputs(torch.tensor(cube.voxels)[None, None])["attention_maps"][0][0].numpy()
     assert np.unravel_index(units["prior attention unit 1"].values.argmax(), s.shape) == np.unravel_index(cube.back(raw).argmax(), s.shape)
     for row, hidden in (("sa-66", (16, 16)), ("sa-66-m", 16)):                            # the multi-task twin has no prior either
         assert list(attention_maps(PARL_ROWS[row](depth=32, width=4, blocks=(1, 1, 1, 1), hidden=hidden), cube, s))[0] == "self-attention unit 1"
@@ -364,7 +364,7 @@ def test_lsh_buckets():
     got = attention_maps(m, q, s, at=(5, 30, 7))
     top = got["LSH bucket decode.1.attend"].values
     assert list(got) == ["LSH bucket decode.0.attend", "LSH bucket decode.1.attend"] and top[5, 30, 7] == pytest.approx(1) and not top[:4].any() and not top[7:].any()
-    with torch.no_grad(), inspecting(m): b = m.outputs(torch.tensor(q.voxels[5])[None, None])["buckets"][1]
+    with torch.no_grad(), evaluating(m): b = m.outputs(torch.tensor(q.voxels[5])[None, None])["buckets"][1]
     assert np.allclose(top[5], (b == b[..., 30:31, 7:8]).float().mean((0, 2))[0].numpy(), atol=1e-5)
     with pytest.raises(GeometryError, match="outside"): attention_maps(m, q, s, at=(5, 99, 7))
 

@@ -362,3 +362,31 @@ def test_paired():
                                          (lambda c: c[c.label == "covid"], "cap"), (lambda c: c[(c.label == "cap") | (c.infection_ratio > .03)], "covid_small"), (lambda c: c[c.fold != -1].iloc[:0], "no ")])
 def test_bad_cohorts(change, word):
     with pytest.raises(CohortError, match=word): protocol(check_cohort(change(cohort())), told())
+
+
+# --- trained from a cohort by its recipe ---
+
+@pytest.mark.parametrize("call", ["train_fold", "train", "cross_validate"])
+def test_every_path_asks_for_the_masks_of_the_recipe(tmp_path, monkeypatch, call):
+    "The attention loss needs lungs and infection; the test set is asked for no mask"
+    from covid_ct.data.preprocess import PREPS
+    from covid_ct.data.split import split_patients
+    from covid_ct.phantom import phantom_cohort, phantom_of
+    from covid_ct.train import study
+    from covid_ct.train.recipes import change, recipe
+    monkeypatch.setitem(PREPS, "brick", Prep(size=(8, 16, 16)))
+    small = dict(classes=2, depth=8, width=4, blocks=(1, 1, 1), strides=(1, 1, 1))
+    r = change(recipe("dual_sampling", "tiny"), "test", prep="brick", model_kwargs=small, epochs=1, milestones=())
+    assert r.masks == ("lung", "infection") and recipe("darnet", "paper").masks == ()
+    cohort = phantom_cohort(12, seed=4, labels=("cap", "covid"), second_scan=0)
+    cohort = split_patients(cohort, folds=2, test=.2)
+    asked, real = [], study.ScanDataset
+    def noted(rows, *a, **kw):
+        asked.append((set(rows.fold), kw["masks"]))
+        return real(rows, *a, **kw)
+    monkeypatch.setattr(study, "ScanDataset", noted)
+    kw = dict(progress=False, load=partial(phantom_of, shape=(16, 32, 32)))
+    if call == "train_fold": assert study.train_fold(cohort, 0, r, tmp_path / "r", **kw).history.train_attention.notna().all()
+    if call == "train": assert study.train(cohort, r, tmp_path / "r", **kw).history.train_attention.notna().all()
+    if call == "cross_validate": assert study.cross_validate(cohort, r, tmp_path / "r", **kw).notna().any(axis=None)
+    assert all(masks == (() if folds == {-1} else r.masks) for folds, masks in asked) and len({*map(str, asked)}) >= 3

@@ -19,8 +19,9 @@ from covid_ct.train import loop
 from covid_ct.evaluate.metrics import PredictionError
 from covid_ct.train.loop import Engine, TrainError, fit, load_run, make_accelerator, predict, rate
 from covid_ct.train.recipes import RECIPES, Recipe, RecipeError, change, from_dict, recipe, source_table, sourced, to_dict
-from covid_ct.train.run import AuditWarning, RunError, audit_hint, read_tensors
-from covid_ct.train.study import cross_validate, fold_loaders, train_fold
+from covid_ct.scan import SplitError
+from covid_ct.train.run import AuditWarning, RunError, UncheckedWarning, audit_hint, read_tensors, run_split
+from covid_ct.train.study import cross_validate, evaluate, fold_loaders, score_test, train, train_fold, with_folds
 from covid_ct.train.task import TaskError, dice, dice_rows, dice_table, segment_rows
 from torch import nn
 
@@ -245,6 +246,40 @@ def test_predict_restores_mode_and_knows_unlabelled_scans():
     assert m.training and list(p.scan_id) == ["a", "b"] and p.label.isna().all() and np.allclose(np.exp(p.logit_cap - p.logit_covid), p.prob_cap / p.prob_covid)
 
 
+def test_frozen_layers_stay_frozen():
+    "Whoever answers a question restores every module, not only the top: also the sliding window and the tables of sizes"
+    from covid_ct.data.slices import segment_scan
+    from covid_ct.models.measures import effective_field
+    from covid_ct.models.prior_attention import size_table
+    from covid_ct.models.resnet3d import stage_table
+    from covid_ct.models.sliding import slabs
+    from covid_ct.models.zoo import build
+    from covid_ct.scan import Scan
+    def modes(m): return [(n, k.training) for n, k in m.named_modules()]
+    def asked(m, ask):
+        m.train()
+        norm = next(k for k in m.modules() if isinstance(k, (nn.BatchNorm2d, nn.BatchNorm3d))); norm.eval()
+        before = modes(m); ask(m)
+        assert modes(m) == before and m.training and not norm.training
+    flat = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4))
+    full = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.BatchNorm3d(2))
+    resnet = build("darnet", classes=3, depth=8, width=4, blocks=(1, 1, 1, 1))
+    scan = Scan(np.random.default_rng(0).normal(-600, 200, (3, 16, 16)).astype("i2"), (5., 2., 2.))
+    asked(net(), lambda m: predict(m, blobs(6, 1), C3))
+    asked(flat, lambda m: segment_scan(m, scan, 16))
+    asked(full, lambda m: [*slabs(m, np.zeros((1, 8, 8, 8), "f4"), (4, 4, 4))])
+    asked(resnet, lambda m: stage_table(m, (8, 32, 32)))
+    asked(resnet, lambda m: effective_field(m, torch.rand(1, 1, 8, 32, 32)))
+    small = build("pa-66-m", **ROWS["pa-66-m"].small)
+    asked(small, size_table)
+
+
+def test_predict_restores_after_an_error():
+    m = net().train(); m[1].eval()
+    with pytest.raises(KeyError): predict(m, [dict(picture=1)], C3)
+    assert m.training and not m[1].training and m[3].training
+
+
 # recipes
 
 @pytest.mark.parametrize("key", RECIPES)
@@ -264,6 +299,63 @@ def test_recipe_refusals():
     for bad in ([], {}, {**to_dict(R), "x": 1}, {**to_dict(R), "milestones": 3}, {**to_dict(R), "epochs": "ten"}):
         with pytest.raises(RecipeError): from_dict(bad)
     assert issubclass(RecipeError, DataError) and change(recipe(), epochs=2).epochs == 2
+
+
+KIND = {"classes": "a list", "milestones": "a list", "faults": "a list", "model_kwargs": "a dict", "loss_kwargs": "a dict", "sampler_kwargs": "a dict", "sources": "a dict",
+        **{k: "a whole number" for k in ("batch_size", "epochs", "decay_every", "warmup", "accumulate", "seed", "slice_size")},
+        **{k: "a number" for k in ("lr", "weight_decay", "decay", "clip", "ema")}}
+
+
+@pytest.mark.parametrize("k", list(to_dict(R)))
+def test_every_field_refuses_what_it_cannot_be(k):
+    "Whatever JSON can hold, for every field: the error names field, value and what is accepted"
+    kind = KIND.get(k, "a word")
+    good = {"a word": (str,), "a list": (list,), "a dict": (dict,), "a whole number": (int,), "a number": (int, float)}[kind]
+    for v in (None, True, 5, 2.5, "x", [1], {"a": 1}, float("nan"), float("inf")):
+        if type(v) in good and v == v and v != float("inf"): continue
+        with pytest.raises(RecipeError) as e: change(R, **{k: v})
+        assert f"{k}={v!r}" in str(e.value) and kind in str(e.value)
+        with pytest.raises(RecipeError): from_dict({**to_dict(R), k: v})
+
+
+@pytest.mark.parametrize("word", ["milestones=5", "lr=null", "epochs=2.5", "seed=-1", "classes=covid", 'model_kwargs=[1]'])
+def test_the_command_says_what_a_field_accepts(tmp_path, capsys, word):
+    from covid_ct.cli import main
+    assert main(["train", str(tmp_path / "c"), str(tmp_path / "r"), "--set", word]) == 2
+    told = capsys.readouterr().err.strip()
+    assert word.partition("=")[0] in told and "Give a" in told and len(told.splitlines()) == 1
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("k, v", [("lr", 0), ("lr", -1.), ("decay", 0.), ("weight_decay", -.1), ("ema", 1), ("clip", -1), ("seed", -1), ("seed", 2**32), ("slice_size", 0), ("warmup", -1), ("epochs", 0)])
+def test_ranges(k, v):
+    with pytest.raises(RecipeError) as e: change(R, **{k: v})
+    assert f"{k}={v!r}" in str(e.value) and "Give a" in str(e.value)
+
+
+@pytest.mark.parametrize("k, v", [("milestones", [.5]), ("milestones", ["a"]), ("milestones", [0]), ("classes", ["a", 3]), ("sampler_kwargs", {"composition": 3}),
+                                  ("sampler_kwargs", {"composition": {"cap": "two"}}), ("loss_kwargs", {"weights": 3}), ("loss_kwargs", {"weights": ["a", "b", "c"]})])
+def test_what_is_inside_a_field(k, v):
+    with pytest.raises(RecipeError): change(R, **{"sampler": "composition", k: v} if k == "sampler_kwargs" else {k: v})
+
+
+def test_a_changed_recipe_says_so():
+    "In its name, however it was changed; its own values give it its own name back; a seed is no change"
+    p = recipe("darnet", "paper")
+    assert change(p, lr=.1, epochs=3).name == "paper (changed: lr, epochs)" == change(change(p, epochs=3), lr=.1).name
+    assert change(change(p, lr=.1), lr=p.lr).name == "paper" == change(p, seed=4).name
+    assert change(p, lr=.1, name="paper").name == "paper (changed: lr)" and change(p, lr=.1, name="mine").name == "mine"
+    assert from_dict({**to_dict(p), "lr": .1}).name == "paper (changed: lr)" and from_dict(to_dict(change(p, lr=.1))) == change(p, lr=.1)
+    mine = change(p, name="mine", system="ours", lr=.1)
+    assert change(change(mine, lr=.2), epochs=4).name == "mine (changed: lr, epochs)"
+    assert change(p, lr=.1).hash == change(p, name="mine", lr=.1).hash
+
+
+def test_the_run_folder_says_so_too(study, tmp_path):
+    cohort, r = study
+    run = train_fold(cohort, 0, r, tmp_path / "r", progress=False, load=load)
+    name = run.config["recipe"]["name"]
+    assert name.startswith("tiny (changed: ") and "epochs" in name and name in (tmp_path / "r" / "model_card.md").read_text("utf-8").splitlines()[0]
 
 
 # folds
@@ -305,6 +397,148 @@ def test_a_fold_is_deterministic(study, tmp_path):
     cohort, r = study
     a, b = (train_fold(cohort, 1, r, tmp_path / n, progress=False, load=load) for n in "ab")
     assert same(weights(a.folder), weights(b.folder)) and a.predictions.equals(b.predictions)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_folder_belongs_to_one_fold(study, tmp_path, monkeypatch, finished):
+    "Fold 1 is refused in the folder of fold 0, whether that was stopped or has ended; nothing is touched"
+    cohort, r = study
+    def stopped(*a, **k): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        if not finished: m.setattr(loop, "train_epoch", stopped)
+        run = train_fold(cohort, 0, r, tmp_path / "r", progress=False, load=load)
+    assert run.interrupted != finished
+    before = snapshot(tmp_path / "r")
+    for call in (train_fold, lambda c, k, *a, **kw: train(c, *a, fold=k, **kw)):
+        with pytest.raises(RunError, match="r: holds a run of another fold .0, not 1.*another folder"):
+            call(cohort, 1, r, tmp_path / "r", progress=False, load=load)
+        assert snapshot(tmp_path / "r") == before
+    (tmp_path / "cv").mkdir()
+    (tmp_path / "r").rename(tmp_path / "cv" / "fold_1")
+    with pytest.raises(RunError, match="another fold"):
+        cross_validate(cohort, r, tmp_path / "cv", progress=False, load=load)
+    assert {p.name for p in (tmp_path / "cv").iterdir()} == {"fold_1"}
+    if not finished: train_fold(cohort, 0, r, tmp_path / "cv" / "fold_1", progress=False, load=load)
+
+
+def test_a_split_is_not_taken_up_where_none_was_named(study, tmp_path):
+    cohort, r = study
+    batches = [*fold_loaders(cohort, 0, r, load=load)[0]]
+    torch.manual_seed(0); fit(loop.build_model(r), batches, batches, r, tmp_path / "r", progress=False)
+    with pytest.raises(RunError, match="none named"): train_fold(cohort, 0, r, tmp_path / "r", progress=False, load=load)
+
+
+@pytest.mark.parametrize("how", ["train_fold", "train", "cross_validate", "fit"])
+def test_every_run_carries_its_split(study, tmp_path, monkeypatch, how):
+    "It lies in the folder before the first step, names every patient, and evaluation is refused by it"
+    cohort, r = study
+    seen, real = [], loop.train_epoch
+    def looks(*a, **k):
+        seen.extend(len(pd.read_csv(p)) for p in tmp_path.rglob("split.csv"))
+        return real(*a, **k)
+    monkeypatch.setattr(loop, "train_epoch", looks)
+    out = tmp_path / "cv" / "fold_0" if how == "cross_validate" else tmp_path / "r"
+    kw = dict(progress=False, load=load)
+    if how == "train_fold": train_fold(cohort, 0, r, out, **kw)
+    if how == "train": train(cohort, r, out, **kw)
+    if how == "cross_validate": cross_validate(cohort, r, out.parent, **kw)
+    if how == "fit":
+        a, b, _ = fold_loaders(cohort, 0, r, load=load)
+        fit(loop.build_model(r), a, b, r, out, about=dict(fold=0), progress=False)
+    assert seen and seen[0] == len(run_split(out)) == (len(cohort) if how != "fit" else (cohort.fold >= 0).sum())
+    for fold in (0, 1):
+        with pytest.raises(SplitError, match="both sides"): evaluate(out, cohort[cohort.fold == fold], load=load)
+    with pytest.raises(SplitError): evaluate(out, cohort, load=load, unchecked=True)
+    found = evaluate(out, held_out(cohort), load=load)
+    assert len(found) == len(held_out(cohort)) and found.attrs["warnings"] == []
+
+
+@pytest.mark.slow
+def test_the_command_refuses_patients_of_the_training(tmp_path, monkeypatch, capsys):
+    "One line, exit code 2, nothing written; and so for the run that make demo leaves"
+    from covid_ct import demo
+    from covid_ct.cli import main
+    class Enough(Exception): pass
+    def enough(*a, **k): raise Enough
+    monkeypatch.setattr(demo, "known_lungs", enough)
+    monkeypatch.setattr(demo, "recipe", lambda *a: change(recipe(), model_kwargs=dict(classes=3, depth=32, width=2, blocks=(1, 1, 1, 1), strides=(2, 2, 2, 1))))
+    with pytest.raises(Enough): demo.run_demo(tmp_path / "d", patients=30, epochs=1, jobs=1)
+    assert len(run_split(tmp_path / "d" / "run")) > 30
+    csv = next((tmp_path / "d" / "scans").glob("cohort.csv"))
+    capsys.readouterr()
+    code = main(["evaluate", str(csv), "--run", str(tmp_path / "d" / "run"), "--out", str(tmp_path / "answers.csv")])
+    told = capsys.readouterr().err.strip()
+    assert code == 2 and "both sides" in told and len(told.splitlines()) == 1 and not (tmp_path / "answers.csv").exists()
+
+
+def test_a_test_set_that_was_trained_on(study, tmp_path):
+    cohort, r = study
+    run = train_fold(cohort, 0, r, tmp_path / "r", progress=False, load=load)
+    before = snapshot(tmp_path / "r")
+    for part in fold_loaders(cohort, 0, r, load=load)[:2]:
+        with pytest.raises(SplitError, match="both sides"): score_test(run, part)
+    assert snapshot(tmp_path / "r") == before and len(score_test(run, fold_loaders(cohort, 0, r, load=load)[2])) > 3
+
+
+def test_runs_without_a_split(study, tmp_path):
+    "Older runs: the file one folder up is found, a wrong one is refused, none is refused until it is said"
+    cohort, r = study
+    out = tmp_path / "cv" / "fold_0"
+    train_fold(cohort, 0, r, out, progress=False, load=load)
+    test, learned = held_out(cohort), cohort[cohort.fold == 1]
+    (out / "split.csv").rename(out.parent / "split.csv")
+    assert len(evaluate(out, test, load=load)) == len(test)
+    with pytest.raises(SplitError): evaluate(out, learned, load=load)
+    text = (out.parent / "split.csv").read_text()
+    (out / "split.csv").write_text(text.replace(",0\n", ",1\n"))
+    with pytest.raises(RunError, match="not the split"): evaluate(out, test, load=load)
+    (out / "split.csv").write_text("nothing")
+    with pytest.raises(RunError, match="no split"): evaluate(out, test, load=load)
+    for p in tmp_path.rglob("split.csv"): p.unlink()
+    with pytest.raises(RunError, match="fold_0: keeps no split.csv.*write_split.*unchecked=True"): evaluate(out, test, load=load)
+    with pytest.warns(UncheckedWarning, match="not known"): found = evaluate(out, test, load=load, unchecked=True)
+    assert "not known whether" in found.attrs["warnings"][0]
+
+
+def test_patients_nobody_knows(study, tmp_path):
+    "Scans without a patient are refused, or counted in the warning; known patients are looked up all the same"
+    cohort, r = study
+    train_fold(cohort, 0, r, tmp_path / "r", progress=False, load=load)
+    blank = held_out(cohort).assign(patient_id="unknown")
+    with pytest.raises(SplitError, match="no patient_id"): evaluate(tmp_path / "r", blank, load=load)
+    with pytest.warns(UncheckedWarning): found = evaluate(tmp_path / "r", blank, load=load, unchecked=True)
+    assert f"{len(blank)} of {len(blank)} scans" in found.attrs["warnings"][0]
+    mixed = pd.concat([blank, cohort[cohort.fold == 1]])
+    with pytest.raises(SplitError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UncheckedWarning)
+        evaluate(tmp_path / "r", mixed, load=load, unchecked=True)
+
+
+def test_the_split_has_a_seed_of_its_own(study, tmp_path):
+    "Another seed of the weights keeps the test set; another seed of the split does not"
+    cohort, r = study
+    cohort = cohort.drop(columns="fold")
+    runs = [train(cohort, change(r, seed=s), tmp_path / f"{s}{k}", split_seed=k, progress=False, load=load) for s, k in ((0, 0), (1, 0), (1, 7))]
+    tests = [set(x.predictions[x.predictions.part == "test"].scan_id) for x in runs]
+    assert tests[0] == tests[1] != tests[2] and len({x.config["split_hash"] for x in runs}) == 2
+    assert not same(weights(runs[0].folder), weights(runs[1].folder))
+    a, b = (with_folds(cohort, change(r, seed=s)) for s in (0, 5))
+    assert a.equals(b) and not a.equals(with_folds(cohort, r, seed=1))
+
+
+def test_runs_on_batches_of_the_caller_say_what_to_use(whole, tmp_path):
+    from covid_ct.phantom import phantom_cohort
+    r = change(R, model="darnet-none", model_kwargs=dict(classes=3, depth=4, width=4), epochs=1, batch_size=9)
+    torch.manual_seed(0)
+    fit(loop.build_model(r), blobs(9, 1, 9), blobs(9, 2), r, tmp_path / "r", progress=False)
+    with pytest.raises(RunError, match="names no prep.*predict"): evaluate(tmp_path / "r", phantom_cohort(3), load=load)
+
+
+def test_networks_and_samplers_that_do_not_take_their_settings(study, tmp_path):
+    cohort, r = study
+    for bad, word in ((dict(model_kwargs=dict(classes=3, depth=8, wings=2)), "wings"), (dict(sampler_kwargs=dict(colour="red")), "colour")):
+        with pytest.raises(RecipeError, match=word): train_fold(cohort, 0, change(r, **bad), tmp_path / "r", progress=False, load=load)
+        assert not (tmp_path / "r").exists()
 
 
 def test_folds_that_cannot_be(study, tmp_path):

@@ -300,3 +300,85 @@ def test_full_size_forward_and_backward():
     loss, _ = SegmentationLoss()(dict(logits=net(x)), dict(mask=torch.randint(0, 4, (1, 369, 369))))
     loss.backward()
     assert all(p.grad.isfinite().all() for p in net.parameters())
+
+
+# ---- trained and evaluated from a cohort of slices
+
+TINY = dict(widths=(4, 8), cardinality=2, chunk=16, heads=1, rounds=1)
+
+
+def toy_paper():
+    from covid_ct.train.recipes import change, recipe
+    return change(recipe("raunet", "paper"), "test", epochs=1, batch_size=8, slice_size=33, model_kwargs=TINY)
+
+
+def check_run(run, rows, folder):
+    "A run of slices: its size, its parts, its split, its test set"
+    import pandas as pd
+    from covid_ct.train.run import run_split
+    assert run.config["recipe"]["slice_size"] == 33 and run.config["recipe"]["name"].startswith("paper (changed: ")
+    split = run_split(folder)
+    told = pd.read_csv(folder / "predictions.csv", dtype=str)
+    assert set(split.scan_id) == set(rows.scan_id)
+    for part, fold in (("valid", 0), ("test", -1)):
+        assert set(told[told.part == part].scan_id) == set(split[split.fold == fold].scan_id)
+    assert {"true_ggo", "found_ggo", "both_ggo"} <= set(told) and told.patient_id.nunique() == len(told)
+
+
+@pytest.mark.parametrize("layout", ["medseg100_png", "medseg100"])
+def test_the_papers_recipe_trains_on_slices(tmp_path, layout):
+    "Both layouts of MedSeg; no patient is known, and the run says so; evaluated as it was trained"
+    from covid_ct.phantom import phantom_cohort
+    from covid_ct.scan import SplitError
+    from covid_ct.train.run import refuse_trained, run_split
+    from covid_ct.train.study import evaluate, train
+    rows = phantom_cohort(7, seed=3, labels=("covid",), second_scan=0)
+    write_layout(rows, tmp_path / "set", layout, shape=(24, 64, 64))
+    cohort = open_cohort(tmp_path / "set")
+    masked = cohort[cohort.infection_mask.notna()]
+    run = train(tmp_path / "set", toy_paper(), tmp_path / "run", progress=False, workers=0)
+    check_run(run, masked, tmp_path / "run")
+    said, card = run.config["warnings"], (tmp_path / "run" / "model_card.md").read_text("utf-8")
+    assert "Patients are unknown" in said[-1] and all(f"**{w}**" in card for w in said)
+    left = len(cohort) - len(masked)
+    assert len(said) == 1 + bool(left) and (not left or said[0].startswith(f"{left} of {len(cohort)} slices"))
+    split = run_split(tmp_path / "run")
+    held = masked[masked.scan_id.isin(split.scan_id[split.fold == -1])]
+    found = evaluate(tmp_path / "run", held)
+    mine = run.predictions[run.predictions.part == "test"]
+    for k in ("true_ggo", "found_ggo"): assert found[k].tolist() == mine[k].tolist()
+    with pytest.raises(SplitError, match="both sides"): evaluate(tmp_path / "run", masked)
+    with pytest.raises(SplitError): refuse_trained(tmp_path / "run", masked)
+
+
+def test_folds_of_slices(tmp_path):
+    "Cross-validation and phantoms in memory go the same way"
+    import pandas as pd
+    from covid_ct.train.study import cross_validate
+    rows = pd.DataFrame(phantom_slices(20, 40, seed=2))
+    rows = rows.assign(scan_id=rows.slice_id, label="covid")
+    t = cross_validate(rows, toy_paper(), tmp_path / "cv", progress=False)
+    assert list(t.columns) == [*(f"fold_{k}" for k in range(5)), "mean", "std"] and ("pooled", "Dice mean") in t.index
+    parts = [pd.read_csv(tmp_path / "cv" / f"fold_{k}" / "split.csv") for k in range(5)]
+    assert all(p.equals(parts[0]) for p in parts)
+
+
+def test_volumes_and_slices_without_masks_are_no_cohort_of_slices(tmp_path):
+    from covid_ct.data.catalog import write_phantom_cohort
+    from covid_ct.phantom import phantom_cohort
+    from covid_ct.train.study import train
+    volumes = write_phantom_cohort(tmp_path / "c", phantom_cohort(10, seed=1, labels=("covid",), second_scan=0), shape=(24, 32, 32), jobs=1)
+    with pytest.raises(GeometryError, match="volume of 24 slices, one slice"): train(volumes, toy_paper(), tmp_path / "r", progress=False)
+    with pytest.raises(CohortError, match="no slice with an infection_mask"):
+        train(volumes.drop(columns="infection_mask"), toy_paper(), tmp_path / "r", progress=False)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.data
+def test_the_papers_recipe_trains_on_medseg(data_dir, tmp_path):
+    "The public slices, at toy size"
+    from covid_ct.train.study import train
+    cohort = open_cohort(data_dir / "medseg100")
+    run = train(data_dir / "medseg100", toy_paper(), tmp_path / "run", progress=False)
+    check_run(run, cohort, tmp_path / "run")
+    assert len(run.predictions[run.predictions.part == "test"]) == 12 and np.isfinite(run.history.valid_dice_pooled[0])

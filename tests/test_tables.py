@@ -43,10 +43,10 @@ def counts(n=20, seed=0, part="valid", prefix=""):
     return pd.DataFrame(t).assign(part=part)
 
 
-def make_run(folder, row, shift=1.5, fold=0, seed=0, trained_on="cc_ccii", table=None, status="finished", **kw):
+def make_run(folder, row, shift=1.5, fold=0, seed=0, trained_on="cc_ccii", table=None, status="finished", row_of="paper", **kw):
     "A run folder without a training"
     system = next(s for k, s in SYSTEM.items() if k in row)
-    r = change(recipe(system, "tiny"), model=row, seed=seed, **kw)
+    r = change(recipe(system, row_of), "test", model=row, seed=seed, **kw)
     config = dict(status=status, system=system, recipe=to_dict(r), recipe_hash=r.hash, seed=seed, trained_on=trained_on, split_hash="5" * 64, warnings=[], fold=fold,
                   model=dict(kind="Net", parameters=35_237_163), versions=dict(covid_ct="0", torch="2"), hardware=dict(device="cpu", gpu=""))
     if table is None and system == "raunet": table = counts(seed=fold, prefix=f"{fold}")
@@ -345,8 +345,9 @@ def test_no_difference_without_patients(tmp_path, trained_on, word):
     make_run(tmp_path / "a", "darnet", trained_on=trained_on)
     t = paper_table("darnet", "IV", tmp_path, n=10)
     mine = t[t.row == "DARNet"]
-    assert mine.ours.notna().all() and t.difference.isna().all() and mine.note.str.contains(word).all() and mine.note.str.contains("recipe tiny").all()
-    assert np.isfinite(cell(paper_table("darnet", "III", tmp_path), "DARNet", "parameters").difference)                     # a size is a size
+    assert mine.ours.notna().all() and t.difference.isna().all() and mine.note.str.contains(word).all()
+    size = cell(paper_table("darnet", "III", tmp_path), "DARNet", "parameters")
+    assert np.isfinite(size.difference) and not size.note                                   # a size is a size
     assert "difference" in shown(t) and (shown(t)["difference"] == "").all()
 
 
@@ -391,6 +392,43 @@ def test_every_number_names_its_files(dual):
 
 
 # ---------------------------------------------------------------- formats
+
+@pytest.mark.parametrize("how, said", [
+    (dict(lr=.1), "paper (changed: lr)"), (dict(epochs=3, milestones=()), "paper (changed: epochs, milestones)"),
+    (dict(row_of="tiny"), "tiny"), (dict(model_kwargs=dict(classes=3, depth=64, width=4)), "model_kwargs")])
+def test_no_difference_for_a_changed_recipe(tmp_path, how, said):
+    "Real scans, real training, another recipe: the numbers stay, the difference goes, the table says why"
+    make_run(tmp_path / "runs" / "a", "darnet", **how)
+    t = paper_table("darnet", "IV", tmp_path / "runs", n=10)
+    mine = t[t.row == "DARNet"]
+    assert mine.ours.notna().all() and t.difference.isna().all()
+    assert mine.note.str.contains("no difference, not the paper's recipe").all()
+    assert mine.note.str.contains(said, regex=False).all()
+    sizes = cell(paper_table("darnet", "III", tmp_path / "runs"), "DARNet", "parameters")
+    other_network = "model_kwargs" in said or said == "tiny"
+    assert np.isnan(sizes.difference) == other_network and bool(sizes.note) == other_network
+    page = write_report("darnet", tmp_path / "runs", tmp_path / "out", ("md",), n=10)["tables.md"].read_text("utf-8")
+    assert "Not the paper's recipe" in page and said in page
+
+
+def test_what_chooses_the_row_is_no_change(tmp_path):
+    "An ablation of the paper, trained as the paper says with another seed, is held against the paper"
+    make_run(tmp_path / "a", "darnet-none", seed=3)
+    t = paper_table("darnet", "IV", tmp_path, n=10)
+    mine = t[t.row == "DARNet (w/o DA and CA)"]
+    assert np.isfinite(mine.difference).all() and (mine.note == "").all()
+
+
+def test_a_name_in_an_old_file_is_not_believed(tmp_path):
+    "Runs written before recipes were named after their changes"
+    make_run(tmp_path / "a", "darnet")
+    p = tmp_path / "a" / "config.json"
+    c = json.loads(p.read_text("utf-8"))
+    c["recipe"] |= dict(lr=.5, name="paper")
+    p.write_text(json.dumps(c), "utf-8")
+    t = paper_table("darnet", "IV", tmp_path, n=10)
+    assert t.difference.isna().all() and t.note.str.contains("paper (changed: lr)", regex=False).any()
+
 
 def test_latex_escapes_everything():
     raw = r"50 % of a_b & {c} #1 $x$ ~ ^ \n < > ± … −"

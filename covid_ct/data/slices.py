@@ -22,8 +22,9 @@ from .catalog import load_mask, load_row
 from .io import _PICTURES, _ending
 from .labels import recode
 from .preprocess import Prep, prepare
+from .split import patient_known
 from ..phantom import draw_effusion, draw_lesions, draw_tissue, scan_chest
-from ..scan import CohortError, DataError, GeometryError, Scan, UnitsError
+from ..scan import CohortError, DataError, GeometryError, Scan, UnitsError, evaluating
 
 # %% ../../nbs/core/23_slices.ipynb #27d70664
 SLICE_CLASSES = ('background','ggo','consolidation','effusion') # order of the logits
@@ -96,7 +97,11 @@ def read_pair(
     window=(-1350.,150.), # HU that become 0 and 1; 8-bit greys stay as they are
 )->tuple: # image `(H,W)` float32 in [0,1], mask `(H,W)` uint8 classes
     "A slice and its classes, upright; raises `ReadError`, `CohortError`, `UnitsError`, `VoxelError` or `GeometryError`"
-    scan = load_row(row, root); _grey(Path(scan.source))
+    scan = load_row(row, root)
+    _grey(Path(scan.source))
+    if scan.shape[0]!=1:
+        raise GeometryError(scan.source, f'is a volume of {scan.shape[0]} slices, one slice is needed',
+                            'Give a cohort of slices; a trained network segments a volume by segment_scan.')
     mask = load_mask(row, 'infection_mask', root, scan)
     return to_unit(scan.voxels[0], scan.units, window), slice_classes(mask[0])
 
@@ -172,7 +177,11 @@ class SliceDataset(Dataset):
         load = lambda r: read_pair(r, root, window) if 'path' in r else (to_unit(r['image'], window=window), recode(r['mask'], _AS_IS, name(r)))
         pairs = [to_size(*load(r), size, crop) for r in rows]
         self.image,self.mask = torch.stack([i for i,_ in pairs])[:,None],torch.stack([m for _,m in pairs])
-        self.slice_id,self.patient_id = [name(r) for r in rows],[str(r.get('patient_id','unknown')) for r in rows]
+        self.slice_id, self.size = [name(r) for r in rows], size
+        who = [r.get('patient_id', 'unknown') for r in rows]
+        self.cohort = pd.DataFrame(dict(scan_id=self.slice_id, patient_id=who))
+        known = patient_known(self.cohort)                  # each slice of an unknown patient counts alone
+        self.patient_id = [str(p) if k else f'scan {s}' for p,k,s in zip(who, known, self.slice_id)]
 
     def __len__(self)->int: return len(self.image)
     def __getitem__(self, i:int)->dict: # `image (1,H,W)`, `mask (H,W)`, `scan_id`, `patient_id`
@@ -225,11 +234,10 @@ def segment_scan(
 )->np.ndarray: # classes uint8 on the grid of the scan; 0 outside the crop
     "Segment a scan with a network for slices; raises `UnitsError`, or `GeometryError` for a stack that is no volume"
     q = prepare(require_volume(scan.require('HU')), Prep((scan.shape[0],size,size), crop=crop, window=tuple(window)), lungs)
-    modes = [(m, m.training) for m in model.modules()]; model.eval()
     at = next((p.device for p in model.parameters()), torch.device('cpu'))
-    try: prob = torch.cat([model(x.to(at)).float().softmax(1).cpu() for x in torch.from_numpy(q.voxels.copy())[:,None].split(batch)], 0)
-    finally:
-        for m,t in modes: m.training = t
+    views = torch.from_numpy(q.voxels.copy())[:,None].split(batch)
+    with evaluating(model):
+        prob = torch.cat([model(x.to(at)).float().softmax(1).cpu() for x in views], 0)
     back = np.stack([q.back(p) for p in prob.movedim(1,0)[1:].numpy()])           # background is what is left
     return np.where(1-back.sum(0)>=back.max(0), 0, 1+back.argmax(0)).astype('u1')
 

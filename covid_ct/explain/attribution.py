@@ -18,8 +18,8 @@ from captum.attr import FeatureAblation, IntegratedGradients, LayerActivation, L
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from .cam import chosen, find_layer, inspecting
-from ..scan import DataError, GeometryError
+from .cam import chosen, find_layer
+from ..scan import DataError, GeometryError, evaluating
 
 # %% ../../nbs/core/71_attribution.ipynb #7cb5089b
 _HOOKS = ('_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks')
@@ -32,7 +32,7 @@ def untouched(
     "Evaluation mode, fixed weights and a seeded stream inside the block; afterwards everything is as it was, whatever happens"
     hooks = [(getattr(m,k), dict(getattr(m,k))) for m in model.modules() for k in _HOOKS]
     grads, buffers = [(p, p.requires_grad, p.grad) for p in model.parameters()], [(b, b.clone()) for b in model.buffers()]
-    with torch.random.fork_rng(), inspecting(model), torch.enable_grad():
+    with torch.random.fork_rng(), evaluating(model), torch.enable_grad():
         torch.manual_seed(seed)
         try: yield model.requires_grad_(False)
         finally:

@@ -21,8 +21,8 @@ from scipy.stats import rankdata
 from torch import nn
 from ..evaluate.metrics import bootstrap, energy_in, pointing_game
 from .attribution import untouched
-from .cam import center_gaussian, chosen, inspecting, normalise
-from ..scan import DataError, GeometryError
+from .cam import center_gaussian, chosen, normalise
+from ..scan import DataError, GeometryError, evaluating
 
 # %% ../../nbs/core/72_faithful.ipynb #6e4ce4ce
 LEVELS = tuple(np.linspace(.05, .95, 19).round(2))
@@ -122,7 +122,7 @@ def deletion(
     f = v.flatten()[at].median() if fill is None else torch.tensor(float(fill), device=v.device, dtype=v.dtype)
     start,end = (torch.where(where, f, v), v) if insert else (v, torch.where(where, f, v))
     prob = []
-    with inspecting(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for k in np.linspace(0, len(order), steps+1).round().astype(int):
             now = start.flatten().clone(); now[order[:k]] = end.flatten()[order[:k]]
             prob.append(float(model(now.view_as(x)).softmax(1)[0,label]))
@@ -201,7 +201,7 @@ def cascade_table(
 )->pd.DataFrame: # one row a group, top first: `ssim` and `rank` with the trained network's maps, mean over scans and seeds
     "Cascading randomisation of the weights (Adebayo et al. 2018)"
     if label is None:
-        with inspecting(model), torch.no_grad(): label = chosen(model(x), None)
+        with evaluating(model), torch.no_grad(): label = chosen(model(x), None)
     first = full_maps(model, x, method, label)
     rows = [dict(group=g, **compare_maps(first, full_maps(net, x, method, label)).mean()) for s in seeds for g,net in cascade(model, depth, s)]
     return pd.DataFrame(rows).groupby('group', sort=False).mean()
@@ -228,7 +228,7 @@ def sensitivity(
     seed:int=0, # of the changes
 )->np.ndarray: # `(B,)`, ≥ 0; nan for a flat map
     "Largest change of a map under a small change of the picture, @eq-yeh (Yeh et al. 2019)"
-    with inspecting(model), torch.no_grad(): k = chosen(model(x), label).tolist()
+    with evaluating(model), torch.no_grad(): k = chosen(model(x), label).tolist()
     explain = lambda c: lambda v: torch.as_tensor(full_maps(model, v[0] if isinstance(v, tuple) else v, method, c))[:,None]
     with untouched(model, seed): found = [sensitivity_max(explain(c), v[None], perturb_radius=radius, n_perturb_samples=n, max_examples_per_batch=1) for v,c in zip(x, k)]
     return torch.cat(found).cpu().numpy()

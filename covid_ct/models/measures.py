@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from .sliding import _Alive
 from .zoo import ROWS, build
+from ..scan import evaluating
 
 # %% ../../nbs/papers/6_side_by_side.ipynb #6708e740
 @dataclass(frozen=True)
@@ -67,9 +68,8 @@ def effective_field(
     seed:int=0, # of the mixture of channels
 )->torch.Tensor: # `(*S)`, ≥ 0
     "How strongly each voxel speaks to the feature in the middle, @eq-effective (after Luo et al. 2016)"
-    was, x, g = model.training, x.detach().clone().requires_grad_(), torch.Generator().manual_seed(seed)
-    try: f = model.eval().outputs(x)[key]
-    finally: model.train(was)
+    x, g = x.detach().clone().requires_grad_(), torch.Generator().manual_seed(seed)
+    with evaluating(model): f = model.outputs(x)[key]
     f = f[(slice(None), slice(None), *(n//2 for n in f.shape[2:]))]
     grad, = torch.autograd.grad((f*torch.randn(f.shape, generator=g).to(f)).sum(), x)
     return grad.square().mean((0,1)).sqrt()

@@ -14,7 +14,7 @@ from torch import nn
 from .blocks import count_parameters
 from .resnet3d import check_input
 from .spatial import SpatialAttention
-from ..scan import GeometryError
+from ..scan import GeometryError, evaluating
 
 # %% ../../nbs/papers/4_prior_attention.ipynb #8a623bde
 CLASSES = ('healthy','ild','covid') # order of the logits: the paper's Non-Pneu, ILD, COVID-19
@@ -201,10 +201,9 @@ def size_table(
     part = lambda n,m: n.endswith('header') or n.rpartition('.')[0].endswith('transitions') or isinstance(m, (WARL,nn.Linear))
     named = {n: m for n,m in model.named_modules() if part(n, m)}
     def note(name): return lambda m,i,o: rows.append(dict(layer=name, shape=tuple((o[0] if isinstance(o, tuple) else o).shape[1:]), parameters=count_parameters(m, running=True)))
-    hooks, training = [m.register_forward_hook(note(n)) for n,m in named.items()], model.training
+    hooks = [m.register_forward_hook(note(n)) for n,m in named.items()]
     try:
-        with torch.no_grad(): model.eval()(torch.zeros(1, 1, *(model.depth,)*3, device=next(model.parameters()).device))
+        with evaluating(model), torch.no_grad(): model(torch.zeros(1, 1, *(model.depth,)*3, device=next(model.parameters()).device))
     finally:
         for h in hooks: h.remove()
-        model.train(training)
     return rows

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from einops.layers.torch import Reduce
 from .blocks import ResidualBlock, conv_norm, count_parameters, init_weights
-from ..scan import GeometryError, UnitsError
+from ..scan import GeometryError, UnitsError, evaluating
 
 # %% ../../nbs/core/32_resnet3d.ipynb #2a3a3260
 class Stem(nn.Sequential):
@@ -132,12 +132,11 @@ def stage_table(
     "Shapes and parameters of the parts of a backbone; cheap for a model built on the `meta` device"
     rows,parts = [],{'stem': model.stem, **{f'stages.{i}': s for i,s in enumerate(model.stages)}, 'fc': model.fc}
     def note(name): return lambda m,i,o: rows.append(dict(module=name, shape=tuple(o.shape[1:]), parameters=count_parameters(m)))
-    hooks,training = [m.register_forward_hook(note(n)) for n,m in parts.items()], model.training
+    hooks = [m.register_forward_hook(note(n)) for n,m in parts.items()]
     try:
-        with torch.no_grad(): model.eval()(torch.zeros(1, 1, *size, device=next(model.parameters()).device))
+        with evaluating(model), torch.no_grad(): model(torch.zeros(1, 1, *size, device=next(model.parameters()).device))
     finally:
         for h in hooks: h.remove()
-        model.train(training)
     return rows
 
 def feature_size(

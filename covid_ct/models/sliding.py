@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from ..scan import GeometryError
+from ..scan import GeometryError, evaluating
 
 # %% ../../nbs/core/37_sliding.ipynb #3e106d30
 class _Alive(TorchDispatchMode):
@@ -96,19 +96,18 @@ def slabs(
     "Sliding-window logits, handed out slab by slab from the first to the last"
     align,weights = getattr(model, 'multiple', 1), next(model.parameters())
     first,*others = [blend(n, w, overlap, kind, align, margin) for n,w in zip(volume.shape[1:], window, strict=True)]
-    was,held = model.training,None
-    try:
+    held = None
+    with evaluating(model):
         for (a,b,wz),(stop,*_) in zip(first, [*first[1:], (volume.shape[1],)]):
             for spans in product(*others):
                 box = [slice(s,e) for s,e,_ in spans]
                 x = torch.tensor(np.asarray(volume[(slice(None),slice(a,b),*box)]), dtype=weights.dtype, device=weights.device)
-                with torch.inference_mode(): y = model.eval()(x[None])[0].float().cpu()
+                with torch.inference_mode(): y = model(x[None])[0].float().cpu()
                 if held is None: held = torch.zeros(len(y), max(e-s for s,e,_ in first), *volume.shape[2:])
                 share = reduce(np.multiply.outer, (wz, *(w for *_,w in spans)))
                 held[(slice(None),slice(b-a),*box)] += y*torch.from_numpy(share.astype('f4'))
             yield slice(a,stop), held[:,:stop-a]
             held = torch.cat([held[:,stop-a:], torch.zeros_like(held[:,:stop-a])], 1)
-    finally: model.train(was)
 
 # %% ../../nbs/core/37_sliding.ipynb #ce7e0323
 def labels(

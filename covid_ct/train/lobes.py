@@ -21,7 +21,7 @@ from ..data.lungs import dice, lung_mask, two_sides
 from ..data.preprocess import Prep, Prepared, prepare
 from ..models.unet import UNet
 from ..phantom import ARRAYS, Phantom
-from ..scan import DataError, GeometryError, Scan
+from ..scan import DataError, GeometryError, Scan, evaluating
 
 # %% ../../nbs/core/24_lobes.ipynb #f2c62352
 class LobeError(DataError): "Lungs or labels that do not make five lobes"
@@ -183,10 +183,10 @@ def segment_lobes(
     reach:float=.9, # of `vote`
 )->np.ndarray: # `(D,H,W)` uint8, 1 … 5 in the order of `LOBES`
     "The five lobes of a scan (Wang et al. 2020, III-A); raises like `coarse_lungs`"
-    mask = coarse_lungs(scan, lungs); x = lobe_input(scan, prep, mask); was = model.training
-    try:
-        with torch.inference_mode(): prob = model.eval()(torch.tensor(x.voxels, device=next(model.parameters()).device)[None,None]).float().softmax(1)[0].cpu().numpy()
-    finally: model.train(was)
+    mask = coarse_lungs(scan, lungs); x = lobe_input(scan, prep, mask)
+    image = torch.tensor(x.voxels, device=next(model.parameters()).device)[None,None]
+    with evaluating(model), torch.inference_mode():
+        prob = model(image).float().softmax(1)[0].cpu().numpy()
     return vote(prob, x, mask, reach)
 
 # %% ../../nbs/core/24_lobes.ipynb #fdd181ca

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLOCK', 'RunError', 'write_text', 'write_tensors', 'read_tensors', 'pack_optimizer', 'unpack_optimizer',
-           'pack_random', 'unpack_random', 'Run', 'best_epoch', 'read_config', 'open_run', 'check_disk', 'describe_run',
-           'load_weights', 'AuditWarning', 'audit_hint', 'model_card', 'positive_of', 'history_figure',
-           'write_documents']
+           'pack_random', 'unpack_random', 'Run', 'best_epoch', 'read_config', 'open_run', 'UncheckedWarning',
+           'run_split', 'refuse_trained', 'check_disk', 'describe_run', 'load_weights', 'AuditWarning', 'audit_hint',
+           'model_card', 'positive_of', 'history_figure', 'write_documents']
 
 # %% ../../nbs/core/45_run.ipynb #5f4cecc2
-import hashlib, json, os, platform, random, shutil
+import hashlib, json, os, platform, random, shutil, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import accelerate
@@ -22,6 +22,7 @@ from torch import nn
 from .. import __version__
 from ..scan import DataError, write_atomic
 from ..show import Picture, describe
+from ..data.split import assert_disjoint, patient_known, split_hash
 from .recipes import Recipe, to_dict
 from .task import TASKS
 
@@ -155,8 +156,9 @@ def open_run(
     recipe:Recipe, # what it is to be trained by
     resume=False, # False: a new run; True: go on with one; 'auto': either
     split:str='', # hash of the split; '' is not compared
+    fold:int|None=None, # fold that validates; None is not compared
 )->bool: # whether there is a run to go on with
-    "Look before writing; raises `RunError` for a folder that is taken, foreign, or of another recipe or split"
+    "Look before writing; raises `RunError` for a folder that is taken, foreign, or of another recipe, split or fold"
     out = Path(out)
     if resume not in (False, True, 'auto'): raise RunError('fit', f'resume={resume!r}', "Use False, True or 'auto'.")
     if out.exists() and not out.is_dir(): raise RunError(out, 'is a file', 'Give a folder.')
@@ -165,9 +167,60 @@ def open_run(
         return False
     c = read_config(out)
     if resume is False: raise RunError(out, 'holds a run already', "Use resume='auto' to go on with it, or choose another folder.")
-    if c['recipe_hash']!=recipe.hash: raise RunError(out, f'holds a run of another recipe ({c["recipe_hash"]}, not {recipe.hash})', 'Choose another folder. Nothing was changed.')
-    if split and c.get('split_hash','') not in ('',split): raise RunError(out, 'holds a run on another split of the patients', 'Choose another folder. Nothing was changed.')
+    theirs = dict(recipe=c['recipe_hash'], split=c.get('split_hash') or '', fold=c.get('fold'))
+    ours = dict(recipe=recipe.hash, split=split, fold=fold)
+    words = dict(recipe='of another recipe', split='on another split of the patients',
+                 fold='of another fold')
+    for k in ours:
+        if ours[k] in ('', None) or ours[k]==theirs[k]: continue
+        said = [str(v)[:12] if v not in ('', None) else 'none named' for v in (theirs[k], ours[k])]
+        raise RunError(out, f'holds a run {words[k]} ({said[0]}, not {said[1]})',
+                       'Choose another folder. Nothing was changed.')
     return True
+
+# %% ../../nbs/core/45_run.ipynb #45a10001
+class UncheckedWarning(UserWarning): "Patients of whom nobody knows whether they were trained on"
+
+def _own_split(path):
+    "The split in a file; raises `RunError` where it cannot be read"
+    try:
+        t = pd.read_csv(path, dtype=str, keep_default_na=False)
+        return t.assign(fold=t.fold.astype(int))[['scan_id','patient_id','fold', *t.columns[3:]]]
+    except (ValueError, KeyError, AttributeError, OSError) as e:
+        raise RunError(path, f'is no split ({e})', 'Write it again with write_split.') from e
+
+def run_split(
+    folder, # of a run
+)->pd.DataFrame|None: # scan_id patient_id fold; None for an older run that kept none
+    "Who was in which part; also from the folder above, as older cross-validations kept it. Raises `RunError`"
+    folder, said = Path(folder), read_config(folder).get('split_hash') or ''
+    for path in (folder/'split.csv', folder.parent/'split.csv'):
+        if not path.is_file(): continue
+        t = _own_split(path)
+        if said==split_hash(t) or (not said and path.parent==folder): return t
+        if path.parent==folder:
+            raise RunError(path, 'is not the split that config.json names',
+                           'Restore it: it says which patients were trained on.')
+
+def refuse_trained(
+    folder, # of a run
+    rows:pd.DataFrame, # scans to be evaluated: `scan_id patient_id`
+    unchecked:bool=False, # accept patients who cannot be looked up, with an `UncheckedWarning`
+)->str: # what has to be said of the result; '' where everybody was looked up
+    "Raise `SplitError` for patients that a run has learned from, `RunError` for a run that kept no split"
+    split, said = run_split(folder), ''
+    if split is None and not unchecked:
+        raise RunError(folder, 'keeps no split.csv: nobody can say which patients it was trained on',
+                       'Write the split into it with write_split, or evaluate with unchecked=True.')
+    by_scan = split is not None and 'split_by' in split
+    rows = rows.assign(split_by='scan_id') if by_scan else rows
+    lost = 0 if by_scan else len(rows) if split is None else int((~patient_known(rows)).sum())
+    if lost and unchecked:
+        said = f'{lost} of {len(rows)} scans: not known whether their patients were trained on.'
+        warnings.warn(said, UncheckedWarning, stacklevel=3)
+        rows = rows.iloc[:0] if split is None else rows[patient_known(rows)]
+    if len(rows): assert_disjoint(training=split[split.fold>=0], evaluated=rows)
+    return said
 
 # %% ../../nbs/core/45_run.ipynb #57f785ac
 def check_disk(
