@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage as ndi
 from .scan import DataError, Scan
-from .states import STATES, draw_states, view_of
+from .states import check_states, draw_states, view_of
 from .anatomy import FOV, Chest, cage, draw_anatomy, field, fissures, grow, heart, lobe_at, middle, new_chest, paint, pleura, spread, stream, tube
 
 # %% ../nbs/core/01_phantom.ipynb #a7423c2a
@@ -227,7 +227,7 @@ def make_phantom(
 )->Phantom: # the chest and its truth
     "A chest CT with known truth. Raises `DataError` for a name it does not know"
     known([label], LABELS, 'make_phantom'); known([kernel], ('soft','sharp'), 'make_phantom'); known(switches, SWITCHES, 'make_phantom')
-    known(states, STATES, 'make_phantom')
+    check_states(states, 'make_phantom')
     patient = seed if patient is None else patient
     size,k,(d,h,w) = new_chest((1,1,1),patient).body['size'], 1, map(int, shape)
     if min(d,h,w)<16: raise DataError('make_phantom', f'shape {(d,h,w)} is too small for a chest', 'Use at least 16 voxels along each axis.')
