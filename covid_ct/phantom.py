@@ -177,7 +177,7 @@ ARRAYS = ('lungs','lobes','lesions','airways','vessels','free_air','effusion','b
 class Phantom:
     "A chest whose truth is known: the scan, and masks on its grid"
     scan:Scan # HU, int16
-    lungs:np.ndarray # `(D,H,W)` bool: lung with its lesions and vessels, without airways and effusion
+    lungs:np.ndarray # `(D,H,W)` bool: lung with lesions and vessels; no airways, effusion, free air
     lobes:np.ndarray # `(D,H,W)` uint8: 0 outside, 1 … 5 in the order of `LOBES`
     lesions:np.ndarray # `(D,H,W)` uint8: 0 none, 1 … 5 in the order of `LESIONS`
     airways:np.ndarray # `(D,H,W)` bool: air in trachea and bronchi
