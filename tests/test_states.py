@@ -108,7 +108,8 @@ def chest():
 def litres(p, mask):
     "Volume on the right and on the left"
     middle = mask.shape[2]//2
-    return np.array([mask[:, :, :middle].sum(), mask[:, :, middle:].sum()])*p.scan.grid.voxel_ml/1000
+    halves = mask[:, :, :middle], mask[:, :, middle:]
+    return np.array([m.sum() for m in halves])*p.scan.grid.voxel_ml/1000
 
 
 def inner(mask, n=1):
