@@ -64,8 +64,11 @@ def hilum(
     goal:np.ndarray, # `(3,)` mm
 )->np.ndarray: # `(3,)` mm
     "The place on the main bronchi of this side that is nearest to a goal"
-    p = np.concatenate([np.array(p)[1:] for _,p in BRONCHI[1:]])+(c.body['lift'],0,0)
-    p = p[p[:,2]*goal[2]>0]
+    t = np.linspace(0, 1, 9)[:,None]
+    chains = [np.array(p) for _,p in BRONCHI[1:]]
+    p = np.concatenate([a+t*(b-a) for p in chains for a,b in zip(p[:-1],p[1:],strict=True)])
+    p = p+(c.body['lift'],0,0)
+    p = p[p[:,2]*np.sign(goal[2])>12]                     # beyond the carina
     return p[np.argmin(np.linalg.norm(p-goal,axis=1))]
 
 # %% ../nbs/core/03b_parenchyma.ipynb #b1030015
@@ -124,9 +127,11 @@ def draw_cavities(
     c:Chest, # chest
     rng, # stream of the state
 )->None:
-    "Two to four holes with dense walls, each in a consolidation; the first drains into a bronchus"
+    "Two to four holes with dense walls, each in a consolidation; the inmost one drains"
     lungs = c.at['lungs']
-    centres = places(c, rng, int(rng.integers(2,5)), 24, 48)
+    n = int(rng.integers(2,5))
+    far = {float(np.linalg.norm(m-hilum(c,m))): m for m in places(c,rng,12,24,48)}
+    centres = [far[d] for d in sorted([d for d in far if d>30][:n])]
     rough = field(c, rng, 13)
     for k,m in enumerate(centres):
         hole = rng.uniform(13,20)

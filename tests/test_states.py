@@ -347,6 +347,12 @@ def test_a_second_scan_shows_the_same_operation():
     assert (a.lungs == b.lungs).all()
 
 
+def test_thick_slices_carry_the_masks_along():
+    p = make_phantom("cap", 2, SMALL, slice_mm=10., states=("effusion", "pneumothorax"))
+    assert all(getattr(p, n).shape == p.scan.shape for n in ARRAYS)
+    assert p.effusion.any() and p.free_air.any()
+
+
 def test_states_go_together():
     names = [n for n in STATES if n not in ("zoomed", "arms")]
     for pair in zip(names, names[1:] + names[:1], strict=True):
