@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS   ?= 2
 
-.PHONY: help demo test lab docs bench bench-gpu fuzz export run clean
+.PHONY: help demo test test-portable lab docs bench bench-gpu fuzz export run clean
 MINUTES ?= 10
 help:                ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -28,7 +28,10 @@ demo: $(VENV)/.runtime   ## train and explain a small DARNet on the built-in pha
 	$(BIN)/covid-ct demo
 
 test: $(VENV)/.dev       ## all tests: pages, library, site, browser
-	PYTHONUTF8=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	PYTHONUTF8=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-portable: $(VENV)/.dev   ## hours: what trains or draws, under other instruction sets, threads and seeds; WHAT="one page or test"
+	PYTHONUTF8=1 $(BIN)/python tests/portable.py $(WHAT)
 
 lab: $(VENV)/.dev        ## open the notebooks
 	$(BIN)/jupyter lab index.ipynb
@@ -54,4 +57,4 @@ run: $(VENV)/.dev        ## execute every page in place (NB="nbs/core/00_scan.ip
 	$(BIN)/python docs/nbs.py run $(NB)
 
 clean:               ## remove what was built
-	rm -rf _build _docs _proc _bench _demo build dist *.egg-info
+	rm -rf _build _docs _proc _bench _demo _portable build dist *.egg-info

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from portable import SHIFT, shift_seeds
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
+if os.environ.get(SHIFT): shift_seeds(int(os.environ[SHIFT]))
 
 
 def pytest_collection_modifyitems(items):
