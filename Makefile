@@ -6,6 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS   ?= 2
+PYTEST  = PYTHONUTF8=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 .PHONY: help demo test test-portable lab docs bench bench-gpu fuzz export run clean
 MINUTES ?= 10
@@ -28,7 +29,7 @@ demo: $(VENV)/.runtime   ## train and explain a small DARNet on the built-in pha
 	$(BIN)/covid-ct demo
 
 test: $(VENV)/.dev       ## all tests: pages, library, site, browser
-	PYTHONUTF8=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	COVID_CT_BROWSER="$$($(BIN)/python tests/find_browser.py)" $(PYTEST)
 
 test-portable: $(VENV)/.dev   ## hours: what trains or draws, under other instruction sets, threads and seeds; WHAT="one page or test"
 	PYTHONUTF8=1 $(BIN)/python tests/portable.py $(WHAT)
