@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import quick
 from filelock import FileLock
 from find_browser import ADVICE, find_browser, open_browser
 from portable import SHIFT, shift_seeds
@@ -17,8 +18,19 @@ if os.environ.get(SHIFT): shift_seeds(int(os.environ[SHIFT]))
 
 
 def pytest_collection_modifyitems(items):
+    seconds = quick.recorded()
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()): item.add_marker(pytest.mark.browser)
+        if quick.is_quick(item, seconds): item.add_marker(pytest.mark.quick)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    "Records what a test costs where that is asked for"
+    start = quick.used()
+    try: return (yield)
+    finally:
+        if quick.RECORD in os.environ: quick.note(item.nodeid, quick.used() - start)
 
 
 def pytest_runtest_setup(item):
