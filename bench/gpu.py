@@ -51,7 +51,7 @@ def shape_of(recipe):
     return (1, *PREPS[recipe.prep].size) if recipe.prep else ROWS[recipe.model].input_size if not recipe.model_kwargs else (1, 64, 64)
 
 
-def prepared(recipe, device, precision="no", channels_last=False, compile=False):
+def prepared(recipe, device, precision="no", channels_last=False, compile=False, seed=0):
     "Network, optimizer, loss and accelerator, as `fit` prepares them"
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -61,7 +61,7 @@ def prepared(recipe, device, precision="no", channels_last=False, compile=False)
     from covid_ct.train.step import make_optimizer
     AcceleratorState._reset_state(reset_partial_state=True)
     acc = Accelerator(mixed_precision=precision, cpu=device == "cpu")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = build(recipe.model, **recipe.model_kwargs).to(device)
     net = WithOutputs(model, channels_last)
     if compile: net.compile()
