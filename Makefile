@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS   ?= 2
 PYTEST  = PYTHONUTF8=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test test-portable lab docs bench bench-gpu fuzz export run clean
+.PHONY: help demo test quick seconds test-portable lab docs bench bench-gpu fuzz export run clean
 MINUTES ?= 10
 help:                ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -30,6 +30,14 @@ demo: $(VENV)/.runtime   ## train and explain a small DARNet on the built-in pha
 
 test: $(VENV)/.dev       ## all tests: pages, library, site, browser
 	COVID_CT_BROWSER="$$($(BIN)/python tests/find_browser.py)" $(PYTEST)
+
+quick: $(VENV)/.dev      ## the tests that end within two minutes altogether, for daily work
+	$(PYTEST) -m quick
+
+seconds: $(VENV)/.dev    ## record what each test costs; `make quick` chooses by it
+	rm -f _bench/seconds.tsv && mkdir -p _bench
+	COVID_CT_SECONDS=_bench/seconds.tsv $(PYTEST) -m "not slow and not browser" || true
+	$(BIN)/python tests/quick.py _bench/seconds.tsv
 
 test-portable: $(VENV)/.dev   ## hours: what trains or draws, under other instruction sets, threads and seeds; WHAT="one page or test"
 	PYTHONUTF8=1 $(BIN)/python tests/portable.py $(WHAT)

@@ -56,7 +56,7 @@ def peak_mb() -> float:
 def stage(target: str, work: bool, *args) -> dict:
     "In this process: a generator `module:function` up to its first `yield`, and on to what it yields next if `work`"
     module, name = target.split(":")
-    steps = getattr(import_module(f"bench.{module}"), name)(*args)
+    steps = getattr(import_module(module), name)(*args)
     next(steps)
     if not work: return dict(peak=peak_mb())
     start = time.perf_counter()

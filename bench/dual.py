@@ -75,7 +75,7 @@ def check_stages():
 
 def both(title, what):
     "Time and memory of one job, ours and the peer's"
-    ours, peer = measured(f"dual:{what}", "ours"), measured(f"dual:{what}", "peer")
+    ours, peer = measured(f"bench.dual:{what}", "ours"), measured(f"bench.dual:{what}", "peer")
     if ours.get("parameters") != peer.get("parameters"): raise BenchError(f"{title}: networks of different size")
     yield row(f"{title}: time", ours["seconds"], peer["seconds"], "s")
     yield row(f"{title}: memory", ours["mb"], peer["mb"], "MB")

@@ -135,9 +135,9 @@ def cached():
             "waits": (f"wait for a batch of {BATCH} after {BUSY} s of other work", "s")}
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
-        mine = measured("epoch:side", "ours", folder)
+        mine = measured("bench.epoch:side", "ours", folder)
         for peer, name in peers.items():
-            theirs = measured("epoch:side", peer, folder)
+            theirs = measured("bench.epoch:side", peer, folder)
             for key, (what, unit) in said.items(): yield row(f"{what}: {name}", mine[key], theirs[key], unit)
 
 

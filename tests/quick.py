@@ -1,7 +1,8 @@
 """Which tests belong to `make quick`: those whose functions took little processor time when `make seconds` ran them.
 
 `seconds.csv` beside this file holds the recorded functions, all their parameters together,
-child processes included. A test without a record counts as quick unless it is marked `slow` or `browser`."""
+child processes included. A test without a record counts as quick unless it is marked `slow` or `browser`,
+or asks for the site."""
 import csv
 import os
 import sys
@@ -9,8 +10,8 @@ from pathlib import Path
 
 TABLE = Path(__file__).with_name("seconds.csv")
 RECORD = "COVID_CT_SECONDS"                        # a file that gets one line a test
-LIMIT = 1.5                                        # seconds of a function, all its parameters
-TOTAL = 150                                        # seconds of all quick tests; two processes share them
+LIMIT = 1.0                                        # seconds of a function, all its parameters
+TOTAL = 120                                        # seconds of all quick tests; two processes share them
 
 
 def function_of(nodeid: str) -> str:
@@ -45,9 +46,10 @@ def summed(lines) -> dict[str, float]:
 
 
 def is_quick(item, seconds: dict[str, float]) -> bool:
-    "Of a collected test"
+    "Of a collected test; building the site takes minutes, whoever asks first"
     marked = any(item.get_closest_marker(m) for m in ("slow", "browser"))
-    return not marked and seconds.get(function_of(item.nodeid), 0) <= LIMIT
+    if marked or "site" in getattr(item, "fixturenames", ()): return False
+    return seconds.get(function_of(item.nodeid), 0) <= LIMIT
 
 
 def main() -> int:
