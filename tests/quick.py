@@ -56,7 +56,7 @@ def main() -> int:
     "Turn the record into the table"
     found = summed(Path(sys.argv[1]).read_text("utf-8").splitlines())
     with open(TABLE, "w", newline="", encoding="utf-8") as f:
-        table = csv.writer(f)
+        table = csv.writer(f, lineterminator="\n")
         table.writerow(["function", "seconds"])
         table.writerows([name, f"{s:.2f}"] for name, s in sorted(found.items()))
     print(f"{TABLE.name}: {sum(s for s in found.values() if s <= LIMIT):.0f} s of quick tests")

@@ -15,15 +15,14 @@ def functions(path):
         yield from (before + n.name for n in inside if isinstance(n, ast.FunctionDef) and n.name.startswith("test_"))
 
 
-def test_the_record_names_tests_that_are_there(root):
-    "A file that is not recorded at all would count as quick: then `make seconds`"
+def test_the_record_is_of_these_tests(root):
+    "Nine of ten that are recorded exist, and eight of ten that exist are recorded, or `make seconds` has to record anew"
     there = {f"{p.name}::{n}" for p in (root / "tests").glob("test_*.py") for n in functions(p)}
+    marked = {n for n in there if n.split("::")[0] in ("test_browser_viewer.py", "test_site.py", "test_lab.py")}
     recorded = set(quick.recorded())
-    assert not recorded - there, "`make seconds` records anew"
-    files = {n.split("::")[0] for n in there}
-    unknown = files - {n.split("::")[0] for n in recorded}
-    assert not unknown, f"`make seconds` records {sorted(unknown)}"
-    assert len(there - recorded) < .2 * len(there), "`make seconds` records anew"
+    gone, unknown = recorded - there, there - recorded - marked
+    assert len(gone) < .1 * len(recorded), sorted(gone)
+    assert len(unknown) < .2 * len(there), sorted(unknown)
 
 
 def test_what_is_quick_ends_in_two_minutes():
