@@ -6,8 +6,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS   ?= 2
+PYTEST  = PYTHONUTF8=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test lab docs bench bench-gpu fuzz export run clean
+.PHONY: help demo test quick seconds test-portable lab docs bench bench-gpu fuzz export run clean
 MINUTES ?= 10
 help:                ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -28,7 +29,18 @@ demo: $(VENV)/.runtime   ## train and explain a small DARNet on the built-in pha
 	$(BIN)/covid-ct demo
 
 test: $(VENV)/.dev       ## all tests: pages, library, site, browser
-	PYTHONUTF8=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+	COVID_CT_BROWSER="$$($(BIN)/python tests/find_browser.py)" $(PYTEST)
+
+quick: $(VENV)/.dev      ## the tests that end within two minutes altogether, for daily work
+	$(PYTEST) -m quick
+
+seconds: $(VENV)/.dev    ## record what each test costs; `make quick` chooses by it
+	rm -f _bench/seconds.tsv && mkdir -p _bench
+	COVID_CT_SECONDS=_bench/seconds.tsv $(PYTEST) -m "not slow and not browser" || true
+	$(BIN)/python tests/quick.py _bench/seconds.tsv
+
+test-portable: $(VENV)/.dev   ## hours: what trains or draws, under other instruction sets, threads and seeds; WHAT="one page or test"
+	PYTHONUTF8=1 $(BIN)/python tests/portable.py $(WHAT)
 
 lab: $(VENV)/.dev        ## open the notebooks
 	$(BIN)/jupyter lab index.ipynb
@@ -54,4 +66,4 @@ run: $(VENV)/.dev        ## execute every page in place (NB="nbs/core/00_scan.ip
 	$(BIN)/python docs/nbs.py run $(NB)
 
 clean:               ## remove what was built
-	rm -rf _build _docs _proc _bench _demo build dist *.egg-info
+	rm -rf _build _docs _proc _bench _demo _portable build dist *.egg-info

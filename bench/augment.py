@@ -1,20 +1,17 @@
 """Random views of a batch: ours on four scans at once, MONAI's and TorchIO's transforms scan by scan with the very same parameters
 
 DARNet's ranges: flip left-right with probability ½, rotation U(−5,5)° and shift U(−5,5) px in the plane, zoom U(0.9,1.1) of each axis; float32, linear for images,
-nearest for masks, 0 outside. Results are compared before anything is timed. Times are milliseconds a scan, the best of some rounds in which all take turns.
-
-    python bench/augment.py        prints a JSON list of rows: name, ours, peer, unit, ratio (peer / ours, above 1 is better)"""
-import json
+nearest for masks, 0 outside. Results are compared before anything is timed. Times are milliseconds a scan, the best of some rounds in which all take turns."""
 import math
-import sys
 import time
 import warnings
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import Case, row
+
 SHAPE, BATCH = (64, 224, 224), 4
 
 
@@ -106,24 +103,22 @@ def timed(runs, b, rounds):
     return best
 
 
-def bench(rounds=4):
-    "Rows of name, ours, peer, unit and ratio"
+def rows(what, rounds=4):
+    "Of the image alone, or of the image with two masks"
     from covid_ct.data.augment import AUGMENTS, apply, draw, seeded
     warnings.filterwarnings("ignore", module="monai|torchio")
-    view, whole = draw(AUGMENTS["darnet"], BATCH, seeded(1)), batch()
-    assert 0 < view.flip[:, 2].sum() < BATCH  # some flip, some do not
-    inside = apply(torch.ones_like(whole["image"]), view) > 1 - 1e-5
+    view, b = draw(AUGMENTS["darnet"], BATCH, seeded(1)), batch()
+    assert 0 < view.flip[:, 2].sum() < BATCH                    # some flip, some do not
+    inside = apply(torch.ones_like(b["image"]), view) > 1 - 1e-5
     assert inside.float().mean() > .9
-    peers, rows = {"MONAI Affine": monai_chain(view), "TorchIO Affine": torchio_chain(view), "one 3D grid": grid_3d(view)}, []
-    for what, b in (("image", {"image": whole["image"]}), ("image and two masks", whole)):
-        mine = apply(b, view)
-        for name, run in peers.items(): agree(mine, run(b), inside, name)
-        runs = {"ours": lambda b: apply(b, view), **peers, **({"MONAI RandFlip and RandAffine": monai_random()} if what == "image" else {})}
-        best = timed(runs, b, rounds)
-        rows += [dict(name=f"augment 64×224×224, batch of {BATCH}, {what}: {name}", ours=round(best["ours"], 3), peer=round(best[name], 3), unit="ms",
-                      ratio=round(best[name] / best["ours"], 3)) for name in runs if name != "ours"]
-    return rows
+    if what == "image": b = {"image": b["image"]}
+    peers = {"MONAI Affine": monai_chain(view), "TorchIO Affine": torchio_chain(view), "one 3D grid": grid_3d(view)}
+    mine = apply(b, view)
+    for name, run in peers.items(): agree(mine, run(b), inside, name)
+    if what == "image": peers["MONAI RandFlip and RandAffine"] = monai_random()
+    best = timed({"ours": partial(apply, view=view), **peers}, b, rounds)
+    for name in peers:
+        yield row(f"augment 64×224×224, batch of {BATCH}, {what}: {name}", best["ours"], best[name], "ms")
 
 
-if __name__ == "__main__":
-    print(json.dumps(bench(), indent=1, ensure_ascii=False))
+CASES = [Case(f"augment: {what}", partial(rows, what)) for what in ("image", "image and two masks")]

@@ -1,8 +1,9 @@
 """The dual-sampling network at its full size, 138×256×256, beside MONAI's ResNet-34 of the same geometry; sliding windows beside MONAI's; bytes predicted beside bytes taken."""
-import json
 import os
-import subprocess
-import sys
+import time
+from functools import partial
+
+from bench import BenchError, Case, measured, row
 
 SIZE, REPEATS = (138, 256, 256), 2
 
@@ -21,69 +22,74 @@ def _peer():
     return net
 
 
-def _forward(name):
-    "Seconds of the best of a few passes, and bytes that the first one added to the process at its peak"
-    import resource
-    import time
-
+def threads():
+    "As many as the environment says, else one for each core"
     import torch
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
-    torch.manual_seed(0); net = {"ours": _ours, "peer": _peer}[name]().eval(); x = torch.rand(1, 1, *SIZE)
-    peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds, out = [], {}
+
+
+def forward(name):
+    "A network and its input; then the best of a few passes at full size"
+    import torch
+    threads()
+    torch.manual_seed(0)
+    net, x = {"ours": _ours, "peer": _peer}[name]().eval(), torch.rand(1, 1, *SIZE)
+    seconds = []
     with torch.inference_mode():
-        net(x[..., :32, :32, :32]); before = peak()
+        net(x[..., :32, :32, :32])
+        yield
         for _ in range(REPEATS):
-            start = time.perf_counter(); net(x); seconds.append(time.perf_counter() - start)
-            out.setdefault("bytes", peak() - before)
-        if name == "ours":
-            features = net.features(x)
-            assert tuple(features.shape[2:]) == tuple(-(-n // 16) for n in SIZE), features.shape
-    return dict(out, seconds=min(seconds), parameters=sum(p.numel() for p in net.parameters()))
+            start = time.perf_counter()
+            net(x)
+            seconds.append(time.perf_counter() - start)
+    yield dict(seconds=min(seconds), parameters=sum(p.numel() for p in net.parameters()))
 
 
-def _sliding(name):
-    "One volume through windows of 64³, half overlapping, by a small U-Net; seconds and bytes at the peak"
-    import resource
-    import time
-
+def windows(name):
+    "A small U-Net and a volume; then all windows of 64³, half overlapping"
     import torch
     from covid_ct.models.sliding import labels, sliding
     from covid_ct.models.unet import UNet
     from monai.inferers import sliding_window_inference
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
-    torch.manual_seed(0); net, x = UNet(3, 1, 3, widths=(4, 8)).eval(), torch.rand(1, 128, 128, 128)
-    peak = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with torch.inference_mode(): net(x[None, :, :64, :64, :64])
-    before, start = peak(), time.perf_counter()
-    if name == "ours": sliding(net, x, (64, 64, 64), finish=labels)
-    else:
-        with torch.inference_mode(): sliding_window_inference(x[None], (64, 64, 64), 1, net, overlap=.5, mode="gaussian")[0].argmax(0).to(torch.uint8)
-    return dict(bytes=peak() - before, seconds=time.perf_counter() - start)
+    threads()
+    torch.manual_seed(0)
+    net, x = UNet(3, 1, 3, widths=(4, 8)).eval(), torch.rand(1, 128, 128, 128)
+    with torch.inference_mode():
+        net(x[None, :, :64, :64, :64])
+        yield
+        if name == "ours": sliding(net, x, (64, 64, 64), finish=labels)
+        else:
+            out = sliding_window_inference(x[None], (64, 64, 64), 1, net, overlap=.5, mode="gaussian")
+            out[0].argmax(0).to(torch.uint8)
+    yield {}
 
 
-def _alone(what, name):
-    "In a process of its own, so that peaks do not mix"
-    code = f"import json; from bench import dual; print('\\n'+json.dumps(dual.{what}({name!r})))"
-    return json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+def check_stages():
+    "The last stage of ours strides as the paper's does"
+    import torch
+    from covid_ct.models.dual_sampling import AttentionResNet
+    with torch.device("meta"): net, x = AttentionResNet().eval(), torch.rand(1, 1, *SIZE)
+    shape = tuple(net.features(x).shape[2:])
+    assert shape == tuple(-(-n // 16) for n in SIZE), shape
 
 
-def _rows(title, what):
-    a, b = (_alone(what, name) for name in ("ours", "peer"))
-    if "parameters" in a: assert a["parameters"] == b["parameters"], (a, b)
-    for key, unit, scale in (("seconds", "s", 1), ("bytes", "GiB", 2**30)):
-        ours, peer = a[key] / scale, b[key] / scale
-        yield dict(name=f"{title}: {'time' if key == 'seconds' else 'memory at the peak'}", ours=round(ours, 3), peer=round(peer, 3), unit=unit, ratio=round(ours / peer, 3))
-    return a
+def both(title, what):
+    "Time and memory of one job, ours and the peer's"
+    ours, peer = measured(f"bench.dual:{what}", "ours"), measured(f"bench.dual:{what}", "peer")
+    if ours.get("parameters") != peer.get("parameters"): raise BenchError(f"{title}: networks of different size")
+    yield row(f"{title}: time", ours["seconds"], peer["seconds"], "s")
+    yield row(f"{title}: memory", ours["mb"], peer["mb"], "MB")
 
 
-def bench():
+def resnet():
+    "The network at full size, and what is predicted of its memory"
     from covid_ct.models.sliding import dry_run
-    predicted = dry_run(_ours(), (1, 1, *SIZE))[1] / 2**30
-    rows = [*_rows(f"ResNet-34 3-D, forward at {'×'.join(map(str, SIZE))}", "_forward"), *_rows("sliding window, 128³ by 64³", "_sliding")]
-    took = rows[1]["ours"]
-    return [*rows, dict(name="ResNet-34 3-D: GiB predicted (peer) against taken", ours=took, peer=round(predicted, 3), unit="GiB", ratio=round(took / predicted, 3))]
+    check_stages()
+    done = list(both(f"ResNet-34 3-D, forward at {'×'.join(map(str, SIZE))}", "forward"))
+    yield from done
+    predicted = dry_run(_ours(), (1, 1, *SIZE))[1] / 1e6
+    yield row("ResNet-34 3-D: memory taken beside memory predicted (peer)", done[1]["ours"], predicted, "MB")
 
 
-if __name__ == "__main__":
-    for row in bench(): print(row)
+CASES = [Case("ResNet-34 3-D at full size", resnet, 300),
+         Case("sliding window", partial(both, "sliding window, 128³ by 64³", "windows"), 200)]

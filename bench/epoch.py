@@ -1,42 +1,39 @@
 """One epoch over prepared scans of 64×224×224: our memory-mapped cache and loader, and MONAI's CacheDataset, with the same augmentation; and a whole epoch
 of training on cached phantoms of 32×64×64: ours from the cache to the weights, and MONAI's CacheDataset, DataLoader and ResNet-18 in a bare loop
 
-    python bench/epoch.py             prints a JSON list of rows: name, ours, peer, unit, ratio (peer / ours, above 1 is better)
-    EPOCH_SCANS=50 python bench/epoch.py   fewer scans than 200
+    EPOCH_SCANS=200 python -m bench epoch   more scans than 40
 
 Both read what was prepared before: two bytes a voxel in our folder, the same voxels as float32 in MONAI's memory (its cache is filled before the clock
 starts, ours is in the page cache). Batches of 4; flip, rotation of ±5°, shifts of ±5 px and zooms of 0.9 … 1.1 in the plane; the consumer adds up every
 batch. MONAI once with its DataLoader and once with its ThreadDataLoader. A second run has a consumer that is busy for a while with every batch, as a
-network on an accelerator is, and counts how long it waits for each but the first. Each side runs in a process of its own, whose largest resident memory is compared."""
-import json
+network on an accelerator is, and counts how long it waits for each but the first. Each side runs in a process of its own. Memory is its peak above that
+of a process that holds the same package with one scan in its cache, so that a cache in memory is counted and the package is not."""
 import math
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-CHILD = "import json, sys; sys.path.insert(0, sys.argv[1]); from bench.epoch import side; print(json.dumps(side(*sys.argv[2:])))"  # caches are keyed by the name of the loader, so it must have one name
-SIZE, BATCH, SCANS, BUSY = (64, 224, 224), 4, int(os.environ.get("EPOCH_SCANS", 200)), .4
+from bench import Case, measured, row
+
+SIZE, BATCH, SCANS, BUSY = (64, 224, 224), 4, int(os.environ.get("EPOCH_SCANS", 40)), .4
+FEW = BATCH                                         # scans of the process that memory is compared with
 
 
-def cohort():
+def cohort(n=SCANS):
     import pandas as pd
-    return pd.DataFrame([dict(patient_id=f"P{i:03d}", scan_id=f"S{i:03d}", label=("healthy", "cap", "covid")[i % 3]) for i in range(SCANS)])
+    return pd.DataFrame([dict(patient_id=f"P{i:03d}", scan_id=f"S{i:03d}", label=("healthy", "cap", "covid")[i % 3]) for i in range(n)])
 
 
 def never(row): raise AssertionError("prepared during the epoch")
 
 
-def dataset(folder):
+def dataset(folder, n=SCANS):
     from covid_ct.data.load import ScanDataset
     from covid_ct.data.preprocess import Prep
-    return ScanDataset(cohort(), Prep(size=SIZE), load=never, cache=folder)
+    return ScanDataset(cohort(n), Prep(size=SIZE), load=never, cache=folder)
 
 
 def write(folder):
@@ -47,48 +44,50 @@ def write(folder):
         d.cache.put(d.row(i), {"image": coarse.repeat(4, 0).repeat(4, 1).repeat(4, 2)})
 
 
-def ours(folder):
+def ours(folder, n):
     from covid_ct.data.augment import AUGMENTS
     from covid_ct.data.load import make_loader
     from covid_ct.data.sample import UniformSampler
-    d = dataset(folder)
+    d = dataset(folder, n)
     loader = make_loader(d, BATCH, UniformSampler(d.cohort), augment=AUGMENTS["darnet"])
     return lambda: (b["image"] for b in loader)
 
 
-def monai(folder, threaded=False):
+def monai(folder, n, threaded=False):
     from monai.data import CacheDataset, DataLoader, ThreadDataLoader
     from monai.transforms import Compose, Lambda, RandAffine, RandFlip
-    d, a, z = dataset(folder), math.radians(5), (0.0, 0.0)
+    d, a, z = dataset(folder, n), math.radians(5), (0.0, 0.0)
     load = lambda i: d[i]["image"]
     views = [RandFlip(.5, 2), RandAffine(1.0, rotate_range=((-a, a), z, z), translate_range=(z, (-5, 5), (-5, 5)), scale_range=(z, (-.1, .1), (-.1, .1)), padding_mode="zeros")]
-    data = CacheDataset(list(range(SCANS)), Compose([Lambda(load), *views]), progress=False, num_workers=1)
+    data = CacheDataset(list(range(n)), Compose([Lambda(load), *views]), progress=False, num_workers=1)
     loader = (ThreadDataLoader if threaded else DataLoader)(data, batch_size=BATCH, shuffle=True, num_workers=0)
     return lambda: iter(loader)
 
 
-SIDES = {"ours": ours, "monai": monai, "monai_threaded": lambda f: monai(f, True)}
+SIDES = {"ours": ours, "monai": monai, "monai_threaded": partial(monai, threaded=True)}
 
 
 def side(name, folder):
-    "Seconds of an epoch, seconds that a busy consumer waits, peak of resident memory in MB"
-    import resource
+    "An epoch of a few scans; then the best of two whole epochs, and how long a busy consumer waits"
     import warnings
     import torch
     warnings.filterwarnings("ignore")
-    epoch = SIDES[name](folder)
+    for x in SIDES[name](folder, FEW)(): torch.as_tensor(x).sum()
+    yield
+    epoch = SIDES[name](folder, SCANS)
     next(iter(epoch()))
-    best, start = math.inf, 0
+    best = math.inf
     for _ in range(2):
-        start, total = time.perf_counter(), 0.0
-        for x in epoch(): total += float(torch.as_tensor(x).sum())
+        start = time.perf_counter()
+        for x in epoch(): float(torch.as_tensor(x).sum())
         best = min(best, time.perf_counter() - start)
     waits, asked = [], time.perf_counter()
     for n, _ in enumerate(epoch()):
         waits.append(time.perf_counter() - asked)
-        time.sleep(BUSY); asked = time.perf_counter()
+        time.sleep(BUSY)
+        asked = time.perf_counter()
         if n == 10: break
-    return dict(seconds=best, waits=float(np.mean(waits[1:])), memory=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    yield dict(seconds=best, waits=float(np.mean(waits[1:])))
 
 
 def trained(scans=32, size=(32, 64, 64), epochs=3):
@@ -129,22 +128,22 @@ def trained(scans=32, size=(32, 64, 64), epochs=3):
     return tuple(statistics.median(seconds[f][1:]) for f in (ours, monais))
 
 
-def bench():
-    "Rows of name, ours, peer, unit and ratio"
-    got = {}
+def cached():
+    "Time, waiting and memory beside both loaders of MONAI"
+    peers = {"monai": "MONAI CacheDataset, DataLoader", "monai_threaded": "MONAI CacheDataset, ThreadDataLoader"}
+    said = {"seconds": (f"epoch of {SCANS} cached scans, augmented", "s"), "mb": (f"memory of an epoch of {SCANS} scans", "MB"),
+            "waits": (f"wait for a batch of {BATCH} after {BUSY} s of other work", "s")}
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
-        for name in SIDES: got[name] = json.loads(subprocess.run([sys.executable, "-c", CHILD, str(ROOT), name, folder], check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-    a, rows = got["ours"], []
-    for peer, name in (("monai", "MONAI CacheDataset, DataLoader"), ("monai_threaded", "MONAI CacheDataset, ThreadDataLoader")):
-        for k, what, unit in (("seconds", f"epoch of {SCANS} cached scans, augmented", "s"), ("waits", f"wait for a batch of {BATCH} after {BUSY} s of other work", "s"),
-                              ("memory", f"peak memory of an epoch of {SCANS} scans", "MB")):
-            rows.append(dict(name=f"{what}: {name}", ours=round(a[k], 4), peer=round(got[peer][k], 4), unit=unit, ratio=round(got[peer][k] / a[k], 3)))
-    mine, peers = trained()
-    rows.append(dict(name="whole epoch of training on cached phantoms: MONAI pipeline and ResNet-18", ours=round(mine, 3), peer=round(peers, 3), unit="s", ratio=round(peers / mine, 3)))
-    return rows
+        mine = measured("bench.epoch:side", "ours", folder)
+        for peer, name in peers.items():
+            theirs = measured("bench.epoch:side", peer, folder)
+            for key, (what, unit) in said.items(): yield row(f"{what}: {name}", mine[key], theirs[key], unit)
 
 
-if __name__ == "__main__":
-    from bench.epoch import bench
-    print(json.dumps(bench(), indent=1, ensure_ascii=False))
+def training():
+    "A whole epoch of training"
+    yield row("whole epoch of training on cached phantoms: MONAI pipeline and ResNet-18", *trained(), "s")
+
+
+CASES = [Case("epoch of cached scans", cached, 240), Case("epoch of training", training, 200)]

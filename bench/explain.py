@@ -4,9 +4,12 @@ DARNet *tiny*, volumes of 32×64×64. The maps are compared before anything is t
 some rounds in which all take turns. Two jobs: the map of one class, and the maps of all three."""
 import math
 import time
+from functools import partial
 
 import numpy as np
 import torch
+
+from bench import Case, row
 
 SCANS, BATCH, SIZE = 24, 8, (32, 64, 64)
 
@@ -58,13 +61,16 @@ def timed(jobs, batches, rounds):
     return best
 
 
-def bench(rounds=3):
-    "Rows of name, ours, peer and unit"
+def rows(what, rounds=3):
+    "Of one class, or of all three"
     m, x = network(), torch.rand(SCANS, 1, *SIZE, generator=torch.Generator().manual_seed(0))
     one, every = makers(m)
-    batches, rows = x.split(BATCH), []
+    batches = x.split(BATCH)
     agree(one, every, batches[0])
-    for what, jobs in (("one class", {n: (lambda b, f=f: f(b, 1)) for n, f in one.items()}), ("all three classes", every)):
-        best = timed(jobs, batches, rounds)
-        rows += [dict(name=f"CAM of {SCANS} scans, {what}: {n}", ours=round(best["ours"], 3), peer=round(best[n], 3), unit="ms") for n in jobs if n != "ours"]
-    return rows
+    jobs = every if what == "all three classes" else {n: partial(f, k=1) for n, f in one.items()}
+    best = timed(jobs, batches, rounds)
+    for n in jobs:
+        if n != "ours": yield row(f"CAM of {SCANS} scans, {what}: {n}", best["ours"], best[n], "ms")
+
+
+CASES = [Case(f"CAM of {what}", partial(rows, what)) for what in ("one class", "all three classes")]

@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import row
+
 REPORTS = Path(__file__).resolve().parent.parent / "nbs" / "reports"
 ENGINES = {"eager float32": dict(), "bfloat16": dict(precision="bf16"), "bfloat16, channels last": dict(precision="bf16", channels_last=True),
            "bfloat16, channels last, compiled": dict(precision="bf16", channels_last=True, compile=True)}
@@ -49,7 +51,7 @@ def shape_of(recipe):
     return (1, *PREPS[recipe.prep].size) if recipe.prep else ROWS[recipe.model].input_size if not recipe.model_kwargs else (1, 64, 64)
 
 
-def prepared(recipe, device, precision="no", channels_last=False, compile=False):
+def prepared(recipe, device, precision="no", channels_last=False, compile=False, seed=0):
     "Network, optimizer, loss and accelerator, as `fit` prepares them"
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -59,7 +61,7 @@ def prepared(recipe, device, precision="no", channels_last=False, compile=False)
     from covid_ct.train.step import make_optimizer
     AcceleratorState._reset_state(reset_partial_state=True)
     acc = Accelerator(mixed_precision=precision, cpu=device == "cpu")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = build(recipe.model, **recipe.model_kwargs).to(device)
     net = WithOutputs(model, channels_last)
     if compile: net.compile()
@@ -172,14 +174,14 @@ def place(device):
 
 
 def bench():
-    "Rows for `python -m bench`: none without a GPU"
+    "Measures, writes, and gives rows; none without a GPU"
     if not torch.cuda.is_available():
         print(NOTHING)
         return []
     from covid_ct.scan import write_atomic
     r = report(); out = place(r["device"])
     write_atomic(out, json.dumps(r, indent=1) + "\n"); print(f"wrote {out.relative_to(REPORTS.parent.parent)}")
-    return [dict(name=f"{s['system']}: training step at the paper's size", ours=1e3 * s["engines"][OURS]["step_s"], peer=1e3 * s["engines"][FIRST]["step_s"], unit="ms")
+    return [row(f"{s['system']}: training step at the paper's size", 1e3 * s["engines"][OURS]["step_s"], 1e3 * s["engines"][FIRST]["step_s"], "ms")
             for s in r["systems"] if not any("trouble" in s["engines"][k] for k in (FIRST, OURS))]
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bench import Case, row
+
 
 def _batches(n, size, shape, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -63,26 +65,30 @@ def compare(model, recipe, shape, train=10, valid=3, epochs=3):
     return *steps, *map(statistics.median, (whole[1:], bare[1:]))
 
 
-def _row(name, ours, peer, unit):
-    k = dict(ms=1e3, s=1)[unit]
-    return dict(name=name, ours=round(k * ours, 3), peer=round(k * peer, 3), unit=unit, ratio=round(ours / peer, 3))
+def small():
+    "A network whose step takes next to nothing"
+    from covid_ct.train.recipes import change, recipe
+    net = nn.Sequential(nn.Conv3d(1, 8, 3, 2, 1), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 16, 3, 2, 1), nn.ReLU(),
+                        nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(16, 3))
+    toy = change(recipe(), "bench", system="toy", name="toy", prep="", model="", model_kwargs={}, augment="none")
+    ours, bare, *_ = compare(net, toy, (16, 32, 32), 40, 2, 5)
+    yield row("step of a small network, fit beside a bare loop", 1e3 * ours, 1e3 * bare, "ms")
+    yield row("fixed cost of a step: the difference, beside the bare step", 1e3 * (ours - bare), 1e3 * bare, "ms")
 
 
-def _overhead():
+def darnet():
+    "DARNet tiny on noise of its size"
     from covid_ct.data.preprocess import PREPS
     from covid_ct.models.zoo import build
-    from covid_ct.train.recipes import change, recipe
+    from covid_ct.train.recipes import recipe
     r = recipe()
-    small = nn.Sequential(nn.Conv3d(1, 8, 3, 2, 1), nn.BatchNorm3d(8), nn.ReLU(), nn.Conv3d(8, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(16, 3))
-    toy = change(r, "bench", system="toy", name="toy", prep="", model="", model_kwargs={}, augment="none")
-    few = compare(small, toy, (16, 32, 32), 40, 2, 5)
-    real = compare(build(r.model, **r.model_kwargs), r, PREPS[r.prep].size)
-    return [_row("step of a small network, fit beside a bare loop", *few[:2], "ms"), _row("fixed cost of a step: the difference, beside the bare step", few[0] - few[1], few[1], "ms"),
-            _row("step of DARNet tiny, fit beside a bare loop", *real[:2], "ms"), _row("epoch of DARNet tiny with validation and checkpoints", *real[2:], "s")]
+    ours, bare, whole, bare_whole = compare(build(r.model, **r.model_kwargs), r, PREPS[r.prep].size)
+    yield row("step of DARNet tiny, fit beside a bare loop", 1e3 * ours, 1e3 * bare, "ms")
+    yield row("epoch of DARNet tiny with validation and checkpoints", whole, bare_whole, "s")
 
 
-def _steps_ms(models, x, y, repeats=5):
-    "Median step of each, taken in turn, so that a busy machine slows all of them"
+def _steps(models, x, y, repeats=5):
+    "Median seconds of a step of each, taken in turn, so that a busy machine slows all of them"
     steps, seconds = [bare_step(m) for m in models], [[] for _ in models]
     for _ in range(repeats):
         for step, s in zip(steps, seconds):
@@ -90,7 +96,7 @@ def _steps_ms(models, x, y, repeats=5):
     return [statistics.median(s[1:]) for s in seconds]
 
 
-def _monai():
+def monai():
     "The stem of both: 3×7×7, stride 1×2×2, no pooling; four stages of two blocks from 16 channels on"
     from covid_ct.models.zoo import build
     from monai.networks.nets import ResNet
@@ -100,12 +106,8 @@ def _monai():
     size = [sum(p.numel() for p in m.parameters()) for m in (ours, peer)]
     with torch.no_grad(): assert ours(x).shape == peer(x).shape
     assert abs(size[0] / size[1] - 1) < .02, size
-    return _row(f"training step, ResNet-18 of the same geometry ({size[0]:,} parameters; MONAI's has {size[1]:,})", *_steps_ms((ours, peer), x, y), "ms")
+    name = f"training step, ResNet-18 of the same geometry ({size[0]:,} parameters; MONAI's has {size[1]:,})"
+    yield row(name, *(1e3 * s for s in _steps((ours, peer), x, y)), "ms")
 
 
-def bench():
-    return [*_overhead(), _monai()]
-
-
-if __name__ == "__main__":
-    for row in bench(): print(row)
+CASES = [Case("fit of a small network", small), Case("fit of DARNet tiny", darnet, 200), Case("step of a ResNet-18", monai)]

@@ -1,19 +1,18 @@
 """LSH attention against all-with-all attention and torch's scaled_dot_product_attention: time and peak memory of a forward and backward pass.
 
 One head of 16 numbers per token, two rounds, chunks of 64, the tokens of an n × n map. Every case runs in a process of its own, so that its peak is its own.
-All-with-all is left out at 369²: one matrix of weights would take 74 GB. SDPA never stores that matrix; it saves memory, not comparisons.
+All-with-all is left out at 192²: it stores every weight. SDPA never stores that matrix; it saves memory, not comparisons.
 Last, the whole network of the paper, M at full width, on one slice of 369 × 369 pixels beside the U-Net of the same widths: one forward and one backward pass.
-Memory is the growth of the largest resident set over what the process held before; below some ten MB it says little.
+Memory is the peak of a process above that of one that only made the network and passed a few tokens through it; below some ten MB it says little.
 Where two curves cross is stated in tokens; where they do not, there is no such row.
 """
-import json
 import math
-import resource
-import subprocess
-import sys
 import time
+from functools import partial
 
-SIDES = (32, 64, 128, 369)
+from bench import Case, measured, row, trouble
+
+SIDES = (32, 64, 128, 192)
 CHUNK, ROUNDS, DIM = 64, 2, 16
 
 
@@ -31,8 +30,8 @@ def _network(row):
     return step
 
 
-def _case(kind, side):
-    "Seconds of a forward and backward pass, and megabytes on top of what the process had before"
+def passes(kind, side):
+    "A pass of a few tokens; then the best of a few forward and backward passes of `side`² tokens, or of a slice"
     import torch
     import torch.nn.functional as F
     from covid_ct.models.lsh import bucket_factors, draw_rotations, exact_attention, hash_tokens, lsh_attention, unit
@@ -40,7 +39,8 @@ def _case(kind, side):
     net = _network(kind) if kind in ("raunet", "raunet-unet") else None
 
     def ours(qk, v): return lsh_attention(qk, v, hash_tokens(qk, draw_rotations(DIM, bucket_factors(qk.shape[-2], CHUNK), ROUNDS)), CHUNK)
-    run = {"lsh": ours, "exact": exact_attention, "sdpa": lambda qk, v: F.scaled_dot_product_attention(qk, unit(qk), v)}.get(kind)
+    def sdpa(qk, v): return F.scaled_dot_product_attention(qk, unit(qk), v)
+    run = {"lsh": ours, "exact": exact_attention, "sdpa": sdpa}.get(kind)
 
     def step(n):
         if net: return net(n)
@@ -48,16 +48,9 @@ def _case(kind, side):
         t = time.perf_counter()
         run(qk, v).sum().backward()
         return time.perf_counter() - t
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
     step(65)
-    before, n = peak(), side if net else side * side
-    seconds = min(step(n) for _ in range(3 if side < 128 else 1))
-    return dict(seconds=seconds, mb=max(.1, peak() - before))
-
-
-def measure(kind, side):
-    out = subprocess.run([sys.executable, "-m", "bench.lsh", kind, str(side)], capture_output=True, text=True, check=True)
-    return json.loads(out.stdout.strip().splitlines()[-1])
+    yield
+    yield dict(seconds=min(step(side if net else side * side) for _ in range(3 if side < 128 else 1)))
 
 
 def crossover(tokens, ours, peer):
@@ -68,24 +61,40 @@ def crossover(tokens, ours, peer):
     return tokens[0] if gap[0] <= 0 else None
 
 
-def bench():
-    got = {(k, s): measure(k, s) for k, sides in dict(lsh=SIDES, exact=SIDES[:3], sdpa=SIDES).items() for s in sides}
-    rows = []
-    for peer, said in dict(exact="all with all", sdpa="torch SDPA").items():
-        sides = [s for s in SIDES if (peer, s) in got]
-        for s in sides:
-            a, b = got["lsh", s], got[peer, s]
-            rows.append(dict(name=f"lsh: {s}² tokens, time against {said}", ours=a["seconds"], peer=b["seconds"], unit="s"))
-            rows.append(dict(name=f"lsh: {s}² tokens, peak memory against {said}", ours=a["mb"], peer=b["mb"], unit="MB"))
-        for what, better in dict(seconds="faster", mb="smaller").items():
-            at = crossover([s * s for s in sides], *([got[k, s][what] for s in sides] for k in ("lsh", peer)))
-            if at: rows.append(dict(name=f"lsh: {better} than {said} from here on (peer: 369²)", ours=at, peer=369**2, unit="tokens"))
-    grown = got["lsh", 369]["mb"] / got["lsh", 128]["mb"]
-    rows.append(dict(name="lsh: memory from 128² to 369² tokens (peer: tokens)", ours=grown, peer=(369 / 128)**2, unit="times"))
-    m, unet = (measure(k, 369) for k in ("raunet", "raunet-unet"))
-    for what, (said, unit) in dict(seconds=("time", "s"), mb=("peak memory", "MB")).items():
-        rows.append(dict(name=f"raunet: M, full size, 369 × 369, {said} (peer: U-Net)", ours=m[what], peer=unet[what], unit=unit))
-    return rows
+SAID = {"exact": "all with all", "sdpa": "torch SDPA"}
 
 
-if __name__ == "__main__": print(json.dumps(_case(sys.argv[1], int(sys.argv[2]))))
+def against(peer, sides):
+    "Time and memory of each side, and where the curves cross; a side that fails leaves the others"
+    got, said = {}, SAID[peer]
+    for side in sides:
+        name = f"lsh: {side}² tokens"
+        try: ours, theirs = (measured("bench.lsh:passes", k, side) for k in ("lsh", peer))
+        except Exception as e:
+            yield trouble(f"{name} against {said}", e)
+            continue
+        got[side] = ours, theirs
+        yield row(f"{name}, time against {said}", ours["seconds"], theirs["seconds"], "s")
+        yield row(f"{name}, memory against {said}", ours["mb"], theirs["mb"], "MB")
+    tokens = [side * side for side in got]
+    for what, better in dict(seconds="faster", mb="smaller").items():
+        at = crossover(tokens, *zip(*((a[what], b[what]) for a, b in got.values())))
+        if at: yield row(f"lsh: {better} than {said} from here on (peer: 369²)", at, 369**2, "tokens")
+
+
+def growth():
+    "How memory grows with the tokens"
+    small, large = (measured("bench.lsh:passes", "lsh", side)["mb"] for side in (128, 369))
+    yield row("lsh: memory from 128² to 369² tokens (peer: tokens)", large / small, (369 / 128)**2, "times")
+
+
+def network():
+    "M at full size beside the U-Net"
+    m, unet = (measured("bench.lsh:passes", k, 369) for k in ("raunet", "raunet-unet"))
+    yield row("raunet: M, full size, 369 × 369, time (peer: U-Net)", m["seconds"], unet["seconds"], "s")
+    yield row("raunet: M, full size, 369 × 369, memory (peer: U-Net)", m["mb"], unet["mb"], "MB")
+
+
+CASES = [Case("lsh against all with all", partial(against, "exact", SIDES[:3])),
+         Case("lsh against torch SDPA", partial(against, "sdpa", SIDES), 240),
+         Case("lsh: growth of memory", growth), Case("raunet at full size", network, 240)]

@@ -1,7 +1,5 @@
 """From file to network input, the same chain in our package, MONAI and TorchIO on the same files: time, and error
 
-    python bench/preprocess.py        prints a JSON list of rows: name, ours, peer, unit, ratio (peer / ours, above 1 is better)
-
 The chain is the one that the guides of both peers show: spacing 1 mm, window -1350 … 150 HU to [0,1], the central 280 × 320 × 320 mm,
 64 × 224 × 224 voxels. Defaults throughout; for MONAI also with float32 instead of its default float64, and with its anti-aliasing.
 Files: 512 × 512 × 300 int16 of 0.7 × 0.7 × 1 mm, once smooth and quantised, so that it packs well, once with noise of 60 HU, and the latter as a
@@ -9,16 +7,16 @@ series of 300 DICOM files. Each time is the best of some runs, files in the page
 
 The error is a root mean square in HU inside the volume. What a value should be is computed in float64 from the file, filtered against aliasing
 and interpolated at the place where *that* package says the voxel lies (its own affine): conventions about half voxels cost nobody anything."""
-import json
 import math
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench import Case, row
+
 SIZE, SHAPE, SPACING, WINDOW, BOX = (64, 224, 224), (300, 512, 512), (1.0, 0.7, 0.7), (-1350.0, 150.0), (280, 320, 320)
 
 
@@ -125,27 +123,27 @@ def errors(x, where, v):
     return rms(reference(v, places, [p[1] - p[0] for p in places])), rms(pattern(places))
 
 
-def bench(repeats=3):
-    "Rows of name, ours, peer, unit and ratio"
+PEERS = {"MONAI": monai, "TorchIO": torchio, "decoding alone (SimpleITK)": decode}
+MORE = {"MONAI, float32": partial(monai, kind=np.float32), "MONAI, anti-aliased": partial(monai, antialias=True)}
+
+
+def rows(name, file, noise, peers, repeats=2):
+    "Time of one file beside each peer, and of the noisy file the errors too"
     import warnings
     warnings.filterwarnings("ignore")
-    row = lambda name, ours, peer, unit: dict(name=name, ours=round(ours, 4), peer=round(peer, 4), unit=unit, ratio=round(peer / ours, 3))
-    peers = {"MONAI": (monai, repeats), "TorchIO": (torchio, repeats), "decoding alone (SimpleITK)": (decode, repeats)}
-    more = {"MONAI, float32": (lambda p: monai(p, kind=np.float32), repeats), "MONAI, anti-aliased": (lambda p: monai(p, True), 1)}
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, file, noise in (("a file that packs well", "packs_well.nii.gz", 0), ("a file of noise", "noisy.nii.gz", 60.0), ("300 DICOM files", "series", 60.0)):
-            path = Path(folder) / file
-            v = write(path, noise)
-            seconds, mine = timed(ours, path, max(repeats, 5))
-            for peer, (run, n) in (peers | more if path.stem == "noisy.nii" else peers).items():
-                t, (x, where) = timed(run, path, n)
-                rows.append(row(f"{name} to 64×224×224, {peer}", seconds, t, "s"))
-                if where is None or path.stem != "noisy.nii": continue
-                for what, a, b in zip(("the filtered file", "the pattern without noise"), errors(*mine, v), errors(x, where, v)):
-                    rows.append(row(f"error against {what}, {peer}", a, b, "HU"))
-    return rows
+        path = Path(folder) / file
+        v = write(path, noise)
+        seconds, mine = timed(ours, path, 3)
+        for peer, run in peers.items():
+            took, (x, where) = timed(run, path, repeats)
+            yield row(f"{name} to 64×224×224, {peer}", seconds, took, "s")
+            if where is None or path.stem != "noisy.nii": continue
+            for what, a, b in zip(("the filtered file", "the pattern without noise"), errors(*mine, v), errors(x, where, v)):
+                yield row(f"error against {what}, {peer}", a, b, "HU")
 
 
-if __name__ == "__main__":
-    print(json.dumps(bench(), indent=1, ensure_ascii=False))
+CASES = [Case("a file that packs well", partial(rows, "a file that packs well", "packs_well.nii.gz", 0, PEERS)),
+         Case("a file of noise", partial(rows, "a file of noise", "noisy.nii.gz", 60.0, PEERS), 180),
+         Case("a file of noise, other settings", partial(rows, "a file of noise", "noisy.nii.gz", 60.0, MORE, 1), 180),
+         Case("300 DICOM files", partial(rows, "300 DICOM files", "series", 60.0, PEERS), 180)]

@@ -1,17 +1,14 @@
 """Reading alone: ours with every check, against bare decoding and against MONAI and TorchIO on the same files
 
-    python bench/read.py        prints a JSON list of rows: name, ours, peer, unit, ratio (peer / ours, above 1 is better)
-
 A row of decoding alone compares us, checks and all, with what SimpleITK takes to unpack the voxels and do nothing else."""
-import json
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench.preprocess import SPACING, timed, write  # noqa: E402
+from bench import Case, row
+from bench.preprocess import SPACING, timed, write
 
 
 def ours(path):
@@ -55,7 +52,7 @@ def volume_rows(name, path, want, repeats):
     seconds, v = timed(ours, path, repeats)
     assert np.array_equal(v[:, ::-1, ::-1], np.maximum(want, -1024)), "read something else than was written"
     for peer, run in {"decoding alone (SimpleITK)": sitk_file, "MONAI LoadImage": monai, "TorchIO": torchio}.items():
-        yield f"read .nii.gz, {name}, {peer}", seconds, timed(run, path, repeats)[0]
+        yield row(f"read .nii.gz, {name}, {peer}", seconds, timed(run, path, repeats)[0], "s")
 
 
 def folder_rows(name, path, want, repeats):
@@ -63,24 +60,25 @@ def folder_rows(name, path, want, repeats):
     seconds, v = timed(ours, path, repeats)
     assert np.array_equal(v, np.maximum(want, -1024)), "read something else than was written"
     for peer, run in {"SimpleITK series reader": sitk_folder, "MONAI LoadImage": monai, "TorchIO": torchio}.items():
-        yield f"read 300 DICOM slices, {name}, {peer}", seconds, timed(run, path, repeats)[0]
-    yield "headers of 300 DICOM slices, sorted and checked, pydicom", timed(headers, path, repeats)[0], timed(headers_pydicom, path, repeats)[0]
+        yield row(f"read 300 DICOM slices, {name}, {peer}", seconds, timed(run, path, repeats)[0], "s")
+    mine, theirs = (timed(f, path, repeats)[0] for f in (headers, headers_pydicom))
+    yield row("headers of 300 DICOM slices, sorted and checked, pydicom", mine, theirs, "s")
 
 
-def bench(repeats=3):
-    "Rows of name, ours, peer, unit and ratio"
-    from covid_ct.data.catalog import write_series
-    from covid_ct.scan import Scan
-    rows = []
+def packed(name, noise, repeats=3):
+    "One packed file"
     with tempfile.TemporaryDirectory() as folder:
-        for name, noise in {"packs well": 0, "noise of 60 HU": 60.0}.items():
-            path = Path(folder) / f"{noise:.0f}.nii.gz"
-            want = write(path, noise)
-            rows += volume_rows(name, path, want, repeats)
-            path.unlink()
-        series = write_series(Scan(want, SPACING, patient_id="bench", scan_id="bench"), Path(folder) / "series")
-        rows += folder_rows("as scanners write them", series, want, repeats)
-    return [dict(name=n, ours=round(a, 4), peer=round(b, 4), unit="s", ratio=round(b / a, 3)) for n, a, b in rows]
+        path = Path(folder) / "scan.nii.gz"
+        yield from volume_rows(name, path, write(path, noise), repeats)
 
 
-if __name__ == "__main__": print(json.dumps(bench(), indent=1, ensure_ascii=False))
+def series(repeats=3):
+    "300 DICOM files of noise"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "series"
+        yield from folder_rows("as scanners write them", path, write(path, 60.0), repeats)
+
+
+CASES = [Case("read a file that packs well", partial(packed, "packs well", 0)),
+         Case("read a file of noise", partial(packed, "noise of 60 HU", 60.0)),
+         Case("read 300 DICOM files", series, 180)]

@@ -9,7 +9,6 @@ import importlib.util
 import io
 import json
 import os
-import shutil
 import socket
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ from covid_ct.phantom import make_phantom
 from covid_ct.scan import Scan
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from bench import BenchError, Case, row
 
 SHAPE = (128, 256, 256)
 
@@ -63,20 +65,20 @@ def in_python(scan):
 
 @contextlib.contextmanager
 def chromium():
-    "A headless browser, or None"
-    exe = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-    if not exe: yield None; return
+    "A headless browser. Raises `BenchError` where there is none"
+    from find_browser import ADVICE, find_browser, open_browser
     from playwright.sync_api import sync_playwright
+    exe = find_browser()
+    if not exe: raise BenchError(ADVICE)
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=exe, args=["--no-sandbox"])
+        b = open_browser(p, exe)
         yield b
         b.close()
 
 
 def in_browser(page_html):
-    "Seconds until the page is ready, then milliseconds from the slider's move to the next painted frame, and the share of it that drawing takes; None without a browser"
+    "Seconds until the page is ready, then milliseconds from the slider's move to the next painted frame, and the share of it that drawing takes"
     with chromium() as b, tempfile.TemporaryDirectory() as d:
-        if not b: return None
         (Path(d) / "page.html").write_text(page_html, "utf-8")
         page = b.new_page(viewport={"width": 1400, "height": 800})
         t = time.perf_counter()
@@ -136,7 +138,6 @@ def in_lab(scan, names):
     from covid_ct.data.io import write_scan
     out = {}
     with tempfile.TemporaryDirectory() as d, chromium() as b:
-        if not b: return out
         write_scan(scan, Path(d) / "chest.nii.gz")
         for n in names:
             nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
@@ -190,12 +191,16 @@ def saved_mb(scan):
         return len(json.dumps(embed_data(views=[nv])["manager_state"])) / 1e6
 
 
-def row(name, ours, peer, unit): return {"name": name, "ours": ours, "peer": peer, "unit": unit, "ratio": ours / peer}
-
-
-def bench():
+def shown():
+    "The scan, its viewer, and the page"
     scan, lesion = chest()
     viewer = VolumeViewer(scan, {"lesions": lesion})
+    return scan, viewer, viewer.page()
+
+
+def size():
+    "The page against gzip in base64"
+    scan, viewer, _ = shown()
     t = time.perf_counter()
     page = viewer.page()
     pack = time.perf_counter() - t
@@ -203,19 +208,32 @@ def bench():
     t = time.perf_counter()
     zipped = gzip.compress(raw.tobytes(), 6)
     zip_s = time.perf_counter() - t
-    rows = [row("viewer: page of 128×256×256 against gzip in base64", len(page.encode()) / 1e6, len(zipped) * 4 / 3e6, "MB"),
-            row("viewer: packing that page against gzip", pack, zip_s, "s")]
-    painted = in_browser(page)
-    if painted:
-        still = in_python(scan)
-        rows += [row("viewer: slice to painted frame against matplotlib's redraw", painted[1], still, "ms"),
-                 row("viewer: drawing alone against matplotlib's redraw", painted[2], still, "ms")]
-        print(f"(viewer: its page of {SHAPE} is ready after {painted[0]:.2f} s)")
-    niivue = importlib.util.find_spec("ipyniivue") is not None
-    live = in_lab(scan, [n for n in LIVE if n != "ipyniivue" or niivue])
-    for peer in (n for n in live if n != "ours"):
-        rows += [row(f"viewer: cell to picture in JupyterLab against {peer}", live["ours"][0], live[peer][0], "s"),
-                 row(f"viewer: key to next slice in JupyterLab against {peer}", live["ours"][1], live[peer][1], "ms")]
-    if niivue: rows.append(row("viewer: alive in a saved notebook against ipyniivue", len(viewer.frame().encode()) / 1e6, saved_mb(scan), "MB"))
-    else: print("(viewer: ipyniivue is not installed, no comparison with it)")
-    return rows
+    yield row("viewer: page of 128×256×256 against gzip in base64", len(page.encode()) / 1e6, len(zipped) * 4 / 3e6, "MB")
+    yield row("viewer: packing that page against gzip", pack, zip_s, "s")
+
+
+def painting():
+    "In a browser, against matplotlib in Python"
+    scan, _, page = shown()
+    painted, still = in_browser(page), in_python(scan)
+    yield row("viewer: slice to painted frame against matplotlib's redraw", painted[1], still, "ms")
+    yield row("viewer: drawing alone against matplotlib's redraw", painted[2], still, "ms")
+
+
+def live(peer):
+    "In JupyterLab, against one other viewer"
+    if importlib.util.find_spec(peer) is None: raise BenchError(f"{peer} is not installed")
+    got = in_lab(chest()[0], ["ours", peer])
+    for i, (what, unit) in enumerate((("cell to picture", "s"), ("key to next slice", "ms"))):
+        yield row(f"viewer: {what} in JupyterLab against {peer}", got["ours"][i], got[peer][i], unit)
+
+
+def saved():
+    "What a saved notebook holds"
+    scan, viewer, _ = shown()
+    yield row("viewer: alive in a saved notebook against ipyniivue", len(viewer.frame().encode()) / 1e6, saved_mb(scan), "MB")
+
+
+CASES = [Case("viewer: page", size), Case("viewer: in a browser", painting),
+         Case("viewer: in JupyterLab, matplotlib", partial(live, "matplotlib"), 180),
+         Case("viewer: in JupyterLab, ipyniivue", partial(live, "ipyniivue"), 180), Case("viewer: saved notebook", saved)]

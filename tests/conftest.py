@@ -1,24 +1,41 @@
 import functools
 import http.server
 import os
-import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import quick
 from filelock import FileLock
+from find_browser import ADVICE, find_browser, open_browser
+from portable import SHIFT, shift_seeds
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+if os.environ.get(SHIFT): shift_seeds(int(os.environ[SHIFT]))
 
 
 def pytest_collection_modifyitems(items):
+    seconds = quick.recorded()
     for item in items:
         if "browser" in getattr(item, "fixturenames", ()): item.add_marker(pytest.mark.browser)
+        if quick.is_quick(item, seconds): item.add_marker(pytest.mark.quick)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    "Records what a test costs where that is asked for"
+    start = quick.used()
+    try: return (yield)
+    finally:
+        if quick.RECORD in os.environ: quick.note(item.nodeid, quick.used() - start)
+
+
+def pytest_runtest_setup(item):
+    "From here and not by a mark, so that the summary has one line for all"
+    if item.get_closest_marker("browser") and not find_browser(): pytest.skip(ADVICE)
 
 
 @pytest.fixture(scope="session")
@@ -61,12 +78,9 @@ def served(site):
 @pytest.fixture(scope="session")
 def browser():
     "A headless Chromium"
-    names = "chromium", "chromium-browser", "google-chrome", "microsoft-edge"
-    exe = next((p for n in names if (p := shutil.which(n))), None)
-    if not exe and os.environ.get("CI"): pytest.fail("no Chromium: .ci/run installs one")
-    if not exe: pytest.skip("no Chromium or Chrome on this machine")
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import Error, sync_playwright
     with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=exe, args=FLAGS)
+        try: b = open_browser(p, find_browser())
+        except Error: pytest.skip(ADVICE)
         yield b
         b.close()

@@ -23,7 +23,7 @@ def together(tmp_path_factory):
     "Two processes on this machine, by gloo"
     out = tmp_path_factory.mktemp("two")
     r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE / "two_processes.py", out], capture_output=True, text=True, timeout=240,
-                       env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+                       env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "ACCELERATE_USE_CPU": "true"})
     assert not r.returncode, r.stderr[-3000:]
     return out
 
@@ -46,7 +46,7 @@ def test_the_commands_of_the_page(tmp_path, processes, by):
     "Both launchers, from a script that knows nothing of processes; on processors Accelerate's starts more than one only through MPI"
     script = tmp_path / "train.py"; script.write_text("import sys, two_processes\ntwo_processes.train('uniform', sys.argv[1])\n")
     r = subprocess.run([sys.executable, "-m", *by, script, tmp_path], capture_output=True, text=True, timeout=240,
-                       env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+                       env={**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)]), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "ACCELERATE_USE_CPU": "true"})
     assert not r.returncode, r.stderr[-3000:]
     assert json.loads((tmp_path / "uniform" / "config.json").read_text())["hardware"]["processes"] == processes
 
@@ -70,7 +70,7 @@ def test_the_package_s_own_command_in_two_processes(tmp_path):
     command = [Path(sys.executable).with_name("covid-ct"), "train", tmp_path / "c" / "cohort.csv", tmp_path / "run", "--recipe", "darnet/tiny", "--set", "epochs=1", "milestones=[]", "batch_size=4",
                'model_kwargs={"classes":3,"depth":32,"width":4,"blocks":[1,1,1,1],"strides":[1,2,2,1]}']
     r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", *command], capture_output=True, text=True, timeout=280,
-                       env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"})
+                       env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "ACCELERATE_USE_CPU": "true"})
     assert not r.returncode, r.stderr[-3000:]
     c, p, split = json.loads((tmp_path / "run" / "config.json").read_text()), pd.read_csv(tmp_path / "run" / "predictions.csv"), pd.read_csv(tmp_path / "run" / "split.csv")
     assert (c["hardware"]["processes"], c["status"]) == (2, "finished")

@@ -77,11 +77,77 @@ def test_bf16_is_near(system, device):
     assert not torch.equal(x, y) and (x - y).norm() <= .03 * x.norm() and math.isclose(m, n, rel_tol=.03)
 
 
-@on_gpu
-@pytest.mark.parametrize("system", SYSTEMS)
-def test_a_bf16_step_on_a_gpu(system):
-    a, b = one_step(system, "cuda"), one_step(system, "cuda", precision="bf16")
-    assert math.isclose(a[1]["loss"], b[1]["loss"], rel_tol=.03) and math.isclose(a[1]["grad_norm"], b[1]["grad_norm"], rel_tol=.1) and nn.functional.cosine_similarity(a[2], b[2], 0) > .95
+class Rounded(torch.autograd.Function):
+    "To bfloat16 and back, the value and its gradient"
+    @staticmethod
+    def forward(ctx, x): return x.bfloat16().to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g): return g.bfloat16().to(g.dtype)
+
+
+def round_layers(net):
+    "What bfloat16 does to a network, in float32: weights, inputs and outputs of convolutions and linear layers"
+    kinds = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear
+    for m in net.modules():
+        if not isinstance(m, kinds): continue
+        m.weight.data = m.weight.data.bfloat16().to(m.weight.dtype)
+        m.register_forward_pre_hook(lambda m, x: (Rounded.apply(x[0]), *x[1:]))
+        m.register_forward_hook(lambda m, x, out: Rounded.apply(out))
+
+
+def gradient(system, device, seed, precision="no", rounded=False, double=False, coarse=False):
+    "Loss and gradient of one training step of an untrained network; `coarse` rounds the image alone"
+    r, shape = small(system)
+    net, opt, loss, acc = gpu.prepared(r, device, precision=precision, seed=seed)
+    b = gpu.batch_of(r, shape, r.batch_size, device)
+    if coarse: b["image"] = b["image"].bfloat16().float()
+    if double:
+        net.double()
+        b = {k: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in b.items()}
+    if rounded: round_layers(net)
+    torch.manual_seed(1)
+    for m in net.train().modules():
+        if isinstance(m, LSHAttention): m.eval()
+    told = train_step(net, b, loss, opt, acc)
+    grads = [p.grad.double().cpu().flatten() for p in net.parameters() if p.grad is not None]
+    return told["loss"], torch.cat(grads)
+
+
+def away(a, b): return ((a - b).norm() / b.norm()).item()
+
+
+# A gradient of an untrained network is no fixed target. In float64, rounding the image alone to bfloat16 moves
+# the gradient of dual_sampling by 10 to 160 %, of prior_attention by 60 to 66 % (four seeds; float32 is within
+# 0.2 %): a sigmoid of slope 100 in the attention loss, norms over few values. Its norm says nothing: on the CPU
+# bfloat16 changes it by -22, -3, +2 and +68 % in dual_sampling. So a bfloat16 step is held against what rounding
+# each layer costs in float32 on the same device, and against the direction, over seeds.
+SEEDS = range(4)
+
+
+@pytest.mark.parametrize("system", ["dual_sampling", "prior_attention"])
+def test_an_untrained_gradient_follows_the_rounding_of_the_image(system):
+    "The reason for the test below, in float64"
+    exact = [gradient(system, "cpu", s, double=True)[1] for s in SEEDS]
+    coarse = [away(gradient(system, "cpu", s, double=True, coarse=True)[1], e) for s, e in zip(SEEDS, exact)]
+    single = [away(gradient(system, "cpu", s)[1], e) for s, e in zip(SEEDS, exact)]
+    assert max(single) < .02 and sum(coarse) / len(coarse) > .2
+
+
+@pytest.mark.parametrize("system,device", [("raunet", "cpu"), ("dual_sampling", "cpu"),
+                                           *(pytest.param(s, "cuda", marks=CUDA) for s in SYSTEMS)])
+def test_a_bf16_step_costs_what_rounding_costs(system, device):
+    "The others not on the CPU, whose bfloat16 convolutions in 3-D have wrong gradients on maps of 2×2×2"
+    errors, limits, cosines = [], [], []
+    for seed in SEEDS:
+        (loss, g), (near, got) = gradient(system, device, seed), gradient(system, device, seed, "bf16")
+        rounded = gradient(system, device, seed, rounded=True)[1]
+        assert math.isclose(loss, near, rel_tol=.03) and got.isfinite().all()
+        errors.append(away(got, g))
+        limits.append(away(rounded, g))
+        cosines.append(nn.functional.cosine_similarity(got, g, 0).item())
+    assert sum(errors) <= 1.5 * sum(limits) + .02 * len(errors), (errors, limits)
+    assert sum(cosines) / len(cosines) > .5, cosines
 
 
 @pytest.mark.slow

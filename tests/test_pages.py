@@ -20,13 +20,26 @@ EXECUTED = [p for p in PAGES if not p.startswith("nbs/reports/")]
 def cells(page): return json.loads((ROOT / page).read_text("utf-8"))["cells"]
 
 
+def environment(folder):
+    "Of a page that is run: one thread, unless the caller's environment says otherwise"
+    fixed = dict(MPLBACKEND="agg", TMPDIR=str(folder), COVID_CT_COURSE=str(folder / "course"))
+    return {"OMP_NUM_THREADS": "1", **os.environ, **fixed}
+
+
+def test_threads_are_the_callers_choice(monkeypatch, tmp_path):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert environment(tmp_path)["OMP_NUM_THREADS"] == "2"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert environment(tmp_path)["OMP_NUM_THREADS"] == "1"
+
+
 @pytest.mark.parametrize("page", EXECUTED)
 def test_runs(page, tmp_path):
     "Top to bottom in a fresh kernel, leaving nothing behind; in a lesson, each exercise refuses its unsolved cell and accepts its solution"
     before = {p for p in (ROOT / page).parent.iterdir()}
     nbdev_test = Path(sys.executable).with_name("nbdev_test")          # called as a function from `-c`, it would not see its arguments
     r = subprocess.run([nbdev_test, "--path", page, "--n_workers", "0"], cwd=ROOT, capture_output=True, text=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "TMPDIR": str(tmp_path), "COVID_CT_COURSE": str(tmp_path / "course")})
+                       env=environment(tmp_path))
     assert r.returncode == 0 and "Success" in r.stdout, (r.stdout + r.stderr)[-4000:]
     if page in LESSONS: assert_judged(page, tmp_path / "course")
     assert {p for p in (ROOT / page).parent.iterdir() if "checkpoint" not in p.name} <= before, "the page left files beside itself"
