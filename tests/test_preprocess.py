@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from covid_ct.data import preprocess as P
-from covid_ct.data.preprocess import (PREPS, Prep, Prepared, axis_weights, crop_box, faces, multiply_axes, network_grid,
+from covid_ct.data.preprocess import (PREPS, USED_BY, Prep, Prepared, axis_weights, crop_box, faces, multiply_axes, network_grid,
                                       prepare, resample, sub_grid)
 from covid_ct.scan import GeometryError, Grid, Map, NotAChestError, Scan, UnitsError
 
@@ -243,7 +243,6 @@ def test_prepare_windows_and_is_read_only():
 
 def test_units():
     v = np.zeros((4, 8, 8), "u1")
-    with pytest.raises(UnitsError): prepare(Scan(v, (1, 1, 1), units="uint8"), PREPS["darnet"])
     with pytest.raises(UnitsError): prepare(Scan(v.astype("i2") - 500, (1, 1, 1)), PREPS["darnet_release"])
     grey = Scan(v + 255, (1, 1, 1), units="uint8", geometry_known=False)
     assert prepare(grey, PREPS["darnet_release"]).voxels.min() > 1 - 1e-5
@@ -350,3 +349,60 @@ def test_full_size_is_fast_and_lean():
     tracemalloc.start(); prepare(s, PREPS["darnet"]); peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
     assert seconds < 3  # 0.2 s on a quiet core; process time, so that neighbours do not decide
     assert peak < 1.2 * v.nbytes  # never the whole scan in float32
+
+
+# units: which rows take which scans
+def grey_scan(seed=4):
+    v = np.random.default_rng(seed).integers(0, 256, (20, 30, 28)).astype("u1")
+    return Scan(v, (1, 1, 1), units="uint8", geometry_known=False, scan_id="pictures")
+
+
+def test_the_row_of_the_paper_takes_8_bit_scans_as_they_are():
+    "Grey 0 … 255 becomes 0 … 1, without a window, a lung mask or a crop; the scan says so"
+    scan = grey_scan()
+    ready = prepare(scan, PREPS["darnet"], never_asked)
+    exact = resample(scan.voxels/255, scan.grid, ready.grid)
+    assert ready.voxels.shape == (64, 224, 224)
+    assert np.abs(ready.voxels-np.clip(exact, 0, 1)).max() < 1e-5
+    assert ready.lungs == "none" and "8-bit" in ready.remarks[0]
+    assert np.allclose(ready.grid.size_mm, scan.grid.size_mm)  # the whole picture, no 48 pixels cut off
+
+
+def never_asked(scan): raise AssertionError("no lungs are needed")
+
+
+def test_hu_still_go_through_the_window():
+    scan = scan_on(Grid((20, 30, 28), (1., 1., 1.)), np.linspace(-1350, 150, 16800).reshape(20, 30, 28))
+    ready = prepare(scan, PREPS["darnet"])
+    assert ready.remarks == () and abs(ready.voxels.min()) < .02 and ready.voxels.max() > .98
+
+
+@pytest.mark.parametrize("row", [k for k, p in PREPS.items() if "uint8" not in p.takes])
+def test_a_refused_unit_names_the_recipes_that_take_it(row):
+    with pytest.raises(UnitsError, match="HU needed, the voxels are 'uint8'") as e:
+        prepare(grey_scan(), PREPS[row], never_asked)
+    assert "darnet/paper" in e.value.remedy and "darnet/release" in e.value.remedy
+    assert e.value.source == "pictures"
+
+
+def test_the_other_units_name_what_takes_them_too():
+    hu = scan_on(Grid((6, 6, 6), (1., 1., 1.)), np.full((6, 6, 6), -500))
+    with pytest.raises(UnitsError, match="darnet/paper.*dual_sampling/paper"): prepare(hu, PREPS["darnet_release"])
+    unit = Scan(np.random.default_rng(0).random((6, 6, 6)).astype("f4"), (1, 1, 1), units="unit")
+    with pytest.raises(UnitsError, match="Convert the scan to HU"): prepare(unit, PREPS["darnet"])
+
+
+def test_every_row_names_a_recipe_that_uses_it():
+    from covid_ct.train.recipes import RECIPES
+    assert set(USED_BY) == set(PREPS)
+    for row, name in USED_BY.items(): assert RECIPES[tuple(name.split("/"))].prep == row
+
+
+def test_a_prepared_scan_says_whose_lungs_were_used():
+    v = np.full((20, 30, 28), -1000)
+    lungs = np.zeros(v.shape, bool)
+    lungs[4:16, 8:22, 6:22] = True
+    scan = scan_on(Grid(v.shape, (1., 1., 1.)), v)
+    assert prepare(scan, PREPS["darnet_tiny"], lungs).lungs == "own"
+    assert prepare(scan, PREPS["darnet_tiny"], lambda s: lungs).lungs == "built-in"
+    assert prepare(scan, PREPS["darnet"], lungs).lungs == "none"
