@@ -23,12 +23,13 @@ def histogram(
     edges = np.linspace(lo, hi, 43)
     if scan.voxels.dtype.kind=='f':
         n = sum(np.histogram(s, edges)[0] for s in scan.voxels)
-    else:                                                    # whole numbers: count each, then add up
+    else: # whole numbers: count each, then add up
         every = sum(np.bincount(s.ravel().clip(lo-1,hi+1)-(lo-1), minlength=hi-lo+3)
                     for s in scan.voxels.astype('i2', copy=False))
         n = np.histogram(np.arange(lo-1,hi+2), edges, weights=every)[0]
     return dict(edges=edges.round(3).tolist(), share=(n/max(1,n.sum())).round(5).tolist())
 
+# %% ../nbs/core/92_apply.ipynb #cb1f1830
 def lungs_of(
     scan, # `Scan`
 )->tuple: # mask `(D,H,W)` or None, and sentences on what is odd about it
@@ -105,13 +106,15 @@ def load_classifier(
     from covid_ct.train.run import RunError
     model,recipe,config = load_run(run)
     if recipe.task!='classify':
-        raise RunError(run, f'holds a network that outlines lesions slice by slice ({recipe.system}), '
-                       'it gives no probabilities', 'Use covid-ct segment, or give the run of a classifier.')
+        raise RunError(run, f'holds a network that outlines lesions ({recipe.system}), '
+                       'it gives no probabilities',
+                       'Use covid-ct segment, or give the run of a classifier.')
     if recipe.prep not in PREPS:
         raise RunError(run, f'names no preprocessing that is known here ({recipe.prep!r})',
                        f'Give the run of a recipe with one of {", ".join(PREPS)}.')
     return model,recipe,config
 
+# %% ../nbs/core/92_apply.ipynb #d0f6dfd9
 def predict(
     scan, # `Scan` in the unit that the recipe needs
     run, # run folder, or what `load_classifier` made of it
@@ -129,6 +132,7 @@ def predict(
     heat = explain(model, ready, scan, label, classes=recipe.classes)
     return dict(zip(recipe.classes, prob.tolist())), heat, config
 
+# %% ../nbs/core/92_apply.ipynb #9b3774af
 def trained_on(
     config:dict, # of a run folder
 )->str: # plain words
@@ -156,6 +160,7 @@ def predict_scan(
     if report: predict_report(found, scan, heat, scan.scan_id or 'A scan').write(report)
     return found
 
+# %% ../nbs/core/92_apply.ipynb #e5b2d2bc
 def predict_report(
     found:dict, # from `predict_scan`
     scan, # `Scan`
@@ -172,7 +177,7 @@ def predict_report(
     r.facts({f'probability of {k}': f'{p:.3f}' for k,p in found['probabilities'].items()})
     for w in found['warnings']: r.note(w)
     alt = f'Three planes of the scan with the class activation map for {heat.label} in colour'
-    r.section('Where it looked', f'Class activation map for {heat.label} on the voxels of the scan, '
-              'scaled to [0,1].')
+    r.section('Where it looked', f'Class activation map for {heat.label} on the voxels of the '
+              'scan, scaled to [0,1].')
     r.figure(show_planes(scan, heat=heat), alt, 'Planes through the strongest voxel.')
     return r.html(overlay(scan, maps=[heat]).frame())

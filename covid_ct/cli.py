@@ -40,6 +40,7 @@ def show_facts(
     lines += [('warning', w) for w in facts['warnings']]
     return '\n'.join(f'{k:<12}{v}' for k,v in lines)
 
+# %% ../nbs/core/90_cli.ipynb #7093587b
 def _how(a): return dict(allow_unknown_geometry=a.allow_unknown_geometry, tilt=a.tilt)
 
 def _warn(sentences):
@@ -181,6 +182,7 @@ def _evaluate(a):
     if a.json: print(table.to_json(orient='records', indent=1))
     else: print(table.round(3).to_string(index=False))
 
+# %% ../nbs/core/90_cli.ipynb #9af00bf5
 def _study(a):
     from covid_ct.train.studies import read_study, run_study
     table = run_study(read_study(Path(a.path)), a.out, a.jobs, not a.json)
@@ -264,6 +266,7 @@ def _folder_out(p, text, **kwargs):
 
 def _run_in(p): p.add_argument('--run', dest='run_folder', required=True, help='run folder')
 
+# %% ../nbs/core/90_cli.ipynb #5eefcd62
 def _of_scans(add):
     "Commands about one scan"
     p = add('inspect', _inspect, 'what it is: geometry, histogram, lung volume, warnings', _SCAN)
@@ -319,6 +322,7 @@ def _of_cohorts(add):
     p.add_argument('name', help='as ct_seg or medseg100')
     _folder_out(p, 'folder for it')
 
+# %% ../nbs/core/90_cli.ipynb #43089154
 def _of_training(add):
     "Commands that make and measure a run"
     p = add('train', _train, 'train a network by a recipe; goes on where it was stopped', _COHORT,
@@ -342,6 +346,7 @@ def _of_training(add):
     writes(p, out='file')
     _stored(p)
 
+# %% ../nbs/core/90_cli.ipynb #9985e3b3
 def _of_runs(add):
     "Commands about finished runs"
     p = add('report', _report, 'the tables of a paper, theirs beside ours, with figures, files and '
@@ -387,7 +392,8 @@ def _of_others(add):
     p.add_argument('--patients', type=whole(1), default=240, help='phantom patients')
     p.add_argument('--epochs', type=whole(1), help="default: the recipe's")
     p.add_argument('--seed', type=whole(0), default=0, help='seed of the cohort and the training')
-    p = add('course', _course, 'write the lessons into a folder, ready for JupyterLab', None, js=False)
+    p = add('course', _course, 'write the lessons into a folder, ready for JupyterLab', None,
+            js=False)
     _folder_out(p, 'folder for the lessons')
     p.add_argument('--no-solutions', action='store_true', help='leave the solutions out')
     add('models', _models, 'every row of the zoo with its exact size', None)
@@ -403,8 +409,8 @@ def parser()->Parser:
         p.set_defaults(run=run)
         if path: p.add_argument('path', help=path)
         if path==_SCAN:
-            p.add_argument('--series', help='which series of a folder: its number, UID or a part of '
-                           'its description')
+            p.add_argument('--series', help='which series of a folder: its number, UID or a part '
+                           'of its description')
             _reading(p)
         if path==_COHORT:
             _reading(p, 'scans whose files name no spacing: take 1 mm and the usual orientation')
@@ -433,7 +439,7 @@ def _run(argv):
 
 def main(
     argv:list|None=None, # arguments, those of the command line by default
-)->int: # 0 done, 1 done with findings, 2 bad input, 130 stopped by Ctrl-C, 141 nobody reads the output
+)->int: # 0 done, 1 done with findings, 2 bad input, 130 Ctrl-C, 141 nobody reads the output
     "Run one command"
     plain_streams()
     try:

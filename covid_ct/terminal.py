@@ -8,6 +8,7 @@ __all__ = ['ENDINGS', 'PLAIN', 'UsageError', 'Parser', 'whole', 'above_zero', 'w
 
 # %% ../nbs/core/89_terminal.ipynb #ef5bc9af
 import argparse, codecs, re, sys
+from collections.abc import Callable
 from pathlib import Path
 from .scan import DataError, WriteError, check_writable
 
@@ -20,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
 def whole(
     least:int=0, # smallest number that makes sense
-): # function for `type=` of an option
+)->Callable: # for `type=` of an option
     "Whole numbers of at least `least`, as text; the function raises `ArgumentTypeError`"
     def number(text):
         if re.fullmatch(r'-?\d+', text.strip()) and int(text)>=least: return int(text)
@@ -57,7 +58,8 @@ def check_outputs(
         if getattr(args, option) is None: continue
         out = Path(getattr(args, option))
         if out.exists() and any(p.exists() and out.samefile(p) for p in inputs) and kind!='folder':
-            raise WriteError(out, 'is what would be read, it is not overwritten', 'Choose another name.')
+            raise WriteError(out, 'is what would be read, it is not overwritten',
+                             'Choose another name.')
         if kind=='mask': _check_mask(out, args.overwrite)
         if kind in ('page','model') and out.is_file() and out.suffix.lower() not in ENDINGS[kind]:
             raise WriteError(out, f'exists, and is no {kind}', 'Choose another name.')
@@ -98,8 +100,8 @@ def options_of(
 
 # %% ../nbs/core/89_terminal.ipynb #841608af
 PLAIN = dict(zip('▁▂▃▄▅▆▇█', '.:-=+*#@')) | {
-    '×':'x', '…':'...', '–':'-', '−':'-', '·':'*', '°':' deg', 'γ':'gamma', 'µ':'u', '≥':'>=', '≤':'<=',
-    '’':"'", '“':'"', '”':'"', '→':'->', '²':'2', '³':'3', 'é':'e', 'ü':'ue', 'ö':'oe', 'ä':'ae'}
+    '×':'x', '…':'...', '–':'-', '−':'-', '·':'*', '°':' deg', 'γ':'gamma', 'µ':'u', '≥':'>=',
+    '≤':'<=', '’':"'", '“':'"', '”':'"', '→':'->', '²':'2', '³':'3', 'é':'e', 'ü':'ue', 'ö':'oe', 'ä':'ae'}
 
 def _plain(error):
     "Error handler of codecs: characters that an encoding lacks, in ASCII"
