@@ -14,6 +14,7 @@ import joblib
 import numpy as np
 import pandas as pd
 from .browse.overlay import overlay
+from .data.cache import own_lungs
 from .data.catalog import load_mask, load_row, write_phantom_cohort
 from .data.load import ScanDataset
 from .data.preprocess import PREPS, prepare
@@ -119,7 +120,8 @@ def attention_energy(
     rows = []
     for _,row in cohort[cohort.label==label].iterrows():
         scan,ill = load_row(row, root),load_mask(row, 'infection_mask', root)>0
-        ready = prepare(scan, PREPS[recipe.prep], lungs=lungs)
+        own = own_lungs(row, scan, root) # as in training
+        ready = prepare(scan, PREPS[recipe.prep], lungs=lungs if own is None else own)
         maps = dict(CAM=explain(model, ready, scan, label, classes=recipe.classes), **baselines(scan, load_mask(row, 'lung_mask', root)>0))
         rows.append(dict(scan_id=row.scan_id, patient_id=row.patient_id, **{k: np.nan_to_num(energy_in(m.values, ill)) for k,m in maps.items()}))
     return pd.DataFrame(rows)
@@ -167,7 +169,8 @@ def case_view(
     row = cohort[cohort.scan_id==case.scan_id].iloc[0]
     scan,ill = load_row(row, root),load_mask(row, 'infection_mask', root)>0
     prob = {c: float(case[f'prob_{c}']) for c in recipe.classes}; said = max(prob, key=prob.get)
-    ready = prepare(scan, PREPS[recipe.prep], lungs=lung_mask)
+    own = own_lungs(row, scan, root) # as in training
+    ready = prepare(scan, PREPS[recipe.prep], lungs=lung_mask if own is None else own)
     heat = explain(run.model, ready, scan, said, classes=recipe.classes)
     report.text(f'Scan `{row.scan_id}`: in truth **{row.label}**, predicted **{said}** ('+', '.join(f'{c} {p:.2f}' for c,p in prob.items())+f'). {row.infection_ratio:.1%} of the lungs are diseased. '
                 f'Colour: what argues for {said}. Magenta: the true lesions.')

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from .browse.cases import CaseError, Notes, case_table, read_index, read_predictions, runs_in, thumb_of, write_index
 from .browse.room import ReadingRoom
+from .data.cache import own_lungs
 from .data.catalog import load_mask, load_row, read_cohort
 from .data.lungs import lung_mask
 from .data.preprocess import PREPS, Prep, prepare
@@ -84,7 +85,11 @@ class CaseLoader:
         row,case = self.row(scan_id),self.table.set_index('scan_id').loc[scan_id]
         labels = [case.predicted, case.label] if whole and len(self.networks)==1 and case.label!=case.predicted else [case.predicted]
         scan,once = load_row(row, self.root),{}
-        def lungs(s): return once['lungs'] if once else once.setdefault('lungs', self.lungs(s))      # the crop and the outline ask for the same
+        def lungs(s): # crop and outline ask for the same, and training used it too
+            if not once:
+                own = own_lungs(row, s, self.root)
+                once['lungs'] = self.lungs(s) if own is None else own
+            return once['lungs']
         out = dict(scan=scan, masks=self.masks(row, scan, lungs))
         if not self.networks: return out|dict(maps={}, fault=f'No map of attention: {self.fault or "no network"}.')
         try: return out|dict(maps=self.maps(scan, labels, lungs, find_centre(scan, out['masks']) if whole else None))

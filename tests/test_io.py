@@ -16,7 +16,8 @@ from scipy.ndimage import map_coordinates
 from covid_ct.data.catalog import write_series
 from covid_ct.data.dicom import decode, upright
 from covid_ct.data.header import _slow, _walk, damage, foreign, read_header, slices_of
-from covid_ct.data.io import list_series, orientation, read, read_mask, reorient, write_map, write_mask, write_scan
+from covid_ct.data.io import (files_of, list_series, orientation, read, read_mask, reorient, write_map,
+                              write_mask, write_scan)
 from covid_ct.scan import DataError, GeometryError, Grid, Map, ReadError, Scan, UnitsError, VoxelError, check_same_grid
 from fuzz import bombs
 
@@ -641,3 +642,135 @@ def test_every_real_path_answers(data_dir, capfd):
             try: read(p)
             except DataError as e: assert e.remedy and e.source
     assert not any(capfd.readouterr())
+
+# de-identified exports
+
+IDS = ('Modality', 'SeriesInstanceUID', 'StudyInstanceUID', 'PatientID', 'SOPInstanceUID',
+       'InstanceNumber', 'SOPClassUID')
+
+def without(*tags):
+    def change(d, k):
+        for t in tags: delattr(d, t)
+    return change
+
+def blanked(*tags):
+    def change(d, k):
+        for t in tags: setattr(d, t, '  ' if k%2 and t in ('Modality','PatientID') else '')
+    return change
+
+@pytest.mark.parametrize('change', [without, blanked])
+@pytest.mark.parametrize('tags', [*((t,) for t in IDS), ('Modality','SeriesInstanceUID'), IDS])
+def test_a_de_identified_folder_is_read_with_a_remark(tmp_path, scan, tags, change):
+    "One missing tag, or all: the same voxels in HU, own ids, and a remark that lists the tags"
+    s = read(write_series(scan, tmp_path/'d', change(*tags)))
+    assert np.array_equal(s.voxels, scan.voxels) and s.units=='HU' and len(s.scan_id)==8
+    check_same_grid(s, scan)
+    said = ' '.join(s.remarks)
+    assert all((t in said)==(t in tags) for t in IDS if t!='InstanceNumber')
+    assert s.patient_id=='' if 'PatientID' in tags else len(s.patient_id)==8
+    row, = list_series(tmp_path/'d').to_dict('records')
+    assert row['readable'] and row['scan_id']==s.scan_id
+
+def test_a_complete_folder_has_no_such_remark(tmp_path, scan):
+    assert read(write_series(scan, tmp_path/'d')).remarks==()
+
+def test_without_an_id_two_scans_still_differ(tmp_path, scan):
+    a = read(write_series(scan, tmp_path/'0', without(*IDS)))
+    b = read(write_series(chest(seed=4), tmp_path/'1', without(*IDS)))
+    assert a.scan_id!=b.scan_id and read(tmp_path/'0').scan_id==a.scan_id
+
+def test_without_modality_and_class_the_values_decide(tmp_path, scan):
+    "MR without a modality is no CT by its class; without both, values that are no HU are refused"
+    def mr(d, k):
+        del d.Modality
+        d.SOPClassUID = '1.2.840.10008.5.1.4.1.1.4'
+    write_series(scan, tmp_path/'mr', mr)
+    with pytest.raises(ReadError, match='not a CT image .class MR'): read(tmp_path/'mr')
+    def shifted(d, k):
+        without('Modality','SOPClassUID')(d, k)
+        d.RescaleIntercept = 0
+    write_series(scan, tmp_path/'values', shifted)
+    with pytest.raises(UnitsError, match='not HU'): read(tmp_path/'values')
+
+TELL = [dict(ConvolutionKernel=('SHARP','SOFT')), dict(SeriesDescription=('thin','thick')),
+        dict(SeriesNumber=(1,2)), dict(PatientID=('a','b')), dict(StudyInstanceUID=('1.2','1.3'))]
+
+@pytest.mark.parametrize('tell', TELL)
+def test_nameless_series_that_can_be_told_apart_are_a_choice(tmp_path, scan, tell):
+    (tag,values), = tell.items()
+    other = chest(seed=2)
+    for s,v in zip((scan,other), values):
+        def change(d, k, v=v):
+            del d.SeriesInstanceUID
+            setattr(d, tag, v)
+        write_series(s, tmp_path/'d', change, name=f'{values.index(v)}-{{k}}')
+    with pytest.raises(ReadError, match='2 CT series found'): read(tmp_path/'d')
+    assert np.array_equal(read(tmp_path/'d', series=0).voxels, scan.voxels)
+    second = list_series(tmp_path/'d').scan_id[1]
+    assert np.array_equal(read(tmp_path/'d', series=second).voxels, other.voxels)
+
+def test_nameless_series_in_two_folders_are_a_choice(tmp_path, scan):
+    ids = without('SeriesInstanceUID','StudyInstanceUID')
+    for i,s in enumerate((scan, chest(seed=2))): write_series(s, tmp_path/'d'/str(i), ids)
+    with pytest.raises(ReadError, match='2 CT series found'): read(tmp_path/'d')
+    assert np.array_equal(read(tmp_path/'d', series=0).voxels, scan.voxels)
+
+def test_nameless_series_that_cannot_be_told_apart_are_refused(tmp_path, scan):
+    ids = without('SeriesInstanceUID','StudyInstanceUID')
+    for i,s in enumerate((scan, chest(seed=2))): write_series(s, tmp_path/'d', ids, name=f'{i}-{{k}}')
+    with pytest.raises(GeometryError, match='lie where another one lies') as e: read(tmp_path/'d')
+    assert e.value.source==str(tmp_path/'d') and e.value.remedy
+
+@pytest.mark.parametrize('which', [0, 5, 11])
+def test_a_slice_without_a_series_among_others_is_refused(tmp_path, scan, which):
+    "Also the last one, without which the rest would be a volume"
+    lost = without('SeriesInstanceUID')
+    write_series(scan, tmp_path/'d', lambda d,k: lost(d, k) if k==which else None)
+    for series in (None, 0, 1):
+        with pytest.raises(ReadError, match='1 of 12 CT files name no series') as e:
+            read(tmp_path/'d', series=series)
+        assert e.value.source==str(tmp_path/'d') and 'folder of its own' in e.value.remedy
+
+def test_copies_without_an_id_are_still_copies(tmp_path, scan):
+    folder = write_series(scan, tmp_path/'d', without('SOPInstanceUID','SeriesInstanceUID'))
+    shutil.copy(folder/'IM4', folder/'copy of IM4')
+    s = read(folder)
+    assert np.array_equal(s.voxels, scan.voxels) and 'byte for byte' in ' '.join(s.remarks)
+
+def test_a_damaged_file_without_ids_still_stops_the_series(tmp_path, scan):
+    folder = write_series(scan, tmp_path/'d', without('SeriesInstanceUID'))
+    whole = (folder/'IM12').read_bytes()
+    (folder/'IM12').write_bytes(whole[:-300])
+    with pytest.raises(ReadError, match='IM12.*ends early') as e: read(folder)
+    assert e.value.remedy
+
+# what is read, and how remedies are named
+
+def test_files_of_a_path_are_all_that_reading_opens(tmp_path, scan):
+    deep = write_series(scan, tmp_path/'study'/'DICOM'/'S1')
+    (tmp_path/'study'/'.hidden').write_text('x')
+    assert files_of(tmp_path/'study')==sorted(deep.iterdir())
+    (tmp_path/'study'/'DICOMDIR').write_bytes(b'x')
+    assert len(files_of(tmp_path/'study'/'DICOMDIR'))==13
+    bodies = {'.mhd':'x.raw', '.nhdr':'x.raw', '.mha':'x.mha', '.nrrd':'x.nrrd', '.nii.gz':'x.nii.gz'}
+    for end,body in bodies.items():
+        (tmp_path/f'{end[1:]}-x').mkdir()
+        p = write(scan, tmp_path/f'{end[1:]}-x'/f'x{end}')
+        assert {f.name for f in files_of(p)}=={p.name,body}
+    with pytest.raises(ReadError, match='does not exist'): files_of(tmp_path/'none')
+    (tmp_path/'odd.mhd').write_text('no header at all')
+    assert files_of(tmp_path/'odd.mhd')==[tmp_path/'odd.mhd']
+
+def test_remedies_name_the_option_of_the_command_line(tmp_path, scan):
+    pictures(tmp_path/'p')
+    with pytest.raises(GeometryError) as e: read(tmp_path/'p')
+    option = 'allow_unknown_geometry=True (on the command line --allow-unknown-geometry'
+    assert option in e.value.remedy
+    write_series(scan, tmp_path/'tilt', shift(1, lambda k: k))
+    with pytest.raises(GeometryError, match='on the command line --tilt correct'): read(tmp_path/'tilt')
+    write_series(scan, tmp_path/'two'/'a')
+    write_series(chest(seed=2), tmp_path/'two'/'b')
+    with pytest.raises(ReadError, match='on the command line --series'): read(tmp_path/'two')
+    write_scan(scan, tmp_path/'x.nii.gz')
+    with pytest.raises(DataError, match='on the command line --overwrite'):
+        write_scan(scan, tmp_path/'x.nii.gz')

@@ -1,12 +1,15 @@
 "Loading: cache, failures, determinism over workers, and files as well as phantoms"
 import os
 import numpy as np, pandas as pd, pytest, torch
-from covid_ct.scan import CohortError, GeometryError, Scan, SplitError
+from covid_ct.phantom import phantom_cohort
+from covid_ct.scan import CohortError, GeometryError, Scan, SplitError, UnitsError, VoxelError
 from covid_ct.data.augment import AUGMENTS, apply, draw, seeded
 from covid_ct.data.catalog import check_cohort
 from covid_ct.data.io import write_mask, write_scan
+from covid_ct.data.layouts import write_layout
 from covid_ct.data.load import MASKS, Loader, ScanDataset, ahead, collate, make_loader, make_loaders, to_device
 from covid_ct.data.preprocess import Prep, prepare
+from covid_ct.data.public import open_cohort
 from covid_ct.data.sample import ClassBalancedSampler, UniformSampler
 from toys import LABELS, PREP, SIZE, Toy, fails, toy
 
@@ -62,7 +65,8 @@ def test_refusals(cohort):
     with pytest.raises(CohortError, match="scan S04: its label 'covid'"): make(classes=('healthy', 'cap'))
     with pytest.raises(CohortError, match='no size'): make(prep=Prep(size=None, spacing=(5., 2., 2.)))
     with pytest.raises(CohortError, match="'lobes' is unknown"): make(masks=('lobes',))
-    with pytest.raises(CohortError, match='scan S00: has no lung_mask'): make(load=None, masks=('lung',))
+    with pytest.raises(CohortError, match='scan S02: has no infection_mask'): make(load=None, masks=('infection',))
+    assert len(make(load=None, masks=('lung',))) == 12  # lungs can be found
     with pytest.raises(CohortError, match="no column 'label'"): make(cohort=cohort.drop(columns='label'))
     with pytest.raises(CohortError, match='no cache'): make().fill()
     d = make()
@@ -227,3 +231,54 @@ def test_a_part_of_every_batch_and_what_comes_after_some(cohort, workers):
             if rank < len(w['image']): assert w['image'][rank::3].equal(b['image']) and w['infection'][rank::3].equal(b['infection']) and w['scan_id'][rank::3] == b['scan_id']
     l = make(); l.skip(2)
     for w, b in zip(whole[2:], l, strict=True): same(w, b)
+
+
+def test_items_say_whose_lungs_were_used(cohort, tmp_path):
+    "A table that names some lung masks: `own` for these, `built-in` for the others"
+    rows, keep = [], Prep(size=SIZE, keep='lungs')
+    for i, r in cohort[:4].reset_index(drop=True).iterrows():
+        t = Toy(r)
+        write_scan(t.scan, tmp_path/f'{r.scan_id}.nii.gz')
+        row = dict(r, path=f'{r.scan_id}.nii.gz')
+        if i % 2:
+            write_mask(t.lungs, t.scan, tmp_path/f'{r.scan_id}_lung.nii.gz')
+            row['lung_mask'] = f'{r.scan_id}_lung.nii.gz'
+        rows.append(row)
+    files = check_cohort(pd.DataFrame(rows), tmp_path)
+    def everything(scan): return np.ones(scan.shape, bool)
+    for cache in (None, tmp_path/'cache', tmp_path/'cache'):
+        d = ScanDataset(files, keep, cache=cache, masks=('lung',), lungs=everything)
+        batch = next(iter(make_loader(d, 4)))
+        assert batch['lungs'] == ['built-in', 'own', 'built-in', 'own']
+        for i in range(4):
+            t = Toy(cohort.iloc[i])
+            mask = t.lungs if i % 2 else everything(t.scan)
+            ready = prepare(t.scan, keep, mask)
+            assert np.abs(batch['image'][i, 0].numpy()-ready.voxels).max() < 1e-4
+            assert (batch['lung'][i, 0].numpy() == ready.forward(mask)).all()
+    plain = ScanDataset(files, PREP)
+    assert [plain[i]['lungs'] for i in range(4)] == ['none']*4
+
+
+def test_an_empty_lung_mask_stops_the_scan_that_names_it(cohort, tmp_path):
+    t = Toy(cohort.iloc[0])
+    write_scan(t.scan, tmp_path/'s.nii.gz')
+    write_mask(t.lungs & False, t.scan, tmp_path/'m.nii.gz')
+    files = check_cohort(cohort[:1].assign(path='s.nii.gz', lung_mask='m.nii.gz'), tmp_path)
+    for cache in (None, tmp_path/'cache'):
+        d = ScanDataset(files, Prep(size=SIZE, keep='lungs'), cache=cache)
+        with pytest.raises(VoxelError, match='m.nii.gz: this lung mask is empty.*built-in'): d[0]
+    assert not list((tmp_path/'cache').rglob('*.npy'))
+
+
+def test_pictures_of_cc_ccii_load_by_the_recipe_of_the_paper(tmp_path):
+    from covid_ct.train.recipes import recipe
+    write_layout(phantom_cohort(8, seed=3, second_scan=0), tmp_path/'cc', 'cc_ccii', (24, 64, 64))
+    df = open_cohort(tmp_path/'cc')
+    d = ScanDataset(df, recipe('darnet', 'paper'), cache=tmp_path/'cache')
+    batch = next(iter(make_loader(d, 2)))
+    assert batch['image'].shape == (2, 1, 64, 224, 224) and batch['lungs'] == ['none', 'none']
+    assert 0 <= batch['image'].min() < batch['image'].max() <= 1
+    for name in ('fixed', 'tiny'):
+        d = ScanDataset(df, recipe('darnet', name))
+        with pytest.raises(UnitsError, match='darnet/paper'): d[0]

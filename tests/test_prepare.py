@@ -12,15 +12,18 @@ import joblib
 import numpy as np
 import pandas as pd
 import pytest
+import SimpleITK as sitk
 
 from covid_ct.data import cache as C
-from covid_ct.data.cache import (MASKS, Cache, cache_folder, cache_size, has_mask, make_arrays, pack, prep_of, prepare_cohort, row_of, scan_name, sources,
-                                 staged, sweep, unpack)
+from covid_ct.data.cache import (MASKS, Cache, cache_folder, cache_size, has_mask, make_arrays, pack, prep_of,
+                                 prepare_cohort, prepare_row, row_of, scan_name, sources, staged, sweep, unpack)
 from covid_ct.data.catalog import write_series
-from covid_ct.data.io import write_scan
+from covid_ct.data.io import read, to_image, write_mask, write_scan
+from covid_ct.data.public import open_cohort
+from covid_ct.data.layouts import write_layout
 from covid_ct.data.preprocess import PREPS, Prep, prepare
 from covid_ct.phantom import make_phantom, phantom_cohort, phantom_of
-from covid_ct.scan import CohortError, DataError
+from covid_ct.scan import CohortError, DataError, GeometryError, UnitsError, VoxelError
 from toys import LABELS, PREP, SIZE, Toy, fails, toy
 
 
@@ -58,7 +61,10 @@ def test_size_is_predicted_to_the_byte_and_values_are_those_of_prepare(cohort, t
     arrays = list(done.folder.glob('*.npy'))
     assert (done.made, done.found, done.exit_code) == (12, 0, 0) and len(arrays) == 36
     assert sum(f.stat().st_size for f in arrays) == cache_size(cohort, PREP, MASKS)
-    assert sorted(f.name for f in done.folder.iterdir() if f not in arrays) == ['failures.csv', 'recipe.json']
+    notes = [f for f in done.folder.glob('*.json') if f.name != 'recipe.json']
+    assert len(notes) == 12
+    rest = sorted(f.name for f in done.folder.iterdir() if f not in [*arrays, *notes])
+    assert rest == ['failures.csv', 'recipe.json', 'scans.csv']
     assert all(np.load(f, allow_pickle=False).dtype in ('u1', 'u2') for f in arrays)
     kept, t = Cache(tmp_path, PREP, toy).get(cohort.iloc[5], MASKS), Toy(cohort.iloc[5])
     p = prepare(t.scan, PREP)
@@ -150,7 +156,7 @@ def test_200_scans_killed_in_the_middle_and_restarted_equal_an_uninterrupted_run
     assert (done.made+done.found, len(done.failures)) == (198, 2) and done.found >= 30
     time.sleep(0 if whole_group else 1)  # workers that outlived their parent finish the scan in hand
     a, b = contents(whole), contents(tmp_path/'killed')
-    assert a.keys() == b.keys() and all(a[k] == b[k] for k in a) and len(a) == 198+2
+    assert a.keys() == b.keys() and all(a[k] == b[k] for k in a) and len(a) == 2*198+3
 
 
 def test_a_kill_in_the_middle_of_a_write_leaves_nothing_that_counts(tmp_path):
@@ -260,10 +266,249 @@ def test_rows_and_masks(cohort, tmp_path):
     df = cohort.assign(path='a/b.nii.gz'); df.attrs['root'] = '/data'
     assert row_of(df, 3).path == '/data/a/b.nii.gz' and row_of(df, 3, tmp_path).path == str(tmp_path/'a/b.nii.gz') and df.path[3] == 'a/b.nii.gz'
     assert has_mask(dict(scan_id='S', label='cap', infection_mask='x.nii.gz'), 'infection') and not has_mask(dict(scan_id='S', label='healthy'), 'infection')
-    for m, label in (('lung', 'healthy'), ('infection', 'covid')):
-        with pytest.raises(CohortError, match=f'has no {m}_mask'): has_mask(dict(scan_id='S', label=label, **{f'{m}_mask': float('nan')}), m)
+    bare = dict(scan_id='S', label='covid', lung_mask=float('nan'), infection_mask=float('nan'))
+    assert not has_mask(bare, 'lung')  # the built-in method finds them
+    with pytest.raises(CohortError, match='has no infection_mask.*--masks'): has_mask(bare, 'infection')
 
 
 def test_a_phantom_cohort_needs_no_files(tmp_path):
     done = quiet(phantom_cohort(2, seed=1), PREP, tmp_path, ('lung',), jobs=1, load=partial(phantom_of, shape=(24, 32, 32)))
     assert done.exit_code == 0 and done.made >= 2 and not done.failures.size
+
+
+# ── the user's own masks ─────────────────────────────────────────────────────────────────────────────────────────
+KEEP = Prep(size=SIZE, keep='lungs')
+CROP = Prep(size=SIZE, crop='lungs', margin=0.)
+
+
+def half(scan): return np.broadcast_to(np.arange(scan.shape[2]) < scan.shape[2]//2, scan.shape)
+
+
+def whole(scan): return np.ones(scan.shape, bool)
+
+
+@pytest.fixture
+def masked(tmp_path):
+    "Four scans as files with an infection mask; the first two name a lung mask of one half"
+    (tmp_path/'data').mkdir()
+    rows = []
+    for i, r in table(8)[1:8:2].reset_index(drop=True).iterrows():
+        t = Toy(r)
+        files = dict(path=f'{r.scan_id}.nii.gz', infection_mask=f'{r.scan_id}_inf.nii.gz')
+        write_scan(t.scan, tmp_path/'data'/files['path'])
+        write_mask(t.infection, t.scan, tmp_path/'data'/files['infection_mask'])
+        if i < 2:
+            files['lung_mask'] = f'{r.scan_id}_lung.nii.gz'
+            write_mask(half(t.scan), t.scan, tmp_path/'data'/files['lung_mask'])
+        rows.append({**r, **files})
+    df = pd.DataFrame(rows)
+    df.attrs['root'] = str(tmp_path/'data')
+    return df
+
+
+@pytest.mark.parametrize('prep', [KEEP, CROP])
+def test_a_named_lung_mask_masks_and_crops(masked, tmp_path, prep):
+    done = quiet(masked, prep, tmp_path/'out', MASKS, jobs=1, lungs=whole)
+    assert done.exit_code == 0
+    assert done.scans.lungs.tolist() == ['own', 'own', 'built-in', 'built-in']
+    assert 'lung masks: 2 built-in and 2 own' in str(done)
+    assert pd.read_csv(done.folder/'scans.csv', keep_default_na=False).equals(done.scans)
+    cache = Cache(tmp_path/'out', prep, lungs=whole)
+    for i in range(4):
+        scan = Toy(masked.iloc[i]).scan
+        mask = half(scan) if i < 2 else whole(scan)
+        ready = prepare(scan, prep, mask)
+        got = cache.get(row_of(masked, i), MASKS)
+        assert np.abs(unpack(got['image'])-ready.voxels).max() < 1e-4
+        assert (got['lung'] == ready.forward(mask)).all()
+        assert (got['infection'] == ready.forward(Toy(masked.iloc[i]).infection)).all()
+        assert cache.about(row_of(masked, i))['lungs'] == done.scans.lungs[i]
+
+
+@pytest.mark.parametrize('column', ['lung_mask', 'infection_mask'])
+def test_another_mask_of_the_same_name_is_another_scan(masked, tmp_path, column):
+    quiet(masked, KEEP, tmp_path/'out', MASKS, jobs=1, lungs=whole)
+    scan = Toy(masked.iloc[1]).scan
+    new = np.zeros(scan.shape, bool)
+    new[2:5, 3:9, 2:12] = True
+    write_mask(new, scan, tmp_path/'data'/masked[column][1], overwrite=True)
+    again = quiet(masked, KEEP, tmp_path/'out', MASKS, jobs=1, lungs=whole)
+    assert (again.made, again.found) == (1, 3)
+    got = Cache(tmp_path/'out', KEEP, lungs=whole).get(row_of(masked, 1), MASKS)
+    assert (got[column.split('_')[0]] == prepare(scan, PREP).forward(new)).all()
+
+
+def wrong_grid(scan, file): write_mask(whole(scan)[1:], scan.replace(voxels=scan.voxels[1:]), file, True)
+def wrong_place(scan, file): write_mask(whole(scan), scan.replace(origin=(0., 9., 0.)), file, True)
+def no_voxel(scan, file): write_mask(np.zeros(scan.shape, bool), scan, file, overwrite=True)
+def no_byte(scan, file): file.write_bytes(b'')
+def no_mask(scan, file): file.write_bytes(b'these are no voxels')
+
+
+BAD = dict(wrong_grid=(wrong_grid, GeometryError, 'shapes differ'),
+           wrong_place=(wrong_place, GeometryError, 'voxels apart'),
+           no_voxel=(no_voxel, VoxelError, 'is empty: no voxel'),
+           no_byte=(no_byte, DataError, 'is empty .0 bytes'),
+           no_mask=(no_mask, DataError, 'NIfTI|cannot be read'))
+
+
+@pytest.mark.parametrize('fault', BAD)
+@pytest.mark.parametrize('prep', [KEEP, CROP])
+def test_a_lung_mask_that_cannot_be_used_is_an_error_with_its_name(masked, tmp_path, prep, fault):
+    spoil, kind, words = BAD[fault]
+    file = tmp_path/'data'/masked.lung_mask[0]
+    spoil(Toy(masked.iloc[0]).scan, file)
+    with pytest.raises(kind, match=words) as e: prepare_row(row_of(masked, 0), prep, lungs=whole)
+    assert e.value.source == str(file) and e.value.remedy
+    done = quiet(masked, prep, tmp_path/'out', jobs=1, lungs=whole)
+    (scan_id, _, said, remedy), = done.failures.values
+    assert scan_id == masked.scan_id[0] and done.made == 3
+    assert said.startswith(f'{file.name}: ') and remedy
+
+
+def test_a_spoilt_infection_mask_is_an_error_with_its_name(masked, tmp_path):
+    wrong_grid(Toy(masked.iloc[2]).scan, tmp_path/'data'/masked.infection_mask[2])
+    done = quiet(masked, PREP, tmp_path/'out', MASKS, jobs=1, lungs=whole)
+    (_, kind, said, _), = done.failures.values
+    assert kind == 'GeometryError' and said.startswith(masked.infection_mask[2])
+
+
+def test_without_a_need_for_lungs_none_are_read_or_found(masked, tmp_path):
+    no_voxel(Toy(masked.iloc[0]).scan, tmp_path/'data'/masked.lung_mask[0])
+    def never(scan): raise AssertionError('asked for')
+    done = quiet(masked, PREP, tmp_path/'out', jobs=1, lungs=never)
+    assert done.exit_code == 0 and set(done.scans.lungs) == {'none'}
+    assert 'lung masks' not in str(done)
+
+
+def test_lungs_are_found_once_for_crop_and_mask(masked):
+    asked = []
+    def counted(scan): asked.append(1); return whole(scan)
+    arrays, about = prepare_row(row_of(masked, 3), KEEP, ('lung',), lungs=counted)
+    assert len(asked) == 1 and about['lungs'] == 'built-in' and arrays['lung'].all()
+
+
+# ── files that have changed ──────────────────────────────────────────────────────────────────────────────────────
+def brighter(scan): return scan.replace(voxels=(scan.voxels+150*(scan.voxels < -500)).astype('i2'))
+
+
+def as_pair(end):
+    def write(scan, folder):
+        folder.mkdir(exist_ok=True)
+        sitk.WriteImage(to_image(scan.voxels, scan), str(folder/f'a{end}'))
+        return folder/f'a{end}'
+    return write
+
+
+def nested(scan, folder):
+    write_series(scan, folder/'STUDY'/'DICOM'/'S1')
+    return folder
+
+
+def by_dicomdir(scan, folder):
+    write_series(scan, folder/'IMAGES'/'S1')
+    (folder/'DICOMDIR').write_bytes(b'a table of contents')
+    return folder/'DICOMDIR'
+
+
+KINDS = dict(nested=nested, flat=write_series, dicomdir=by_dicomdir,
+             mhd=as_pair('.mhd'), nhdr=as_pair('.nhdr'), mha=as_pair('.mha'))
+
+
+def stamps(folder): return {f: f.stat() for f in folder.rglob('*') if f.is_file()}
+
+
+@pytest.mark.parametrize('keep_times', [False, True])
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_changed_scan_is_prepared_again(tmp_path, kind, keep_times):
+    "Voxels change in place: in nested folders, beside a header, with the old time and size put back"
+    scan = Toy(dict(seed=3, scan_id='S', patient_id='P', label='covid')).scan
+    path = KINDS[kind](scan, tmp_path/'scan')
+    cohort = pd.DataFrame([dict(patient_id='P', scan_id='S', label='covid', path=str(path))])
+    assert quiet(cohort, PREP, tmp_path/'out', jobs=1).made == 1
+    assert quiet(cohort, PREP, tmp_path/'out', jobs=1).found == 1
+    before = stamps(tmp_path/'scan')
+    contents = {f: f.read_bytes() for f in before}
+    KINDS[kind](brighter(scan), tmp_path/'scan')
+    after = stamps(tmp_path/'scan')
+    assert {f: s.st_size for f, s in after.items()} == {f: s.st_size for f, s in before.items()}
+    for f, s in before.items():  # the header of a pair has not changed
+        if keep_times or f.read_bytes() == contents[f]:
+            os.utime(f, ns=(s.st_atime_ns, s.st_mtime_ns))
+    again = quiet(cohort, PREP, tmp_path/'out', jobs=1)
+    assert (again.made, again.found) == (1, 0)
+    got = Cache(tmp_path/'out', PREP).get(cohort.iloc[0])['image']
+    assert np.abs(unpack(got)-prepare(brighter(scan), PREP).voxels).max() < 1e-4
+
+
+def test_a_copy_with_the_same_content_and_times_is_the_same_scan(tmp_path):
+    "Copied with its times, as rsync does: hashed once, not prepared again"
+    scan = Toy(dict(seed=3, scan_id='S', patient_id='P', label='covid')).scan
+    file = write_scan(scan, tmp_path/'s.nii.gz')
+    cohort = pd.DataFrame([dict(patient_id='P', scan_id='S', label='covid', path=str(file))])
+    done = quiet(cohort, PREP, tmp_path/'out', jobs=1)
+    stamp = {f: f.stat().st_mtime_ns for f in done.folder.glob('*.npy')}
+    times, whole = file.stat(), file.read_bytes()
+    file.unlink()
+    file.write_bytes(whole)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert quiet(cohort, PREP, tmp_path/'out', jobs=1).found == 1
+    assert stamp == {f: f.stat().st_mtime_ns for f in done.folder.glob('*.npy')}
+    hashed = []
+    real = C.content_of
+    C.content_of = lambda row: hashed.append(1) or real(row)
+    try: assert quiet(cohort, PREP, tmp_path/'out', jobs=1).found == 1 and not hashed
+    finally: C.content_of = real
+
+
+def test_a_note_that_is_lost_or_damaged_counts_as_no_scan(cohort, tmp_path):
+    done = quiet(cohort[:3], PREP, tmp_path, jobs=1, load=toy)
+    notes = sorted(f for f in done.folder.glob('*.json') if f.name != 'recipe.json')
+    notes[0].unlink()
+    notes[1].write_text('{"lungs"')
+    assert quiet(cohort[:3], PREP, tmp_path, jobs=1, load=toy).made == 2
+
+
+def test_the_code_of_the_phantom_is_not_that_of_a_patient(tmp_path, monkeypatch):
+    "It decides the voxels of a phantom made in memory, and nothing that was read from a file"
+    real = C._code
+    def folders():
+        made = phantom_of, partial(phantom_of, shape=(8, 8, 8))
+        return cache_folder(tmp_path, PREP), *(cache_folder(tmp_path, PREP, f) for f in made)
+    before = folders()
+    changed = {sys.modules[f'covid_ct.{m}'].__file__ for m in ('phantom', 'anatomy')}
+    monkeypatch.setattr(C, '_code', lambda f: real(f)+'changed' if f in changed else real(f))
+    assert [a == b for a, b in zip(before, folders())] == [True, False, False]
+
+
+# ── 8-bit pictures ───────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.fixture(scope='module')
+def cc_ccii(tmp_path_factory):
+    "Phantoms on disk as CC-CCII lies there: folders of 8-bit pictures without geometry"
+    out = tmp_path_factory.mktemp('set')/'cc'
+    write_layout(phantom_cohort(8, seed=3, second_scan=0), out, 'cc_ccii', (24, 64, 64))
+    return open_cohort(out)
+
+
+def test_cc_ccii_goes_through_the_recipe_of_the_paper(cc_ccii, tmp_path):
+    from covid_ct.train.recipes import recipe
+    df = cc_ccii[cc_ccii.label.isin(('healthy', 'cap', 'covid'))]
+    done = quiet(df, recipe('darnet', 'paper'), tmp_path, jobs=1)
+    assert done.exit_code == 0 and done.made == len(df) >= 3
+    assert set(done.scans.units) == {'uint8'} and set(done.scans.lungs) == {'none'}
+    assert done.scans.remarks.str.contains('8-bit grey values, taken as they are').all()
+    row = row_of(df, 0)
+    scan = read(row.path, allow_unknown_geometry=True)
+    got = unpack(Cache(tmp_path, PREPS['darnet']).get(row)['image'])
+    assert got.shape == (64, 224, 224)
+    assert abs(got.mean()-scan.voxels.mean()/255) < .01  # no window, nothing cut off
+
+
+@pytest.mark.parametrize('name', ['fixed', 'tiny'])
+def test_recipes_that_need_hu_name_the_one_that_takes_pictures(cc_ccii, tmp_path, name):
+    from covid_ct.train.recipes import recipe
+    done = quiet(cc_ccii, recipe('darnet', name), tmp_path, jobs=1)
+    assert len(done.failures) == len(cc_ccii) and set(done.failures.error) == {'UnitsError'}
+    assert done.failures.remedy.str.contains('darnet/paper').all()
+    prep = PREPS[recipe('darnet', name).prep]
+    with pytest.raises(UnitsError, match='darnet/paper'): prepare_row(row_of(cc_ccii, 0), prep)

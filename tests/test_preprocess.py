@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from covid_ct.data import preprocess as P
-from covid_ct.data.preprocess import (PREPS, USED_BY, Prep, Prepared, axis_weights, crop_box, faces, multiply_axes, network_grid,
-                                      prepare, resample, sub_grid)
+from covid_ct.data.preprocess import (PREPS, USED_BY, Prep, Prepared, axis_weights, crop_box, faces,
+                                      multiply_axes, network_grid, prepare, resample, sub_grid)
 from covid_ct.scan import GeometryError, Grid, Map, NotAChestError, Scan, UnitsError
 
 
@@ -365,14 +365,15 @@ def test_the_row_of_the_paper_takes_8_bit_scans_as_they_are():
     assert ready.voxels.shape == (64, 224, 224)
     assert np.abs(ready.voxels-np.clip(exact, 0, 1)).max() < 1e-5
     assert ready.lungs == "none" and "8-bit" in ready.remarks[0]
-    assert np.allclose(ready.grid.size_mm, scan.grid.size_mm)  # the whole picture, no 48 pixels cut off
+    assert np.allclose(ready.grid.size_mm, scan.grid.size_mm)  # the whole picture, nothing cut off
 
 
 def never_asked(scan): raise AssertionError("no lungs are needed")
 
 
 def test_hu_still_go_through_the_window():
-    scan = scan_on(Grid((20, 30, 28), (1., 1., 1.)), np.linspace(-1350, 150, 16800).reshape(20, 30, 28))
+    ramp = np.linspace(-1350, 150, 16800).reshape(20, 30, 28)
+    scan = scan_on(Grid(ramp.shape, (1., 1., 1.)), ramp)
     ready = prepare(scan, PREPS["darnet"])
     assert ready.remarks == () and abs(ready.voxels.min()) < .02 and ready.voxels.max() > .98
 
@@ -387,7 +388,8 @@ def test_a_refused_unit_names_the_recipes_that_take_it(row):
 
 def test_the_other_units_name_what_takes_them_too():
     hu = scan_on(Grid((6, 6, 6), (1., 1., 1.)), np.full((6, 6, 6), -500))
-    with pytest.raises(UnitsError, match="darnet/paper.*dual_sampling/paper"): prepare(hu, PREPS["darnet_release"])
+    with pytest.raises(UnitsError, match="darnet/paper.*dual_sampling/paper"):
+        prepare(hu, PREPS["darnet_release"])
     unit = Scan(np.random.default_rng(0).random((6, 6, 6)).astype("f4"), (1, 1, 1), units="unit")
     with pytest.raises(UnitsError, match="Convert the scan to HU"): prepare(unit, PREPS["darnet"])
 

@@ -43,9 +43,13 @@ def _check_rows(df, root, labels, needed)->None:
         bad = lambda fault,remedy: CohortError(f'row {i} ({r["scan_id"]})', fault, remedy)
         for c in needed:
             if _blank(r[c]): raise bad(f'{c} is empty', 'Fill it in, or drop the row.')
-        if r['label'] not in labels: raise bad(f'unknown label {r["label"]!r}', f'Use {", ".join(labels)}, or pass labels=.')
+        if r['label'] not in labels:
+            raise bad(f'unknown label {r["label"]!r}',
+                      f'Use {", ".join(labels)}, or in Python pass labels=.')
         for c in ('path',*MASKS):
-            if not _blank(r.get(c)) and not (root/r[c]).exists(): raise bad(f'{c} {r[c]} does not exist below {root}', 'Correct the path or pass root=.')
+            if _blank(r.get(c)) or (root/r[c]).exists(): continue
+            raise bad(f'{c} {r[c]} does not exist below {root}',
+                      'Correct the path, or in Python pass root=.')
         x = r.get('infection_ratio')
         if _blank(x): continue
         try: inside = 0<=float(x)<=1
@@ -274,7 +278,10 @@ def cohort_from_folder(root, # folder that holds a folder for each class
     for folder in sorted(p for p in root.iterdir() if not p.name.startswith('.')):
         if folder.is_file(): loose.append(folder); continue
         label = known.get(folder.name, known.get(folder.name.lower()))
-        if label is None: raise CohortError(folder, f'no class is called {folder.name!r}', f'Rename it, or pass labels={{{folder.name!r}: …}}.')
+        if label is None:
+            raise CohortError(folder, f'no class is called {folder.name!r}',
+                              f'Rename it to one of {", ".join(known)}, '
+                              f'or in Python pass labels={{{folder.name!r}: …}}.')
         for patient in sorted(folder.iterdir(), key=_natural):
             if patient.is_file(): loose.append(patient); continue
             found,rest = _scans_of(patient, root); loose += rest

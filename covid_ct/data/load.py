@@ -17,7 +17,8 @@ from .catalog import load_row
 from .lungs import lung_mask
 from .split import assert_disjoint
 from .augment import apply, draw, seeded
-from .cache import MASKS, Cache, check_table, has_mask, make_arrays, prep_of, prepare_cohort, row_of, unpack
+from .cache import (MASKS, Cache, check_table, has_mask, prep_of, prepare_cohort,
+                                 prepare_row, row_of, unpack)
 from .sample import CompositionSampler, UniformSampler
 
 # %% ../../nbs/core/21_load.ipynb #dfe1ca87
@@ -27,7 +28,10 @@ def _check(cohort, classes, masks, from_files)->None:
     "Raise `CohortError` for a table that cannot be loaded"
     check_table(cohort, masks, ('patient_id','scan_id','label'))
     for _,r in cohort.iterrows():
-        if r.label not in classes: raise CohortError(f'scan {r.scan_id}', f'its label {r.label!r} is not one of {tuple(classes)}', 'Drop such rows, or give classes=.')
+        if r.label not in classes:
+            fault = f'its label {r.label!r} is not one of {tuple(classes)}'
+            remedy = 'Drop such rows, or choose a recipe with this class (in Python give classes=).'
+            raise CohortError(f'scan {r.scan_id}', fault, remedy)
         for m in masks if from_files else (): has_mask(r, m)
 
 # %% ../../nbs/core/21_load.ipynb #1d90b352
@@ -41,7 +45,7 @@ class ScanDataset(Dataset):
                  load=None, # function from a row to a `Scan` or a `Phantom`; None: read `path`
                  cache=None, # folder for prepared scans; None: prepare every time
                  masks=(), # masks to give along, of `MASKS`
-                 lungs=lung_mask, # function that finds the lungs, for rows that crop to them
+                 lungs=lung_mask, # function that finds the lungs where the table names no mask
                 ):
         _check(cohort, classes, masks, load is None)
         self.cohort, self.prep, self.classes, self.masks, self.lungs = cohort, prep_of(prep), tuple(classes), tuple(masks), lungs
@@ -54,10 +58,16 @@ class ScanDataset(Dataset):
         "Row number `i`, its paths below `root`"
         return row_of(self.cohort, i, self.root)
 
+    def prepared(self, i:int)->tuple:
+        "Arrays of scan number `i`, and a dict that says whose `lungs` were used"
+        row = self.row(i)
+        if not self.cache: return prepare_row(row, self.prep, self.masks, self.load, self.lungs)
+        arrays = self.cache.arrays(row, self.masks)
+        return arrays,self.cache.about(row)
+
     def arrays(self, i:int)->dict:
-        "Prepared scan number `i`, from the cache where it is there: `image` uint16 and masks bool, `(D,H,W)`"
-        if self.cache: return self.cache.arrays(self.row(i), self.masks)
-        return make_arrays(self.row(i), self.prep, self.masks, self.load, self.lungs)
+        "Prepared scan number `i`: `image` uint16 and masks bool, `(D,H,W)`"
+        return self.prepared(i)[0]
 
     def fill(self, jobs:int=2, progress:bool=True):
         "Prepare every scan that is not in the cache yet, as `prepare_cohort` does; raises `CohortError` without a cache"
@@ -66,11 +76,14 @@ class ScanDataset(Dataset):
 
     def stored(self, i:int)->dict:
         "Scan number `i` as it is kept: `image` uint16 and masks bool, arrays `(1,D,H,W)`, and the rest of an item"
-        row, a = self.cohort.iloc[i], self.arrays(i)
-        return dict({k: v[None] for k,v in a.items()}, label=self.classes.index(row.label), ratio=_ratio(row, a), scan_id=str(row.scan_id), patient_id=str(row.patient_id))
+        row = self.cohort.iloc[i]
+        arrays,about = self.prepared(i)
+        rest = dict(label=self.classes.index(row.label), ratio=_ratio(row, arrays),
+                    lungs=about['lungs'], scan_id=str(row.scan_id), patient_id=str(row.patient_id))
+        return {k: v[None] for k,v in arrays.items()} | rest
 
     def __getitem__(self, i:int)->dict:
-        "Scan number `i`: `image` float32 and masks bool `(1,D,H,W)`, `label`, `ratio`, `scan_id`, `patient_id`"
+        "Scan number `i`: `image` float32 and masks bool `(1,D,H,W)`, and the rest of an item"
         item = self.stored(i); item['image'] = unpack(item['image'])
         return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k,v in item.items()}
 

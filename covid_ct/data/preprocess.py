@@ -144,14 +144,15 @@ class Prep:
     @property
     def needs_mm(self)->bool: return self.spacing is not None or self.crop!='none' # True where millimetres matter
     @property
-    def needs_lungs(self)->bool: return 'lungs' in (self.crop, self.keep) # True where a lung mask is used
+    def needs_lungs(self)->bool: # True where a lung mask is used
+        return 'lungs' in (self.crop, self.keep)
     @property
     def takes(self)->tuple: # units of scans that can be prepared
         return (self.units, 'uint8') if self.grey and self.units!='uint8' else (self.units,)
 
 # %% ../../nbs/core/13_preprocess.ipynb #2a3813b9
 PREPS = {
-    'darnet': Prep(grey=True), # Shi et al. 2021: 64×224×224, 8-bit scans as they are; window for HU ours
+    'darnet': Prep(grey=True), # Shi et al. 2021: 64×224×224, 8-bit as it is; window for HU ours
     'darnet_lungs': Prep(crop='lungs'), # ours: the same voxels, spent on the lungs
     'darnet_release': Prep(trim=(0.,48/512,48/512), window=(0.,255.), units='uint8'), # released code
     'darnet_tiny': Prep(size=(32,64,64), crop='lungs', margin=5., keep='lungs'), # ours: minutes on two cores
@@ -179,7 +180,8 @@ def window_of(scan:Scan, # any
     if scan.units==prep.units: return prep.window
     if scan.units in prep.takes: return (0., 255.)
     can = _rows_for(scan.units)
-    remedy = f'Recipes that take {scan.units} values: {can}.' if can else 'Convert the scan to HU first.'
+    remedy = 'Convert the scan to HU first.'
+    if can: remedy = f'Recipes that take {scan.units} values: {can}.'
     if prep.units=='HU' and scan.units=='uint8':
         remedy += ' Or read the original DICOM or NIfTI: grey values cannot be turned back into HU.'
     raise UnitsError(scan.source or scan.scan_id or 'scan',
@@ -238,7 +240,7 @@ class Prepared:
     scan_grid:Grid # where the scan's voxels lie
     prep:Prep # the row that made it
     kept:np.ndarray|None=None # bool `(D,H,W)`: what the row kept of the scan; None: all of it
-    lungs:str='none' # whose lung mask was used: 'own' (given), 'built-in' (found by a function) or 'none'
+    lungs:str='none' # lung mask used: 'own' (given), 'built-in' (found by a function), 'none'
     remarks:tuple=() # what was noticed while preparing
 
     def back(self,
@@ -278,7 +280,8 @@ def prepare(scan:Scan, # in a unit that the row takes
     v /= hi-lo
     v = np.clip(v, 0, 1, out=v).astype('f4', copy=False)
     seen = ()
-    if scan.units!=prep.units: seen = ('8-bit grey values, taken as they are: 0 … 255 became 0 … 1, no window of HU',)
+    if scan.units!=prep.units:
+        seen = ('8-bit grey values, taken as they are: 0 … 255 became 0 … 1, no window of HU',)
     out = Prepared(v, grid, scan.grid, prep, lungs=whose, remarks=seen)
     if prep.keep=='lungs':
         out = replace(out, kept=out.forward(needed(lungs, "keep='lungs'")))

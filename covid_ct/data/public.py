@@ -288,7 +288,8 @@ def _home(path, names)->tuple:
         if ('cc_ccii',path) in found: found = [f for f in found if f[0]!='cc_ccii_lesions'] # its lesion set lies beside it
         if len(found)>1:
             several = ', '.join(f'{n} in {p.name}' for n,p in found)
-            raise CohortError(path, f'looks like several sets: {several}', 'Name one with adapter=, or give its own folder.')
+            raise CohortError(path, f'looks like several sets: {several}',
+                              'Give the folder of one of them, or in Python pass adapter=.')
         if found: return found[0]
 
 def open_cohort(path, # CSV file or folder
