@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage as ndi
 from .scan import DataError, Scan
+from .states import check_states, draw_states, view_of
 from .anatomy import FOV, Chest, cage, draw_anatomy, field, fissures, grow, heart, lobe_at, middle, new_chest, paint, pleura, spread, stream, tube
 
 # %% ../nbs/core/01_phantom.ipynb #a7423c2a
@@ -170,17 +171,20 @@ def known(
         if n not in table: raise DataError(source, f'unknown name {n!r}', f'Use one of {", ".join(map(str,table))}.')
 
 # %% ../nbs/core/01_phantom.ipynb #bfe760e5
-ARRAYS = ('lungs','lobes','lesions','airways','vessels')
+ARRAYS = ('lungs','lobes','lesions','airways','vessels','free_air','effusion','bronchi')
 
 @dataclass(frozen=True, eq=False)
 class Phantom:
     "A chest whose truth is known: the scan, and masks on its grid"
     scan:Scan # HU, int16
-    lungs:np.ndarray # `(D,H,W)` bool: lung with its lesions and vessels, without airways and effusion
+    lungs:np.ndarray # `(D,H,W)` bool: lung with lesions and vessels; no airways, effusion, free air
     lobes:np.ndarray # `(D,H,W)` uint8: 0 outside, 1 … 5 in the order of `LOBES`
     lesions:np.ndarray # `(D,H,W)` uint8: 0 none, 1 … 5 in the order of `LESIONS`
     airways:np.ndarray # `(D,H,W)` bool: air in trachea and bronchi
     vessels:np.ndarray # `(D,H,W)` bool: at least half filled by a vessel, in the lungs
+    free_air:np.ndarray # `(D,H,W)` bool: air between lung and chest wall, not lung
+    effusion:np.ndarray # `(D,H,W)` bool: fluid between lung and chest wall, not lung
+    bronchi:np.ndarray # `(D,H,W)` bool: air of widened bronchi inside the lungs, lung
     label:str # one of `LABELS`
 
     @property
@@ -219,24 +223,27 @@ def make_phantom(
     slice_mm=None, # thickness of the slices in mm; `None` takes them from `shape`
     table:bool=True, # draw the table
     switches=(), # names of `SWITCHES`, applied in order
+    states=(), # names of `STATES`, in any order
 )->Phantom: # the chest and its truth
     "A chest CT with known truth. Raises `DataError` for a name it does not know"
     known([label], LABELS, 'make_phantom'); known([kernel], ('soft','sharp'), 'make_phantom'); known(switches, SWITCHES, 'make_phantom')
+    check_states(states, 'make_phantom')
     patient = seed if patient is None else patient
     size,k,(d,h,w) = new_chest((1,1,1),patient).body['size'], 1, map(int, shape)
     if min(d,h,w)<16: raise DataError('make_phantom', f'shape {(d,h,w)} is too small for a chest', 'Use at least 16 voxels along each axis.')
     if slice_mm: n = max(4,round(FOV[0]*size/slice_mm)); k = -(-d//n); d = n*k
-    c = draw_anatomy((d,h,w), patient)
+    c = draw_anatomy((d,h,w), patient, **view_of(states))
     rng = stream(seed, 4, LABELS.index(label))
     ratio = draw_ratio(label, rng, law) # drawn in any case, so that `severity` changes nothing but the level
     if severity is not None: ratio = float(severity)
     draw_tissue(c, stream(seed,5)); draw_lesions(c, rng, label, ratio)
     c.hu += c.at['tree']*np.maximum(45-c.hu,0)
     if label!='healthy' and rng.random()<{'cap':.3,'covid':.06}.get(label,0): draw_effusion(c, rng, c.at.get('side',1), rng.uniform(4,26))
+    draw_states(c, states, seed)
     hu = scan_chest(c, stream(seed,6), kernel, noise, table).reshape(-1,k,h,w).mean(1)
     hu = np.clip(np.round(hu), -1024, 3071).astype('i2'); hu.flags.writeable = False
     c.at['vessels'] = (c.at['tree']>.5)&c.at['lungs']
-    spacing = tuple(f*size/n for f,n in zip(FOV,hu.shape))
+    spacing = tuple(f*size/n for f,n in zip(c.body['view'],hu.shape))
     scan = Scan(hu, spacing, tuple(-(n-1)/2*s for n,s in zip(hu.shape,spacing)), patient_id=f'P{patient}', scan_id=f'P{patient}-{seed}', source=f'phantom {label} {seed}')
     p = Phantom(scan, **{n:c.at[n][k//2::k] for n in ARRAYS}, label=label)
     for i,name in enumerate(switches): p = SWITCHES[name](p, stream(seed,7,i))

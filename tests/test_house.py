@@ -20,7 +20,7 @@ ORDER = {"data": "archive sets labels header volume dicom io catalog layouts pub
          "models": "blocks attention online lsh spatial resnet3d unet sliding darnet dual_sampling raunet prior_attention zoo measures"}
 MAY = {"data": {"data", "evaluate"}, "models": {"models"}, "train": {"train", "data", "models", "evaluate"}, "evaluate": {"evaluate"},
        "explain": {"explain", "evaluate"}, "browse": {"browse"}}
-SHARED = {"scan", "anatomy", "phantom", "show", "__version__"}
+SHARED = {"scan", "anatomy", "parenchyma", "states", "phantom", "show", "__version__"}
 
 
 def imports(path):

@@ -210,7 +210,7 @@ def spoilt(p, name):
     return p.scan, m
 
 
-@pytest.mark.parametrize("name,word", [("slices", "hold no lung"), ("jump", "jumps by"), ("right", "right lung is missing"), ("left", "left lung is missing"),
+@pytest.mark.parametrize("name,word", [("slices", "No lung in"), ("jump", "jumps by"), ("right", "right lung is missing"), ("left", "left lung is missing"),
                                        ("small", "Both lungs of an adult"), ("large", "Both lungs of an adult"), ("empty", "is empty"),
                                        ("narrow", "field of view cuts"), ("padded", "field of view cuts"), ("short", "its last slice"), ("dense", "Dense lung")])
 def test_a_wrong_mask_says_so(healthy, name, word):
