@@ -1,4 +1,4 @@
-"""What every command keeps: outputs checked first, one read, few imports, errors in its own options, any stream."""
+"""What every command keeps: outputs checked first, one read, few imports, its own options and streams."""
 
 import ast
 import json
@@ -162,7 +162,7 @@ def test_imports_of_a_command(work, argv, none_of):
 
 
 def test_mask_warnings_are_shown(capsys, work, tmp_path):
-    "The lower half of a chest: `inspect`, `lungs`, `predict` and `burden` say that the scan cuts the lungs, in text, JSON and report"
+    "The lower half of a chest: four commands say that the lungs are cut, in text, JSON and page"
     cut, said = work / "half.nii.gz", "The scan cuts the lungs"
     page = tmp_path / "r.html"
     code, out, _ = run(capsys, "inspect", cut, "--report", page)
@@ -240,7 +240,7 @@ def test_every_output_is_listed():
 
 @pytest.mark.parametrize("line, kind", OUTPUTS, ids=lambda x: x.split()[0])
 def test_an_output_that_cannot_be_made(capsys, work, monkeypatch, tmp_path, line, kind):
-    "A file in the way: refused in one line, before anything is read (most inputs here do not even exist), nothing written"
+    "Something in the way: one line, before anything is read, and nothing is written"
     import covid_ct.data.io
 
     monkeypatch.setattr(covid_ct.data.io, "read", lambda *a, **k: pytest.fail("was read first"))
@@ -329,7 +329,7 @@ def remedies(module):
 
 
 def test_an_option_that_is_recommended_exists():
-    "Python arguments that the readers name are options of every command that reads; what is said of the command line is true"
+    "Arguments that readers name are options of every command that reads"
     ap, commands = parser(), OF_SCANS + OF_COHORTS
     every = set().union(
         *(
