@@ -1,4 +1,4 @@
-"""What every command keeps: outputs checked first, one read, few imports, its own options and streams."""
+"""What every command keeps: checked outputs, one read, few imports, its own options, any stream."""
 
 import ast
 import json
@@ -42,7 +42,7 @@ def refused(capsys, *argv):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    "A chest, the lower half of it, its lesions, and two runs: one names scans, one outlines lesions"
+    "A chest, the lower half of it, its lesions, two runs: names of scans, outlines"
     d, p = tmp_path_factory.mktemp("terminal"), make_phantom("covid", seed=3, shape=(48, 80, 80))
     write_scan(p.scan, d / "chest.nii.gz")
     half = p.scan.replace(voxels=p.scan.voxels[:24])
@@ -374,7 +374,7 @@ def tilted(folder):
 
 
 def test_a_remedy_can_be_followed(capsys, tmp_path):
-    "A tilted series in every command that reads one: the option in the message is the one that helps"
+    "A tilted series: the option in the message is the one that helps"
     f = tilted(tmp_path / "tilt")
     err = refused(capsys, "lungs", f, tmp_path / "m.nii.gz")
     assert "--tilt correct" in err and "tilt='" not in err and "on the command line" not in err
