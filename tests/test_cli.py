@@ -62,8 +62,8 @@ def test_lungs_in_the_scans_own_geometry(capsys, chest, tmp_path):
     (("inspect", "nowhere"), "nowhere"),
     (("lungs", "{d}/text.nii.gz", "{d}/out.nii.gz"), "text.nii.gz"),
     (("lungs", "{d}/brick.nii.gz", "{d}/out.nii.gz"), "brick.nii.gz"),
-    (("predict", "{d}/chest.nii.gz", "--weights", "{d}/no_run"), "no_run"),
-    (("predict", "{d}/chest.nii.gz", "--weights", "{d}/series"), "series"),
+    (("predict", "{d}/chest.nii.gz", "--run", "{d}/no_run"), "no_run"),
+    (("predict", "{d}/chest.nii.gz", "--run", "{d}/series"), "series"),
     (("inspect", "{d}/empty"), "empty"),
 ])
 def test_bad_input(capsys, chest, argv, said):

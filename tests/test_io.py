@@ -424,9 +424,11 @@ def test_no_identity_in_any_output(tmp_path):
 
 def test_no_identity_in_reports(tmp_path):
     "Facts and pages made of a scan; the page is called what the caller calls it, here a folder without a name"
-    from covid_ct.apply import inspect, inspect_report
-    folder = person(tmp_path/'a'); facts = inspect(folder); assert not search(json.dumps({**facts, 'path':''}))
-    assert not search(inspect_report(folder, tmp_path/'r.html'))
+    from covid_ct.apply import inspect
+    folder = person(tmp_path/'a')
+    facts = inspect(folder, report=tmp_path/'r.html')
+    assert not search(json.dumps({**facts, 'path':''}))
+    assert not search(tmp_path/'r.html')
 
 def test_no_identity_of_a_volume_file(tmp_path, scan):
     nib = pytest.importorskip('nibabel'); im = nib.load(write(scan, tmp_path/'x.nii.gz'))

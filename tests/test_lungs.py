@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from covid_ct.data.lungs import (airways, choose_lungs, closed, costal_gaps, dice, fill_lung, grown, hu_warnings, inside_body, lung_mask,
-                                 lung_volume_l, regions, trachea, two_sides, wide_parts, working_copy)
+                                 lung_volume_l, mask_warnings, regions, trachea, two_sides, wide_parts, working_copy)
 from covid_ct.phantom import make_phantom
 from covid_ct.scan import NotAChestError, ReadError, Scan, UnitsError
 
@@ -178,6 +178,58 @@ def test_regions_count_every_voxel():
         labels, size = regions(m, in_plane)
         assert size.sum() == m.size and size[0] == (~m).sum() and ((labels > 0) == m).all()
     assert len(regions(m, True)[1]) >= len(regions(m)[1])
+
+
+# ── warnings about a mask ────────────────────────────────────────────────────────────────────────────────────────
+def spoilt(p, name):
+    "A scan and a mask that is wrong in one way"
+    m, v = p.lungs.copy(), p.scan.voxels
+    x = np.arange(m.shape[2])
+    z = np.flatnonzero(m.any((1, 2)))
+    middle = slice(z[0] + len(z) // 2, z[0] + len(z) // 2 + 4)
+    if name == "slices": m[middle] = False
+    if name == "jump": m[middle, :, x < m.shape[2] // 2] = False
+    if name == "right": m[:, :, x < m.shape[2] // 2] = False
+    if name == "left": m[:, :, x > m.shape[2] // 2] = False
+    if name == "small": return p.scan.replace(spacing=np.divide(p.scan.spacing, 1.6)), m
+    if name == "large": return p.scan.replace(spacing=np.multiply(p.scan.spacing, 1.4)), m
+    if name == "empty": return p.scan, m & False
+    if name == "narrow":
+        k = np.flatnonzero(m.any((0, 1)))
+        cut = slice(k[0] + 3, k[-1] - 2)
+        return p.scan.replace(voxels=v[:, :, cut]), m[:, :, cut]
+    if name == "short": return p.scan.replace(voxels=v[:middle.start]), m[:middle.start]
+    if name == "padded":
+        k = np.flatnonzero(m.any((0, 1)))
+        out = np.broadcast_to(x < k[0] + 3, v.shape)
+        return p.scan.replace(voxels=np.where(out, -3024, v).astype("i2")), m & ~out
+    if name == "dense":
+        k = np.flatnonzero(m[middle.start].any(0))
+        bite = m & (np.hypot(np.arange(m.shape[1])[:, None] - 55, x - k[0]) < 14)
+        return p.scan.replace(voxels=np.where(bite, 40, v).astype("i2")), m & ~bite
+    return p.scan, m
+
+
+@pytest.mark.parametrize("name,word", [("slices", "No lung in"), ("jump", "jumps by"), ("right", "right lung is missing"), ("left", "left lung is missing"),
+                                       ("small", "Both lungs of an adult"), ("large", "Both lungs of an adult"), ("empty", "is empty"),
+                                       ("narrow", "field of view cuts"), ("padded", "field of view cuts"), ("short", "its last slice"), ("dense", "Dense lung")])
+def test_a_wrong_mask_says_so(healthy, name, word):
+    scan, mask = spoilt(healthy, name)
+    said = mask_warnings(mask, scan)
+    assert any(word in s for s in said), said
+    assert all(s[0].isupper() and s.endswith(".") for s in said)
+
+
+@pytest.mark.parametrize("label", ["healthy", "cap", "covid", "ild"])
+@pytest.mark.parametrize("knobs", [dict(shape=(40, 64, 64)), dict(shape=SHAPE), dict(shape=SHAPE, slice_mm=10)])
+def test_a_right_mask_says_nothing(label, knobs):
+    for seed in range(4):
+        p = make_phantom(label, seed, **knobs)
+        assert mask_warnings(p.lungs, p.scan) == ()
+
+
+def test_a_mask_of_another_grid_is_refused(healthy):
+    with pytest.raises(ValueError, match="does not fit"): mask_warnings(healthy.lungs[1:], healthy.scan)
 
 
 # ── real scans ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -158,7 +158,7 @@ def load_row(row, # row of a cohort, Series or dict
     if 'path' not in row: raise CohortError(f'row {row.get("scan_id")}', 'has no path', 'Write the cohort to disk, or load it with phantom_of.')
     path,axes,ids = Path(root or '.')/row['path'],row.get('axes'),{k:str(row[k]) for k in ('patient_id','scan_id')}
     if 'slice' in row: return read_slice(path, int(row['slice']), axes or 'LPS', how.get('units', row.get('units')), **ids)
-    how = {**({'units':row['units']} if 'units' in row else {}), 'allow_unknown_geometry':row.get('geometry')=='unknown', **how}
+    how = {**{k:row[k] for k in ('units','tilt') if k in row}, 'allow_unknown_geometry':row.get('geometry')=='unknown', **how}
     with _unpacked(path, row.get('inside')) as place: scan = read(place, **ids, **how)
     if 'inside' in row: scan = scan.replace(source=f'{path}/{row["inside"]}')
     if row.get('units')=='HU' and guess_units(scan.voxels, scan.source)!='HU': raise UnitsError(scan.source, 'should be in HU and has only grey values', 'Is it the file that its set published?')

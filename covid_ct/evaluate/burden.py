@@ -113,15 +113,24 @@ def burden_report(
     lesions:np.ndarray, # as in `burden`
     lobes:np.ndarray, # as in `burden`
     path=None, # page to write; None: only build it
+    notes=(), # sentences to show first, as what is odd about the lung mask
     **kwargs, # `names`, `kinds` of `burden`
 )->HtmlReport: # the page
     "Numbers, bars and cuts of one scan's burden; raises like `burden`"
-    t = burden(scan, lesions, lobes, **kwargs); whole = t.loc['both lungs']
+    t = burden(scan, lesions, lobes, **kwargs)
+    whole = t.loc['both lungs']
     score = 'needs five lobes' if np.isnan(whole.score) else f'{whole.score:.0f} of 25'
-    r = HtmlReport(f'Infection burden of {scan.scan_id or "a scan"}', 'Volumes from two masks. For teaching and research, not for clinical use.')
-    r.facts({'involved': f'{whole.involved_percent:.1f} %', 'involved volume': f'{whole.involved_ml:.0f} mL', 'lung volume': f'{whole.volume_ml/1000:.2f} L', 'CT severity score': score})
-    r.table(t.rename_axis('region'), 'Volumes in mL; shares in percent of the region, ground glass and consolidation in percent of the involved part.', digits=1)
-    fig = burden_figure(t); r.figure(fig, fig.alt, 'Dashed: steps of the severity score (Pan et al. 2020).')
-    cuts = show_planes(scan, masks={'lesions': np.asarray(lesions)>0}); r.figure(cuts, cuts.alt, 'Cuts through the largest lesion.')
+    r = HtmlReport(f'Infection burden of {scan.scan_id or "a scan"}',
+                   'Volumes from two masks. For teaching and research, not for clinical use.')
+    r.facts({'involved': f'{whole.involved_percent:.1f} %',
+             'involved volume': f'{whole.involved_ml:.0f} mL',
+             'lung volume': f'{whole.volume_ml/1000:.2f} L', 'CT severity score': score})
+    for sentence in notes: r.note(sentence)
+    r.table(t.rename_axis('region'), 'Volumes in mL; shares in percent of the region, ground glass '
+            'and consolidation in percent of the involved part.', digits=1)
+    fig = burden_figure(t)
+    r.figure(fig, fig.alt, 'Dashed: steps of the severity score (Pan et al. 2020).')
+    cuts = show_planes(scan, masks={'lesions': np.asarray(lesions)>0})
+    r.figure(cuts, cuts.alt, 'Cuts through the largest lesion.')
     if path: r.write(path)
     return r

@@ -15,7 +15,6 @@ from inspect import Parameter, signature
 import numpy as np
 import pandas as pd
 from scipy.ndimage import binary_erosion, distance_transform_edt
-from sklearn.metrics import roc_curve
 from ..scan import DataError, GeometryError
 from ..show import Picture, describe
 
@@ -242,6 +241,7 @@ def roc_figure(
 )->Picture: # with alt text
     "ROC curve of one class against the rest with its band over patients; raises `PredictionError` where there is none"
     truth, score, w = _curve(predictions, positive, classes, n, seed, 'ROC curve')
+    from sklearn.metrics import roc_curve                    # takes a second to import
     a, grid, (fpr,tpr,_) = interval(auc(truth, score)[0], auc(truth, score, w)), np.linspace(0,1,101), roc_curve(truth, score)
     fig, ax = _axes(positive, 'false alarms (1 − specificity)', 'found (sensitivity)'); ax.plot([0,1], [0,1], ':', color='.5', lw=1)
     ax.fill_between(grid, *roc_band(truth, score, w, grid), color='#2a6f97', alpha=.2, lw=0, label='95 % of resampled patients')
