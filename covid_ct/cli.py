@@ -76,7 +76,7 @@ def _segment(a):
         raise DataError(a.run_folder, f'names scans ({recipe.system}), it outlines nothing',
                         'Give the run folder of a network for slices, or use covid-ct predict.')
     scan = read(a.path, series=a.series, **_how(a))
-    found = segment_scan(model, scan, a.size)
+    found = segment_scan(model, scan, a.size or recipe.slice_size)
     write_mask(house_lesions(found), scan, a.out, overwrite=a.overwrite)
     volumes = '  '.join(f'{k} {v:.1f} mL' for k,v in class_ml(found, scan).items())
     print(f'{volumes} in {Path(a.out).name}')
@@ -132,8 +132,11 @@ def _prepare(a):
     from covid_ct.data.cache import prepare_cohort
     from covid_ct.train.recipes import recipe
     system,_,name = a.recipe.partition('/')
-    prep = recipe(system, name).prep if name else system
-    done = prepare_cohort(_cohort(a), prep, a.out, a.masks, a.jobs)
+    prep, masks = system, a.masks
+    if name:
+        chosen = recipe(system, name)
+        prep, masks = chosen.prep, a.masks or chosen.masks
+    done = prepare_cohort(_cohort(a), prep, a.out, masks, a.jobs)
     print(done)
     return done.exit_code
 
@@ -160,7 +163,7 @@ def _train(a):
     engine = Engine(compile=a.compile, recompute=a.recompute, channels_last=a.channels_last,
                     save_minutes=a.save_minutes, trackers=tuple(a.trackers))
     done = train(_cohort(a), _recipe(a), a.out, a.fold, engine=engine, workers=a.workers,
-                 about=dict(trained_on=Path(a.path).name), **_cache(a))
+                 split_seed=a.split_seed, about=dict(trained_on=Path(a.path).name), **_cache(a))
     end = 'stopped after' if done.interrupted else 'finished'
     print(f'{end} {len(done.history)} of {done.recipe.epochs} epochs: {a.out}')
     return 130 if done.interrupted else 0
@@ -168,17 +171,15 @@ def _train(a):
 def _cache(a): return dict(cache=a.cache) if a.cache else {}
 
 def _evaluate(a):
-    from covid_ct.evaluate.metrics import metrics_table
     from covid_ct.train.recipes import from_dict
     from covid_ct.train.run import positive_of, read_config, write_text
     from covid_ct.train.study import evaluate
+    from covid_ct.train.task import TASKS
     r = from_dict(read_config(a.run_folder)['recipe'])
-    if r.task!='classify':
-        raise DataError(a.run_folder, f'holds a network that outlines lesions ({r.system})',
-                        'Use covid-ct segment, or give the run of a classifier.')
-    found = evaluate(a.run_folder, _cohort(a), workers=a.workers, **_cache(a))
+    found = evaluate(a.run_folder, _cohort(a), unchecked=a.unchecked, workers=a.workers, **_cache(a))
     if a.out: write_text(a.out, found.to_csv(index=False))
-    table = metrics_table(found, r.classes, positive_of(r))
+    _warn(found.attrs['warnings'])
+    table = TASKS[r.task].table(found, r.classes, positive_of(r))
     if a.json: print(table.to_json(orient='records', indent=1))
     else: print(table.round(3).to_string(index=False))
 
@@ -277,7 +278,7 @@ def _of_scans(add):
             js=False)
     _mask_out(p, 'lesions.nii.gz')
     _run_in(p)
-    p.add_argument('--size', type=whole(16), default=369, help='pixels of a side in training')
+    p.add_argument('--size', type=whole(16), help='pixels of a side in the network; default: as it was trained')
     p = add('predict', _predict, 'probabilities and attention of a trained network', _SCAN)
     _run_in(p)
     _page_out(p)
@@ -332,6 +333,8 @@ def _of_training(add):
     p.add_argument('--set', nargs='*', default=(), metavar='FIELD=VALUE',
                    help='other values, as lr=1e-4 epochs=20')
     p.add_argument('--fold', type=whole(0), default=0, help='fold that validates')
+    p.add_argument('--split-seed', type=whole(0), default=0,
+                   help='seed of the split of a cohort that names no folds')
     p.add_argument('--compile', action='store_true', help='translate the network first')
     p.add_argument('--recompute', action='store_true', help='less memory, more time')
     p.add_argument('--channels-last', action='store_true', help='order of voxels that GPUs like')
@@ -343,6 +346,8 @@ def _of_training(add):
             _COHORT)
     _run_in(p)
     p.add_argument('--out', help='CSV for the answers')
+    p.add_argument('--unchecked', action='store_true',
+                   help='accept patients who cannot be looked up, since the run names no split')
     writes(p, out='file')
     _stored(p)
 

@@ -195,9 +195,6 @@ def test_the_wrong_kind_of_run(capsys, work):
     assert "covid-ct segment" in refused(
         capsys, "predict", work / "chest.nii.gz", "--run", work / "outlines"
     )
-    assert "covid-ct segment" in refused(
-        capsys, "evaluate", work / "none.csv", "--run", work / "outlines"
-    )
     assert "covid-ct predict" in refused(
         capsys, "segment", work / "chest.nii.gz", work / "s.nii.gz", "--run", work / "names"
     )
