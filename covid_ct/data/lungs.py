@@ -414,15 +414,71 @@ def costal_gaps(lungs, # bool `(D,H,W)` of each lung
     gap = _square(_square(gap,3.,scan.spacing,False), 3., scan.spacing, True)
     return [gap&m for m in rolled]
 
+# %% ../../nbs/core/14_lungs.ipynb #b1000021
+_TURNS,_STEP = 120,3. # rays in a slice, mm from sample to sample
+
+def _rays(shape, spacing, y, x)->tuple: # rows, columns, whether inside; turn, step of each pixel
+    "Samples of rays from a point of a slice, and the sample next to each pixel"
+    _,h,w = shape
+    n = int(np.hypot(h*spacing[1],w*spacing[2])/_STEP)
+    angle = ((np.arange(_TURNS)+.5)*2*np.pi/_TURNS)[:,None]
+    r = np.arange(n)*_STEP
+    row = np.round(y-np.cos(angle)*r/spacing[1]).astype(int)
+    column = np.round(x+np.sin(angle)*r/spacing[2]).astype(int)
+    ok = (row>=0)&(row<h)&(column>=0)&(column<w)
+    down,right = ((np.arange(h)-y)*spacing[1])[:,None], (np.arange(w)-x)*spacing[2]
+    turn = np.arctan2(right,-down)%(2*np.pi)*_TURNS/(2*np.pi)
+    step = np.minimum(np.round(np.hypot(down,right)/_STEP), n-1)
+    return np.where(ok,row,0), np.where(ok,column,0), ok, turn.astype(int)%_TURNS, step.astype(int)
+
+def _last(on)->np.ndarray: # `(D,turns)`; -1 where there is none
+    "The last sample of each ray that is on"
+    return np.where(on.any(2), on.shape[2]-1-on[:,:,::-1].argmax(2), -1)
+
+def _usual(gap, mm)->np.ndarray: # as `gap`
+    "Grey opening of a map over slice and angle: 60 mm by 30 degrees"
+    rows,turns = max(1,int(60/mm)), 30*_TURNS//360
+    wide = np.pad(gap, [(rows,rows),(0,0)], mode='edge')
+    wide = np.pad(wide, [(0,0),(turns,turns)], mode='wrap')
+    size = 2*(rows//2)+1, 2*(turns//2)+1
+    wide = ndimage.maximum_filter(ndimage.minimum_filter(wide,size), size)
+    return wide[rows:-rows,turns:-turns]
+
 # %% ../../nbs/core/14_lungs.ipynb #cba8b6d6
+def _wall_gaps(lungs, # bool `(D,H,W)` of each lung
+               copy:Scan, # working copy in HU
+               middle:float, # column of the midline
+              )->np.ndarray: # bool `(D,H,W)`
+    "Dense tissue between dense lung and the rib cage, where the gap is wider than around"
+    v,s,both = copy.voxels,copy.spacing,np.any(lungs,axis=0)
+    cage = rib_cage(both, s, middle if len(lungs)==1 else None)
+    y = np.average(np.arange(v.shape[1]), weights=both.sum((0,2))+1e-9)
+    row,column,ok,turn,step = _rays(v.shape, s, y, middle)
+    last,wall = _last(both[:,row,column]&ok), _last(cage[:,row,column]&ok)
+    gap = np.where(last<0, 1e3, (wall-last)*_STEP)
+    usual = _usual(gap, s[0])
+    z,t = np.ogrid[:len(v),:_TURNS]
+    below = [v[z,row[t,at],column[t,at]] for at in (np.maximum(last-1,0),np.maximum(last-2,0))]
+    fill = (np.minimum(*below)>-600)&(last>=0)&(gap>usual+3)&(usual<9)
+    n = np.arange(ok.shape[1])*_STEP
+    fill = fill[:,:,None]&(n>=last[:,:,None]*_STEP-_STEP)&(n<=(wall*_STEP-usual)[:,:,None])
+    lateral = abs(np.arange(v.shape[2])-middle)*s[2]>25
+    return fill[:,turn,step]&cage&~both&lateral&(v>-300)&(v<250)
+
 def _with_dense(lungs, # bool `(D,H,W)` of each lung, aerated
                 copy:Scan, # working copy in HU
                 middle:float, # column of the midline
                )->np.ndarray: # bool `(D,H,W)`, all lungs
     "Lungs with their vessels, enclosed lesions and consolidation at the chest wall"
-    lungs = [fill_lung(m,copy.spacing) for m in lungs] or [np.zeros(copy.shape,bool)]
+    if not lungs: return np.zeros(copy.shape,bool)
+    lungs = [fill_lung(m,copy.spacing) for m in lungs]
     gaps = costal_gaps(lungs, copy)
-    return np.any([fill_lung(m|g,copy.spacing) for m,g in zip(lungs,gaps)], axis=0)
+    lungs = [fill_lung(m|g,copy.spacing) for m,g in zip(lungs,gaps)]
+    wall = _wall_gaps(lungs, copy, middle)
+    if len(lungs)==1: return fill_lung(lungs[0]|wall, copy.spacing)
+    right = np.arange(copy.shape[2])<middle
+    sides = lungs[0]|wall&right, lungs[1]|wall&~right
+    return np.any([fill_lung(m,copy.spacing) for m in sides], axis=0)
 
 # %% ../../nbs/core/14_lungs.ipynb #147fb1fb
 def _slices_between(mask, n)->np.ndarray: # `(n,H,W)` uint8, 0 … 255
@@ -562,7 +618,7 @@ def _dense_faults(side:np.ndarray, # `(D,H,W)`: 1 right, 2 left
                  )->list: # sentences
     "Dense tissue between the mask and the chest wall"
     lungs = [side==k for k in (1,2) if (side==k).any()]
-    gaps = np.any(costal_gaps(lungs,scan), axis=0)
+    gaps = np.any(costal_gaps(lungs,scan,60.), axis=0)
     share = gaps.sum()/(side>0).sum()
     if share<.03: return []
     return [f'Dense lung may be cut away: tissue of {gaps.sum()*scan.grid.voxel_ml:.0f} ml '
