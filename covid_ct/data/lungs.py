@@ -240,6 +240,16 @@ def _bowel_gas(dark, copy)->np.ndarray: # bool `(D,H,W)`
         if lung[ring].sum()<.3*ring.sum(): out[o] |= near&dark[o]
     return out
 
+# %% ../../nbs/core/14_lungs.ipynb #b1000041
+def _free_air(air, copy)->np.ndarray: # bool `(D,H,W)`
+    "Large pieces of air without any vessel"
+    calm = ndimage.maximum_filter(ndimage.uniform_filter(copy.voxels,[1,3,3]), 3)<AIR+50
+    labels,size = regions(calm&air)
+    size[0] = 0
+    large = size*copy.grid.voxel_ml>150
+    if not large.any(): return np.zeros_like(air)
+    return ndimage.binary_dilation(large[labels], iterations=3)&air&(copy.voxels<AIR+100)
+
 # %% ../../nbs/core/14_lungs.ipynb #b1000005
 def _directions(n:int=250)->np.ndarray: # `(n,3)` unit vectors
     "Directions spread evenly over the sphere"
@@ -459,7 +469,7 @@ def _wall_gaps(lungs, # bool `(D,H,W)` of each lung
     usual = _usual(gap, s[0])
     z,t = np.ogrid[:len(v),:_TURNS]
     below = [v[z,row[t,at],column[t,at]] for at in (np.maximum(last-1,0),np.maximum(last-2,0))]
-    fill = (np.minimum(*below)>-600)&(last>=0)&(gap>usual+3)&(usual<9)
+    fill = (np.minimum(*below)>-700)&(last>=0)&(gap>usual+2)&(usual<9)
     n = np.arange(ok.shape[1])*_STEP
     fill = fill[:,:,None]&(n>=last[:,:,None]*_STEP-_STEP)&(n<=(wall*_STEP-usual)[:,:,None])
     lateral = abs(np.arange(v.shape[2])-middle)*s[2]>25
@@ -547,9 +557,10 @@ def lung_mask(scan:Scan, # a chest in HU
     tubes = airways(v, seed, s)
     air = inside&(v<TISSUE)&~ndimage.binary_dilation(tubes)
     middle = np.average(np.arange(v.shape[2]), weights=inside.sum((0,1))+1e-9)
-    side = two_sides(choose_lungs(air&~_bowel_gas(air,copy), copy, middle), s)
+    free = _free_air(air, copy)
+    side = two_sides(choose_lungs(air&~free&~_bowel_gas(air,copy), copy, middle), s)
     lungs = [side==k for k in (1,2) if (side==k).any()]
-    mask = _with_dense(lungs,copy,middle)&inside&~wide_parts(tubes,s,seed)
+    mask = _with_dense(lungs,copy,middle)&inside&~free&~wide_parts(tubes,s,seed)
     _check_chest(mask, copy, seed)
     return _refined(scan, mask, v>=TISSUE)
 
@@ -573,13 +584,17 @@ def _slice_faults(area:np.ndarray, # `(D,)` of the mask, in any unit
                    f'from slice {k} to slice {k+1}.')
     return out
 
+def _midline(mask, scan)->float: # column
+    "The middle of the tissue beside the lungs"
+    rows = (scan.voxels[mask.any((1,2))]>TISSUE).sum((0,1))
+    return float(np.average(np.arange(mask.shape[2]), weights=rows+1e-9))
+
 def _side_faults(side:np.ndarray, # `(D,H,W)`: 1 right, 2 left
-                 tissue:np.ndarray, # bool, same shape
+                 scan:Scan, # HU, same shape
                 )->list: # sentences
     "A lung that is missing, or less than a fifth of the other"
     if side.max()==2: return []
-    rows = tissue[(side>0).any((1,2))]
-    middle = np.average(np.arange(side.shape[2]), weights=rows.sum((0,1))+1e-9)
+    middle = _midline(side>0, scan)
     found = 'right' if np.nonzero(side)[2].mean()<middle else 'left'
     lost = 'left' if found=='right' else 'right'
     return [f'The {lost} lung is missing or less than a fifth of the {found} one.']
@@ -624,6 +639,22 @@ def _dense_faults(side:np.ndarray, # `(D,H,W)`: 1 right, 2 left
     return [f'Dense lung may be cut away: tissue of {gaps.sum()*scan.grid.voxel_ml:.0f} ml '
             f'({share:.0%} of the mask) lies between the mask and the chest wall.']
 
+def _air_faults(mask:np.ndarray, # bool `(D,H,W)`
+                scan:Scan, # HU, same shape, few voxels
+               )->list: # sentences
+    "Free air in the rib cage, beside the mask"
+    middle = _midline(mask, scan)
+    pure = ndimage.uniform_filter(scan.voxels.astype('f4'),[1,3,3])<AIR+50
+    area = np.cumsum(mask.sum((1,2)))
+    pure[:np.searchsorted(area,.33*area[-1])] = False # gas in the bowel
+    labels,size = regions(pure&~mask&rib_cage(mask,scan.spacing,middle))
+    size[0] = 0
+    ml = size.max()*scan.grid.voxel_ml
+    if ml<150: return []
+    side = 'right' if np.nonzero(labels==size.argmax())[2].mean()<middle else 'left'
+    return [f'Air of {ml:.0f} ml on the {side} is not counted as lung: '
+            'a pneumothorax, or a giant bulla.']
+
 def mask_warnings(mask:np.ndarray, # bool `(D,H,W)`, both lungs
                   scan:Scan, # the scan it lies on, in HU
                  )->tuple[str,...]: # plain sentences, empty if nothing is odd
@@ -637,7 +668,8 @@ def mask_warnings(mask:np.ndarray, # bool `(D,H,W)`, both lungs
     part = scan.replace(voxels=scan.voxels[few], spacing=tuple(np.multiply(step,scan.spacing)))
     side = two_sides(mask[few], part.spacing)
     return (*_slice_faults(mask.sum((1,2)), scan.spacing[0]),
-            *_side_faults(side, part.voxels>TISSUE),
+            *_side_faults(side, part),
             *_litre_faults(lung_volume_l(mask,scan)),
             *_view_faults(mask[few], part.voxels, part.spacing),
-            *_dense_faults(side, part))
+            *_dense_faults(side, part),
+            *_air_faults(mask[few], part))
