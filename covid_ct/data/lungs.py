@@ -243,12 +243,14 @@ def _bowel_gas(dark, copy)->np.ndarray: # bool `(D,H,W)`
 # %% ../../nbs/core/14_lungs.ipynb #b1000041
 def _free_air(air, copy)->np.ndarray: # bool `(D,H,W)`
     "Large pieces of air without any vessel"
-    calm = ndimage.maximum_filter(ndimage.uniform_filter(copy.voxels,[1,3,3]), 3)<AIR+50
+    mean = ndimage.uniform_filter(copy.voxels, [1,3,3])
+    calm = ndimage.maximum_filter(mean, [1,3,3])<AIR+50
     labels,size = regions(calm&air)
     size[0] = 0
     large = size*copy.grid.voxel_ml>150
     if not large.any(): return np.zeros_like(air)
-    return ndimage.binary_dilation(large[labels], iterations=3)&air&(copy.voxels<AIR+100)
+    free = ndimage.binary_dilation(large[labels], _IN_PLANE, iterations=3)
+    return free&air
 
 # %% ../../nbs/core/14_lungs.ipynb #b1000005
 def _directions(n:int=250)->np.ndarray: # `(n,3)` unit vectors
