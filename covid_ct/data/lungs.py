@@ -580,7 +580,7 @@ def _slice_faults(area:np.ndarray, # `(D,)` of the mask, in any unit
     out = []
     if len(empty): out.append(f'No lung in {len(empty)} of the slices {first} to {last}: '
                               f'the first is slice {empty[0]}, the last {empty[-1]}.')
-    if len(step) and step.max()>.15+.025*mm:
+    if len(step) and step.max()>.2+.03*mm:
         k = first+step.argmax()
         out.append(f'The area of the mask jumps by {step.max():.0%} of its maximum '
                    f'from slice {k} to slice {k+1}.')
