@@ -205,7 +205,7 @@ def spoilt(p, name):
         return p.scan.replace(voxels=np.where(out, -3024, v).astype("i2")), m & ~out
     if name == "dense":
         k = np.flatnonzero(m[middle.start].any(0))
-        bite = m & (np.hypot(np.arange(m.shape[1])[:, None] - 55, x - k[0]) < 14)
+        bite = m & (np.hypot(np.arange(m.shape[1])[:, None] - 55, x - k[0]) < 12)
         return p.scan.replace(voxels=np.where(bite, 40, v).astype("i2")), m & ~bite
     return p.scan, m
 
