@@ -368,3 +368,19 @@ def test_lost_slices_of_a_fine_scan_are_seen(seed):
         p = make_phantom(("healthy", "cap", "covid", "ild")[seed], seed + 50, (96, 96, 96), kernel=("soft", "sharp")[seed % 2], switches=switches)
         step, limit = widest_step(small_greys(p.scan.voxels)[0])
         assert (step > limit) == seen, (step, limit)
+
+
+# ------------------------------------------------------------------ the lung mask
+
+def test_a_lung_mask_that_may_be_wrong_is_a_finding():
+    "A field of view that cuts both lungs, and a scan without lungs; clean scans have no finding"
+    df, made, _ = spoilt(SEEDS[0], None)
+    by = dict(zip(df.scan_id, (p.scan for p in made)))
+    v = made[0].scan.voxels
+    k = np.flatnonzero(made[0].lungs.any((0, 1)))
+    by[df.scan_id[0]] = made[0].scan.replace(voxels=v[:, :, k[0] + 3:k[-1] - 2])
+    by[df.scan_id[1]] = made[1].scan.replace(voxels=np.where(made[1].lungs, 40, made[1].scan.voxels).astype("i2"))
+    f = audit(df, load=lambda r: by[r["scan_id"]], progress=False, n=50).findings
+    lungs = f[f.check == "lungs"].set_index("scan_id").value
+    assert set(lungs.index) == set(df.scan_id[:2])
+    assert "field of view cuts" in lungs[df.scan_id[0]] and "look like lung" in lungs[df.scan_id[1]]

@@ -205,7 +205,7 @@ def spoilt(p, name):
         return p.scan.replace(voxels=np.where(out, -3024, v).astype("i2")), m & ~out
     if name == "dense":
         k = np.flatnonzero(m[middle.start].any(0))
-        bite = m & (np.hypot(np.arange(m.shape[1])[:, None] - 55, x - k[0]) < 14)
+        bite = m & (np.hypot(np.arange(m.shape[1])[:, None] - 55, x - k[0]) < 12)
         return p.scan.replace(voxels=np.where(bite, 40, v).astype("i2")), m & ~bite
     return p.scan, m
 
@@ -276,3 +276,56 @@ def test_the_abdomen_is_refused(data_dir, name):
     from covid_ct.data.io import read
     refusals = (NotAChestError, ReadError) if name.endswith("dicom") else NotAChestError  # its headers name no series
     with pytest.raises(refusals): lung_mask(read(data_dir / "totalsegmentator" / name))
+
+
+# ── sick chests ──────────────────────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("state", ["raised_diaphragm", "one_lung", "emphysema", "cavities", "bronchiectasis", "contrast", "arms", "zoomed"])
+def test_states_of_sick_patients(state):
+    for seed in (0, 3):
+        p = make_phantom("healthy", seed, SHAPE, states=(state,))
+        assert dice(lung_mask(p.scan), p.lungs) >= .97
+
+
+@pytest.mark.parametrize("state,word", [("total_pneumothorax", "is not counted as lung"), ("pneumothorax", "is not counted as lung"),
+                                        ("one_lung", "lung is missing"), ("zoomed", "field of view cuts")])
+def test_states_that_a_warning_names(state, word):
+    p = make_phantom("healthy", 1, SHAPE, states=(state,))
+    m = lung_mask(p.scan)
+    assert any(word in s for s in mask_warnings(m, p.scan))
+    middle = p.lungs.shape[2] // 2
+    for half in (np.s_[:, :, :middle], np.s_[:, :, middle:]):  # the healthy lung is whole
+        if p.lungs[half].sum() > .5 * p.lungs.sum(): assert m[half][p.lungs[half]].mean() > .95
+
+
+def test_dense_covid_at_the_wall_is_kept():
+    lost, ill = 0, 0
+    for seed in range(6):
+        p = make_phantom("covid", seed, (64, 128, 128))
+        m = lung_mask(p.scan)
+        sick = p.infection & p.lungs
+        lost, ill = lost + (sick & ~m).sum(), ill + sick.sum()
+        assert dice(m, p.lungs) >= .97
+    assert lost / ill < .03
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name,litres", [("cap001", (5, 7)), ("P001", (5.5, 7))])
+def test_sick_patients(data_dir, name, litres):
+    "No slice without lung, both lungs, no warning; the bright spine and the trachea are outside"
+    from scipy import ndimage
+    from covid_ct.data.io import read
+    scan = read(data_dir / "covid_ct_md" / name)
+    m = lung_mask(scan)
+    z = np.flatnonzero(m.any((1, 2)))
+    assert len(z) == z[-1] - z[0] + 1 and len(z) > 135
+    side = two_sides(m, scan.spacing)
+    right, left = (lung_volume_l(side == k, scan) for k in (1, 2))
+    assert min(right, left) > .75 * max(right, left) and litres[0] < right + left < litres[1]
+    assert mask_warnings(m, scan) == ()
+    bone = scan.voxels > 250
+    assert (m & ndimage.binary_opening(bone, iterations=2)).sum() < .001 * m.sum()
+    copy = working_copy(scan, 3.)
+    inside = inside_body(copy)
+    seed = trachea(inside & (copy.voxels < -880), inside, copy.spacing)
+    z, y, x = np.round((np.argwhere(seed) + .5) * np.divide(scan.shape, copy.shape) - .5).astype(int).T
+    assert seed.any() and m[z, y, x].mean() < .02

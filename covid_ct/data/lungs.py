@@ -240,6 +240,18 @@ def _bowel_gas(dark, copy)->np.ndarray: # bool `(D,H,W)`
         if lung[ring].sum()<.3*ring.sum(): out[o] |= near&dark[o]
     return out
 
+# %% ../../nbs/core/14_lungs.ipynb #b1000041
+def _free_air(air, copy)->np.ndarray: # bool `(D,H,W)`
+    "Large pieces of air without any vessel"
+    mean = ndimage.uniform_filter(copy.voxels, [1,3,3])
+    calm = ndimage.maximum_filter(mean, [1,3,3])<AIR+50
+    labels,size = regions(calm&air)
+    size[0] = 0
+    large = size*copy.grid.voxel_ml>150
+    if not large.any(): return np.zeros_like(air)
+    free = ndimage.binary_dilation(large[labels], _IN_PLANE, iterations=3)
+    return free&air
+
 # %% ../../nbs/core/14_lungs.ipynb #b1000005
 def _directions(n:int=250)->np.ndarray: # `(n,3)` unit vectors
     "Directions spread evenly over the sphere"
@@ -414,15 +426,71 @@ def costal_gaps(lungs, # bool `(D,H,W)` of each lung
     gap = _square(_square(gap,3.,scan.spacing,False), 3., scan.spacing, True)
     return [gap&m for m in rolled]
 
+# %% ../../nbs/core/14_lungs.ipynb #b1000021
+_TURNS,_STEP = 120,3. # rays in a slice, mm from sample to sample
+
+def _rays(shape, spacing, y, x)->tuple: # rows, columns, whether inside; turn, step of each pixel
+    "Samples of rays from a point of a slice, and the sample next to each pixel"
+    _,h,w = shape
+    n = int(np.hypot(h*spacing[1],w*spacing[2])/_STEP)
+    angle = ((np.arange(_TURNS)+.5)*2*np.pi/_TURNS)[:,None]
+    r = np.arange(n)*_STEP
+    row = np.round(y-np.cos(angle)*r/spacing[1]).astype(int)
+    column = np.round(x+np.sin(angle)*r/spacing[2]).astype(int)
+    ok = (row>=0)&(row<h)&(column>=0)&(column<w)
+    down,right = ((np.arange(h)-y)*spacing[1])[:,None], (np.arange(w)-x)*spacing[2]
+    turn = np.arctan2(right,-down)%(2*np.pi)*_TURNS/(2*np.pi)
+    step = np.minimum(np.round(np.hypot(down,right)/_STEP), n-1)
+    return np.where(ok,row,0), np.where(ok,column,0), ok, turn.astype(int)%_TURNS, step.astype(int)
+
+def _last(on)->np.ndarray: # `(D,turns)`; -1 where there is none
+    "The last sample of each ray that is on"
+    return np.where(on.any(2), on.shape[2]-1-on[:,:,::-1].argmax(2), -1)
+
+def _usual(gap, mm)->np.ndarray: # as `gap`
+    "Grey opening of a map over slice and angle: 60 mm by 30 degrees"
+    rows,turns = max(1,int(60/mm)), 30*_TURNS//360
+    wide = np.pad(gap, [(rows,rows),(0,0)], mode='edge')
+    wide = np.pad(wide, [(0,0),(turns,turns)], mode='wrap')
+    size = 2*(rows//2)+1, 2*(turns//2)+1
+    wide = ndimage.maximum_filter(ndimage.minimum_filter(wide,size), size)
+    return wide[rows:-rows,turns:-turns]
+
 # %% ../../nbs/core/14_lungs.ipynb #cba8b6d6
+def _wall_gaps(lungs, # bool `(D,H,W)` of each lung
+               copy:Scan, # working copy in HU
+               middle:float, # column of the midline
+              )->np.ndarray: # bool `(D,H,W)`
+    "Dense tissue between dense lung and the rib cage, where the gap is wider than around"
+    v,s,both = copy.voxels,copy.spacing,np.any(lungs,axis=0)
+    cage = rib_cage(both, s, middle if len(lungs)==1 else None)
+    y = np.average(np.arange(v.shape[1]), weights=both.sum((0,2))+1e-9)
+    row,column,ok,turn,step = _rays(v.shape, s, y, middle)
+    last,wall = _last(both[:,row,column]&ok), _last(cage[:,row,column]&ok)
+    gap = np.where(last<0, 1e3, (wall-last)*_STEP)
+    usual = _usual(gap, s[0])
+    z,t = np.ogrid[:len(v),:_TURNS]
+    below = [v[z,row[t,at],column[t,at]] for at in (np.maximum(last-1,0),np.maximum(last-2,0))]
+    fill = (np.minimum(*below)>-700)&(last>=0)&(gap>usual+2)&(usual<9)
+    n = np.arange(ok.shape[1])*_STEP
+    fill = fill[:,:,None]&(n>=last[:,:,None]*_STEP-_STEP)&(n<=(wall*_STEP-usual)[:,:,None])
+    lateral = abs(np.arange(v.shape[2])-middle)*s[2]>25
+    return fill[:,turn,step]&cage&~both&lateral&(v>-300)&(v<250)
+
 def _with_dense(lungs, # bool `(D,H,W)` of each lung, aerated
                 copy:Scan, # working copy in HU
                 middle:float, # column of the midline
                )->np.ndarray: # bool `(D,H,W)`, all lungs
     "Lungs with their vessels, enclosed lesions and consolidation at the chest wall"
-    lungs = [fill_lung(m,copy.spacing) for m in lungs] or [np.zeros(copy.shape,bool)]
+    if not lungs: return np.zeros(copy.shape,bool)
+    lungs = [fill_lung(m,copy.spacing) for m in lungs]
     gaps = costal_gaps(lungs, copy)
-    return np.any([fill_lung(m|g,copy.spacing) for m,g in zip(lungs,gaps)], axis=0)
+    lungs = [fill_lung(m|g,copy.spacing) for m,g in zip(lungs,gaps)]
+    wall = _wall_gaps(lungs, copy, middle)
+    if len(lungs)==1: return fill_lung(lungs[0]|wall, copy.spacing)
+    right = np.arange(copy.shape[2])<middle
+    sides = lungs[0]|wall&right, lungs[1]|wall&~right
+    return np.any([fill_lung(m,copy.spacing) for m in sides], axis=0)
 
 # %% ../../nbs/core/14_lungs.ipynb #147fb1fb
 def _slices_between(mask, n)->np.ndarray: # `(n,H,W)` uint8, 0 … 255
@@ -491,9 +559,10 @@ def lung_mask(scan:Scan, # a chest in HU
     tubes = airways(v, seed, s)
     air = inside&(v<TISSUE)&~ndimage.binary_dilation(tubes)
     middle = np.average(np.arange(v.shape[2]), weights=inside.sum((0,1))+1e-9)
-    side = two_sides(choose_lungs(air&~_bowel_gas(air,copy), copy, middle), s)
+    free = _free_air(air, copy)
+    side = two_sides(choose_lungs(air&~free&~_bowel_gas(air,copy), copy, middle), s)
     lungs = [side==k for k in (1,2) if (side==k).any()]
-    mask = _with_dense(lungs,copy,middle)&inside&~wide_parts(tubes,s,seed)
+    mask = _with_dense(lungs,copy,middle)&inside&~free&~wide_parts(tubes,s,seed)
     _check_chest(mask, copy, seed)
     return _refined(scan, mask, v>=TISSUE)
 
@@ -511,19 +580,23 @@ def _slice_faults(area:np.ndarray, # `(D,)` of the mask, in any unit
     out = []
     if len(empty): out.append(f'No lung in {len(empty)} of the slices {first} to {last}: '
                               f'the first is slice {empty[0]}, the last {empty[-1]}.')
-    if len(step) and step.max()>.15+.025*mm:
+    if len(step) and step.max()>.2+.03*mm:
         k = first+step.argmax()
         out.append(f'The area of the mask jumps by {step.max():.0%} of its maximum '
                    f'from slice {k} to slice {k+1}.')
     return out
 
+def _midline(mask, scan)->float: # column
+    "The middle of the tissue beside the lungs"
+    rows = (scan.voxels[mask.any((1,2))]>TISSUE).sum((0,1))
+    return float(np.average(np.arange(mask.shape[2]), weights=rows+1e-9))
+
 def _side_faults(side:np.ndarray, # `(D,H,W)`: 1 right, 2 left
-                 tissue:np.ndarray, # bool, same shape
+                 scan:Scan, # HU, same shape
                 )->list: # sentences
     "A lung that is missing, or less than a fifth of the other"
     if side.max()==2: return []
-    rows = tissue[(side>0).any((1,2))]
-    middle = np.average(np.arange(side.shape[2]), weights=rows.sum((0,1))+1e-9)
+    middle = _midline(side>0, scan)
     found = 'right' if np.nonzero(side)[2].mean()<middle else 'left'
     lost = 'left' if found=='right' else 'right'
     return [f'The {lost} lung is missing or less than a fifth of the {found} one.']
@@ -562,11 +635,27 @@ def _dense_faults(side:np.ndarray, # `(D,H,W)`: 1 right, 2 left
                  )->list: # sentences
     "Dense tissue between the mask and the chest wall"
     lungs = [side==k for k in (1,2) if (side==k).any()]
-    gaps = np.any(costal_gaps(lungs,scan), axis=0)
+    gaps = np.any(costal_gaps(lungs,scan,60.), axis=0)
     share = gaps.sum()/(side>0).sum()
     if share<.03: return []
     return [f'Dense lung may be cut away: tissue of {gaps.sum()*scan.grid.voxel_ml:.0f} ml '
             f'({share:.0%} of the mask) lies between the mask and the chest wall.']
+
+def _air_faults(mask:np.ndarray, # bool `(D,H,W)`
+                scan:Scan, # HU, same shape, few voxels
+               )->list: # sentences
+    "Free air in the rib cage, beside the mask"
+    middle = _midline(mask, scan)
+    pure = ndimage.uniform_filter(scan.voxels.astype('f4'),[1,3,3])<AIR+50
+    area = np.cumsum(mask.sum((1,2)))
+    pure[:np.searchsorted(area,.33*area[-1])] = False # gas in the bowel
+    labels,size = regions(pure&~mask&rib_cage(mask,scan.spacing,middle))
+    size[0] = 0
+    ml = size.max()*scan.grid.voxel_ml
+    if ml<150: return []
+    side = 'right' if np.nonzero(labels==size.argmax())[2].mean()<middle else 'left'
+    return [f'Air of {ml:.0f} ml on the {side} is not counted as lung: '
+            'a pneumothorax, or a giant bulla.']
 
 def mask_warnings(mask:np.ndarray, # bool `(D,H,W)`, both lungs
                   scan:Scan, # the scan it lies on, in HU
@@ -581,7 +670,8 @@ def mask_warnings(mask:np.ndarray, # bool `(D,H,W)`, both lungs
     part = scan.replace(voxels=scan.voxels[few], spacing=tuple(np.multiply(step,scan.spacing)))
     side = two_sides(mask[few], part.spacing)
     return (*_slice_faults(mask.sum((1,2)), scan.spacing[0]),
-            *_side_faults(side, part.voxels>TISSUE),
+            *_side_faults(side, part),
             *_litre_faults(lung_volume_l(mask,scan)),
             *_view_faults(mask[few], part.voxels, part.spacing),
-            *_dense_faults(side, part))
+            *_dense_faults(side, part),
+            *_air_faults(mask[few], part))
