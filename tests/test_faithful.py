@@ -206,11 +206,17 @@ def test_deletion_order_and_bad_input(seer):
 
 
 def test_sensitivity_and_infidelity():
-    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)); x = torch.rand(2, 1, 4, 4, 4)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)).double()
+    x = torch.rand(2, 1, 4, 4, 4, dtype=torch.float64)
     w = flat[1].weight[1].detach().view(1, 4, 4, 4).expand(2, -1, -1, -1)
-    assert infidelities(flat, x, w, 1).max() < 1e-9 < infidelities(flat, x, w.flip(1), 1).min()
-    assert np.allclose(infidelities(flat, x, 7 * w, 1), 0, atol=1e-9)                                       # no unit needed
-    m, v = net().train(), torch.rand(2, 1, 8, 32, 32); m.stages[0].eval(); modes = [k.training for k in m.modules()]; stream = torch.get_rng_state()
+    assert infidelities(flat, x, w, 1).max() < 1e-15 < 1e-9 < infidelities(flat, x, w.flip(1), 1).min()
+    assert infidelities(flat, x, 7 * w, 1).max() < 1e-15       # no unit needed
+    m, v = net().train(), torch.rand(2, 1, 8, 32, 32)
+    # features are ≥ 0, so that the map of class 1 is above 0 whatever was drawn
+    with torch.no_grad(): m.fc.weight.copy_(torch.tensor([[0.], [1.], [0.]]).expand_as(m.fc.weight))
+    m.stages[0].eval()
+    modes = [k.training for k in m.modules()]
+    stream = torch.get_rng_state()
     s = sensitivity(m, v, contrast_cam, 1)
     assert s.shape == (2,) and np.array_equal(s, sensitivity(m, v, contrast_cam, 1)) and (sensitivity(m, v, contrast_cam, 1, radius=1e-6) < s).all()
     infidelities(m, v, np.ones((2, 8, 32, 32), "f4"))
