@@ -62,7 +62,7 @@ export: $(VENV)/.dev     ## notebooks -> covid_ct/ and README.md, then clean the
 	$(BIN)/python docs/nbs.py clean
 	$(BIN)/python docs/readme.py
 
-run: $(VENV)/.dev        ## execute every page in place (NB="nbs/core/00_scan.ipynb" for one)
+run: $(VENV)/.dev        ## execute every page in place (NB="nbs/00a_scan.ipynb" for one)
 	$(BIN)/python docs/nbs.py run $(NB)
 
 clean:               ## remove what was built

@@ -25,7 +25,7 @@ def batch(seed=0):
 
 def pixels(view):
     "Of each scan the 4×4 matrix from new to old voxels, counted from the middle, axes (z,y,x)"
-    from covid_ct.data.augment import theta
+    from covid_ct.batches.augment import theta
     H, W = SHAPE[1:]
     half, out = torch.tensor([W / 2, H / 2], dtype=torch.float64), torch.eye(4, dtype=torch.float64).repeat(len(view), 1, 1)
     t = theta(view, (H, W)) * half[None, :, None]
@@ -72,7 +72,7 @@ def torchio_chain(view):
 
 def grid_3d(view):
     "The same warp by a three-dimensional grid, all scans at once"
-    from covid_ct.data.augment import theta
+    from covid_ct.batches.augment import theta
     t = torch.zeros(len(view), 3, 4, dtype=torch.float64)
     m = theta(view, SHAPE[1:])
     t[:, :2, :2], t[:, :2, 3], t[:, 2, 2] = m[:, :, :2], m[:, :, 2], 1
@@ -105,7 +105,7 @@ def timed(runs, b, rounds):
 
 def rows(what, rounds=4):
     "Of the image alone, or of the image with two masks"
-    from covid_ct.data.augment import AUGMENTS, apply, draw, seeded
+    from covid_ct.batches.augment import AUGMENTS, apply, draw, seeded
     warnings.filterwarnings("ignore", module="monai|torchio")
     view, b = draw(AUGMENTS["darnet"], BATCH, seeded(1)), batch()
     assert 0 < view.flip[:, 2].sum() < BATCH                    # some flip, some do not

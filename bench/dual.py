@@ -48,7 +48,7 @@ def forward(name):
 def windows(name):
     "A small U-Net and a volume; then all windows of 64³, half overlapping"
     import torch
-    from covid_ct.models.sliding import labels, sliding
+    from covid_ct.inference.sliding_window import labels, sliding
     from covid_ct.models.unet import UNet
     from monai.inferers import sliding_window_inference
     threads()
@@ -83,7 +83,7 @@ def both(title, what):
 
 def resnet():
     "The network at full size, and what is predicted of its memory"
-    from covid_ct.models.sliding import dry_run
+    from covid_ct.inference.sliding_window import dry_run
     check_stages()
     done = list(both(f"ResNet-34 3-D, forward at {'×'.join(map(str, SIZE))}", "forward"))
     yield from done

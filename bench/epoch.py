@@ -31,8 +31,8 @@ def never(row): raise AssertionError("prepared during the epoch")
 
 
 def dataset(folder, n=SCANS):
-    from covid_ct.data.load import ScanDataset
-    from covid_ct.data.preprocess import Prep
+    from covid_ct.batches.loaders import ScanDataset
+    from covid_ct.preprocess.resample import Prep
     return ScanDataset(cohort(n), Prep(size=SIZE), load=never, cache=folder)
 
 
@@ -45,9 +45,9 @@ def write(folder):
 
 
 def ours(folder, n):
-    from covid_ct.data.augment import AUGMENTS
-    from covid_ct.data.load import make_loader
-    from covid_ct.data.sample import UniformSampler
+    from covid_ct.batches.augment import AUGMENTS
+    from covid_ct.batches.loaders import make_loader
+    from covid_ct.batches.samplers import UniformSampler
     d = dataset(folder, n)
     loader = make_loader(d, BATCH, UniformSampler(d.cohort), augment=AUGMENTS["darnet"])
     return lambda: (b["image"] for b in loader)
@@ -96,12 +96,12 @@ def trained(scans=32, size=(32, 64, 64), epochs=3):
     from functools import partial
     import torch
     import torch.nn.functional as F
-    from covid_ct.data.augment import AUGMENTS
-    from covid_ct.data.load import ScanDataset, make_loader
-    from covid_ct.data.preprocess import Prep
-    from covid_ct.data.sample import UniformSampler
+    from covid_ct.batches.augment import AUGMENTS
+    from covid_ct.batches.loaders import ScanDataset, make_loader
+    from covid_ct.preprocess.resample import Prep
+    from covid_ct.batches.samplers import UniformSampler
     from covid_ct.models.zoo import build
-    from covid_ct.phantom import phantom_cohort, phantom_of
+    from covid_ct.phantom.chest import phantom_cohort, phantom_of
     from covid_ct.train.loop import WithOutputs, make_accelerator, train_epoch
     from covid_ct.train.losses import build_loss
     from monai.data import CacheDataset, DataLoader

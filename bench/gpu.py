@@ -46,7 +46,7 @@ def batch_of(recipe, shape, n, device):
 
 def shape_of(recipe):
     "Of one input, channels first"
-    from covid_ct.data.preprocess import PREPS
+    from covid_ct.preprocess.resample import PREPS
     from covid_ct.models.zoo import ROWS
     return (1, *PREPS[recipe.prep].size) if recipe.prep else ROWS[recipe.model].input_size if not recipe.model_kwargs else (1, 64, 64)
 
@@ -58,7 +58,7 @@ def prepared(recipe, device, precision="no", channels_last=False, compile=False,
     from covid_ct.models.zoo import build
     from covid_ct.train.losses import build_loss
     from covid_ct.train.loop import WithOutputs
-    from covid_ct.train.step import make_optimizer
+    from covid_ct.train.optimize import make_optimizer
     AcceleratorState._reset_state(reset_partial_state=True)
     acc = Accelerator(mixed_precision=precision, cpu=device == "cpu")
     torch.manual_seed(seed)
@@ -90,7 +90,7 @@ def timed(call, device, n, warm):
 
 def measure(recipe, shape, device, parts=1, steps=10, warm=3, **engine):
     "A training step and a look at a batch: seconds, memory, losses"
-    from covid_ct.train.step import train_step
+    from covid_ct.train.optimize import train_step
     if device != "cpu": torch.cuda.reset_peak_memory_stats()
     net, opt, loss, acc = prepared(recipe, device, **engine)
     b, losses = batch_of(recipe, shape, recipe.batch_size, device), []
@@ -113,7 +113,7 @@ def fitting(recipe, shape, device, **kw):
 
 def flops(recipe, shape, device):
     "Floating-point operations of a training step, for one scan"
-    from covid_ct.train.step import train_step
+    from covid_ct.train.optimize import train_step
     net, opt, loss, acc = prepared(recipe, device)
     with FlopCounterMode(display=False) as counter: train_step(net.train(), batch_of(recipe, shape, 2, device), loss, opt, acc)
     return counter.get_total_flops() / 2

@@ -78,7 +78,7 @@ def small():
 
 def darnet():
     "DARNet tiny on noise of its size"
-    from covid_ct.data.preprocess import PREPS
+    from covid_ct.preprocess.resample import PREPS
     from covid_ct.models.zoo import build
     from covid_ct.train.recipes import recipe
     r = recipe()

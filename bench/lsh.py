@@ -34,7 +34,7 @@ def passes(kind, side):
     "A pass of a few tokens; then the best of a few forward and backward passes of `side`² tokens, or of a slice"
     import torch
     import torch.nn.functional as F
-    from covid_ct.models.lsh import bucket_factors, draw_rotations, exact_attention, hash_tokens, lsh_attention, unit
+    from covid_ct.models.lsh_attention import bucket_factors, draw_rotations, exact_attention, hash_tokens, lsh_attention, unit
     torch.manual_seed(0)
     net = _network(kind) if kind in ("raunet", "raunet-unet") else None
 

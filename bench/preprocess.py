@@ -42,7 +42,7 @@ def volume(noise):
 def write(path, noise):
     "The volume as .nii.gz by nibabel, or as a folder of DICOM slices; returns its voxels"
     import nibabel
-    from covid_ct.data.catalog import write_series
+    from covid_ct.cohort.table import write_series
     from covid_ct.scan import Scan
     v = volume(noise)
     if Path(path).suffix == ".gz": nibabel.save(nibabel.Nifti1Image(v.T, np.diag([*SPACING[::-1], 1])), path)
@@ -66,8 +66,8 @@ def reference(v, places, steps):
 
 def ours(path):
     "Voxels in the order of the file, and the function that tells their places in it"
-    from covid_ct.data.io import read
-    from covid_ct.data.preprocess import Prep, prepare
+    from covid_ct.io.read import read
+    from covid_ct.preprocess.resample import Prep, prepare
     scan = read(path)
     out = prepare(scan, Prep(size=SIZE, crop=tuple(map(float, BOX)), window=WINDOW))
     turned = [scan.stored_as[2 - a] != "LPS"[2 - a] for a in range(3)]  # the file's axes grow to the other side

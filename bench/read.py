@@ -12,7 +12,7 @@ from bench.preprocess import SPACING, timed, write
 
 
 def ours(path):
-    from covid_ct.data.io import read
+    from covid_ct.io.read import read
     return read(path).voxels
 
 
@@ -37,7 +37,7 @@ def torchio(path):
 
 
 def headers(path):
-    from covid_ct.data.io import list_series
+    from covid_ct.io.read import list_series
     return list_series(path)
 
 

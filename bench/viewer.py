@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from covid_ct.browse.pack import to_bytes
-from covid_ct.browse.viewer import VolumeViewer
-from covid_ct.phantom import make_phantom
+from covid_ct.widgets.pack import to_bytes
+from covid_ct.widgets.viewer import VolumeViewer
+from covid_ct.phantom.chest import make_phantom
 from covid_ct.scan import Scan
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -99,8 +99,8 @@ def in_browser(page_html):
 
 # ---------------------------------------------------------------- live, in a JupyterLab
 LIVE = {  # name → the cell that shows a scan, what to press for the next slice, and the key
-    "ours": ("from covid_ct.browse.viewer import VolumeViewer\nfrom covid_ct.data.io import read\nVolumeViewer(read('chest.nii.gz'))", "canvas[data-plane=axial]", "ArrowUp"),
-    "matplotlib": ("import matplotlib.pyplot as plt\nfrom covid_ct.data.io import read\nfrom ipywidgets import IntSlider, interact\nv = read('chest.nii.gz').voxels\n"
+    "ours": ("from covid_ct.widgets.viewer import VolumeViewer\nfrom covid_ct.io.read import read\nVolumeViewer(read('chest.nii.gz'))", "canvas[data-plane=axial]", "ArrowUp"),
+    "matplotlib": ("import matplotlib.pyplot as plt\nfrom covid_ct.io.read import read\nfrom ipywidgets import IntSlider, interact\nv = read('chest.nii.gz').voxels\n"
                    "def show(z):\n    fig, axes = plt.subplots(1, 3, figsize=(12,4))\n    for ax, im in zip(axes, (v[z], v[::-1,128], v[::-1,:,128])): ax.imshow(im, cmap='gray', vmin=-1350, vmax=150)\n    plt.show()\n"
                    "interact(show, z=IntSlider(64, 0, 127));", ".noUi-handle", "ArrowRight"),
     "ipyniivue": ("from ipyniivue import NiiVue\nnv = NiiVue(height=400)\nnv.load_volumes([{'path': 'chest.nii.gz'}])\nnv", ".jp-OutputArea-output canvas", "wheel")}
@@ -135,7 +135,7 @@ def lab(folder):
 def in_lab(scan, names):
     "For each viewer: seconds from running its cell, imports done, to a picture, and milliseconds from a key or wheel to another picture"
     import nbformat
-    from covid_ct.data.io import write_scan
+    from covid_ct.io.read import write_scan
     out = {}
     with tempfile.TemporaryDirectory() as d, chromium() as b:
         write_scan(scan, Path(d) / "chest.nii.gz")
@@ -183,7 +183,7 @@ def saved_mb(scan):
     "Megabytes that a saved notebook holds for a living ipyniivue: the widget states, front end and voxels"
     from ipyniivue import NiiVue
     from ipywidgets.embed import embed_data
-    from covid_ct.data.io import write_scan
+    from covid_ct.io.read import write_scan
     with tempfile.TemporaryDirectory() as d:
         write_scan(scan, Path(d) / "chest.nii.gz")
         nv = NiiVue()

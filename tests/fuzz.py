@@ -33,7 +33,7 @@ def seeds(folder):
     import SimpleITK as sitk
     from pydicom.dataset import Dataset
     from pydicom.sequence import Sequence
-    from covid_ct.data.catalog import write_series
+    from covid_ct.cohort.table import write_series
     from covid_ct.scan import Scan
     rng = np.random.default_rng(0)
     v = rng.integers(-1024, 900, (5, 12, 14)).astype("i2"); v[:2] = -1000
@@ -134,7 +134,7 @@ def damaged(kind, source, out, rng):
 def bombs(folder):
     "Inputs that promise or unpack to far more than they are, by name"
     import pydicom
-    from covid_ct.data.catalog import write_series
+    from covid_ct.cohort.table import write_series
     from covid_ct.scan import Scan
     folder.mkdir(parents=True, exist_ok=True)
     def nifti(dim, kind=4):
@@ -167,7 +167,7 @@ def bombs(folder):
 def answer(path):
     "What reading a path gives: 'read', 'refused', or the trace of what should not be"
     import warnings
-    from covid_ct.data.io import list_series, read
+    from covid_ct.io.read import list_series, read
     from covid_ct.scan import DataError
     try:
         with warnings.catch_warnings():

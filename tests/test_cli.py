@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 from covid_ct.cli import main
-from covid_ct.data.catalog import write_phantom_cohort, write_series
-from covid_ct.data.io import write_mask, write_scan
-from covid_ct.data.lungs import dice
-from covid_ct.phantom import make_phantom, phantom_cohort
+from covid_ct.cohort.table import write_phantom_cohort, write_series
+from covid_ct.io.read import write_mask, write_scan
+from covid_ct.preprocess.lungs import dice
+from covid_ct.phantom.chest import make_phantom, phantom_cohort
 
 
 @pytest.fixture(scope="module")

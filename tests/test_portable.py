@@ -66,9 +66,9 @@ def test_what_was_run_is_kept_and_what_changed_is_run_again(tmp_path, monkeypatc
 
 def test_what_trains_is_found():
     found = portable.subjects()
-    assert {"nbs/papers/3_raunet.ipynb", "nbs/papers/2_dual_sampling.ipynb", "nbs/core/50_loop.ipynb",
+    assert {"nbs/papers/3_raunet.ipynb", "nbs/papers/2_dual_sampling.ipynb", "nbs/08_train/08_loop.ipynb",
             "tests/test_loop.py", "tests/test_lsh.py"} <= set(found)
-    assert not {"nbs/core/07_header.ipynb", "tests/test_house.py"} & set(found)
+    assert not {"nbs/02_io/04_dicom_header.ipynb", "tests/test_house.py"} & set(found)
     assert not any("reports" in f for f in found)
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from covid_ct.cli import main, parser
-from covid_ct.data.catalog import write_series
-from covid_ct.data.io import write_mask, write_scan
+from covid_ct.cohort.table import write_series
+from covid_ct.io.read import write_mask, write_scan
 from covid_ct.models.zoo import build
-from covid_ct.phantom import make_phantom
+from covid_ct.phantom.chest import make_phantom
 from covid_ct.scan import DataError, WriteError, check_writable, write_atomic
-from covid_ct.terminal import UsageError, as_options, options_of
+from covid_ct.widgets.terminal import UsageError, as_options, options_of
 from covid_ct.train.loop import fit
 from covid_ct.train.recipes import change, recipe
 
@@ -95,12 +95,12 @@ def fresh(*argv, **env):
     ids=" ".join,
 )
 def test_read_once_lungs_once(capsys, work, monkeypatch, argv):
-    import covid_ct.apply
-    import covid_ct.data.io
-    import covid_ct.data.lungs
+    import covid_ct.inference.predict
+    import covid_ct.io.read
+    import covid_ct.preprocess.lungs
 
     calls = []
-    for module in (covid_ct.apply, covid_ct.data.io, covid_ct.data.lungs):
+    for module in (covid_ct.inference.predict, covid_ct.io.read, covid_ct.preprocess.lungs):
         for name in ("read", "lung_mask"):
             if not hasattr(module, name):
                 continue
@@ -238,9 +238,9 @@ def test_every_output_is_listed():
 @pytest.mark.parametrize("line, kind", OUTPUTS, ids=lambda x: x.split()[0])
 def test_an_output_that_cannot_be_made(capsys, work, monkeypatch, tmp_path, line, kind):
     "Something in the way: one line, before anything is read, and nothing is written"
-    import covid_ct.data.io
+    import covid_ct.io.read
 
-    monkeypatch.setattr(covid_ct.data.io, "read", lambda *a, **k: pytest.fail("was read first"))
+    monkeypatch.setattr(covid_ct.io.read, "read", lambda *a, **k: pytest.fail("was read first"))
     monkeypatch.chdir(work)
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "dir.nii.gz").mkdir()

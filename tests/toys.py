@@ -1,7 +1,7 @@
 "A scan of a few voxels, for the tests of preparing and loading; worker processes find it by this module's name"
 import numpy as np
 
-from covid_ct.data.preprocess import Prep
+from covid_ct.preprocess.resample import Prep
 from covid_ct.scan import CohortError, Scan
 
 SIZE = (6, 12, 10)

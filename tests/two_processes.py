@@ -7,8 +7,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from covid_ct.data.augment import AUGMENTS
-from covid_ct.data.load import ScanDataset, make_loaders
+from covid_ct.batches.augment import AUGMENTS
+from covid_ct.batches.loaders import ScanDataset, make_loaders
 from covid_ct.train.loop import Engine, fit
 from covid_ct.train.recipes import change, recipe
 from covid_ct.train.study import make_sampler

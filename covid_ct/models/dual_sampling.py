@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from .blocks import conv_norm
-from .online import OnlineAttention
+from .online_cam import OnlineAttention
 from .resnet3d import ResNet3d, resnet_stages
 from ..scan import CohortError
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from .blocks import count_parameters
 from .resnet3d import check_input
-from .spatial import SpatialAttention
+from .spatial_attention import SpatialAttention
 from ..scan import GeometryError, evaluating
 
 # %% ../../nbs/papers/4_prior_attention.ipynb #8a623bde

@@ -9,7 +9,7 @@ __all__ = ['RAUNET_ROWS', 'Aggregated', 'ResNeXtLevel', 'PlainLevel', 'Pass', 'A
 from functools import partial
 import torch
 from torch import nn
-from .lsh import LSHAttention
+from .lsh_attention import LSHAttention
 from .unet import DoubleConv, UNet, batch_norm, conv_relu, layer
 from ..scan import DataError
 

@@ -1,0 +1,282 @@
+"""The published site works with no kernel and no network: for the eye, the hand, the keyboard and the ear."""
+import contextlib
+import importlib.util
+import json
+import re
+from configparser import ConfigParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+import refs
+from house import rows
+
+# moves the axial slice by five and waits for the next frame
+MOVE = """async (el) => {
+  const c = el.querySelector("canvas[data-plane=axial]"), s = el.querySelector("input[data-control=axial]");
+  const px = () => c.getContext("2d").getImageData(0, 0, c.width, c.height).data.join();
+  const raf = () => new Promise(requestAnimationFrame), before = px(), f = el.querySelector("[data-ready]").dataset;
+  const n = Number(f.frames), t = performance.now();
+  s.value = Number(s.value) + 5; s.dispatchEvent(new Event("input", { bubbles: true }));
+  while (Number(f.frames) <= n) await raf();
+  return { changed: before !== px(), ms: performance.now() - t };
+}"""
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    "Address -> HTML of each page, without what stands in frames"
+    return {p.relative_to(site).as_posix(): re.sub(r'srcdoc="[^"]*"', "", p.read_text("utf-8")) for p in site.rglob("*.html")}
+
+
+@pytest.fixture(scope="module")
+def notebooks(root):
+    "Notebook -> its cells"
+    found = [root / "index.ipynb", *sorted((root / "nbs").rglob("*.ipynb"))]
+    return {p.relative_to(root).as_posix(): json.loads(p.read_text("utf-8"))["cells"] for p in found if ".ipynb_checkpoints" not in p.parts}
+
+
+@pytest.fixture()
+def visit(served, browser):
+    "Opens a page of the site where nothing else can be reached; errors in it and requests elsewhere fail the test"
+    wrong = []
+    with contextlib.ExitStack() as stack:
+        def go(path, width=1280, height=900, at=served, **more):
+            context = browser.new_context(viewport={"width": width, "height": height}, **more)
+            stack.callback(context.close)
+            page = context.new_page()
+            page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((at, "data:", "blob:", "about:")) else None)
+            page.on("pageerror", lambda e: wrong.append(f"{path}: {e}") if "Failed to fetch" not in str(e) or at == served else None)    # no excerpts from file:
+            page.goto(f"{at}/{path}")
+            return page
+        yield go
+    assert not wrong
+
+
+# ---------------------------------------------------------------- the files
+def test_no_outside_reference(pages):
+    for name, html in pages.items():
+        assert not re.findall(r'<(?:script|img|iframe)[^>]+src="https?://[^"]+|<link[^>]+rel="stylesheet"[^>]+href="https?:', html), name
+
+
+def test_every_picture_has_alt_text(pages):
+    missing = []
+    for name, html in pages.items():
+        for img in re.findall(r"<img[^>]*>", html):
+            alt = re.search(r'alt="([^"]*)"', img)
+            if not alt or not alt[1].strip() or re.fullmatch(r"\S*\.(png|svg|jpe?g|webp)", alt[1]): missing.append(f"{name}: {img[:120]}")
+    assert not missing, "\n".join(missing)
+
+
+def dead_links(folder, pages):
+    "Links within the site that lead to no file or to no place in it, and addresses elsewhere that are none"
+    places = {name: set(re.findall(r'\s(?:id|name)="([^"]+)"', html)) for name, html in pages.items()}
+    dead = []
+    for name, html in pages.items():
+        for url in set(re.findall(r'<a\s[^>]*?href="([^"]*)"', html)) | set(re.findall(r'<img\s[^>]*?src="([^"]*)"', html)):
+            parts = urlsplit(url)
+            if parts.scheme in ("data", "mailto"): continue
+            if parts.scheme or parts.netloc:
+                if parts.scheme not in ("http", "https") or not re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc): dead.append(f"{name}: {url}")
+                continue
+            target = (folder / name).parent / unquote(parts.path) if parts.path else folder / name
+            there = target.resolve().relative_to(folder.resolve()).as_posix() if target.exists() else None
+            if there is None or parts.fragment and there in places and unquote(parts.fragment) not in places[there]: dead.append(f"{name}: {url}")
+    return dead
+
+
+def test_no_dead_link(site, pages):
+    dead = dead_links(site, pages)
+    assert not dead, "\n".join(dead)
+
+
+def test_dead_links_are_found(tmp_path):
+    pages = {"a.html": '<a class="x" href="b/c.html#here">1</a><a href="b/c.html#gone">2</a><a href="d.html">3</a><a href="https://nowhere">4</a><a href="#top" id="top">5</a>',
+             "b/c.html": '<h1 id="here"></h1><a href="../a.html">up</a><img src="x.png">'}
+    (tmp_path / "b").mkdir()
+    for name, html in pages.items(): (tmp_path / name).write_text(html)
+    assert sorted(dead_links(tmp_path, pages)) == ["a.html: b/c.html#gone", "a.html: d.html", "a.html: https://nowhere", "b/c.html: x.png"]
+
+
+def test_api_is_documented(pages):
+    "The parameters of a function stand on its page as a table"
+    html = pages["scan.html"]
+    assert "check_same_grid" in html and "to a hundredth of a voxel" in html and "<table" in html
+
+
+def labelled(notebooks):
+    return [(name, m[1]) for name, cells in notebooks.items() for c in cells if c["cell_type"] == "code"
+            for m in [re.search(r"^#\| label: (fig-[\w-]+)", "".join(c["source"]), re.M)]
+            if m and any("image/png" in o.get("data", {}) or "data:image/png" in "".join(o.get("data", {}).get("text/html", "")) for o in c["outputs"])]
+
+
+def test_gallery_has_every_figure(pages, notebooks):
+    named = re.findall(r'href="[\w/.]+#(fig-[\w-]+)"', pages["figures.html"])
+    assert sorted(named) == sorted(label for _, label in labelled(notebooks))
+
+
+def test_every_page_says_how_to_run_it(pages, notebooks):
+    taken = [n for n in notebooks if n != "index.ipynb"]
+    assert len(taken) == sum("Open this page in JupyterLab" in html for html in pages.values())
+    assert "covid-ct course lessons" in re.sub("<[^>]+>", "", pages["lessons/first_scan.html"])
+
+
+# ---------------------------------------------------------------- the front page, the README and the sources
+def test_map_names_every_page(root, notebooks):
+    front = "".join("".join(c["source"]) for c in notebooks["index.ipynb"])
+    missing = [n for n in notebooks if n != "index.ipynb" and f"]({n})" not in front]
+    assert not missing, missing
+    assert all((root / link).exists() for _, links, _ in rows(root / "index.ipynb") for link in links)
+
+
+def test_readme_is_plain(root):
+    "A still picture and no widget; what it links to is there"
+    text = (root / "README.md").read_text("utf-8")
+    assert "<iframe" not in text and "srcdoc" not in text and ":::" not in text and len(text) < 30_000
+    assert re.search(r"!\[[^\]]{20,}\]\(docs/_static/viewer\.png\)", text)
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("https://") or (root / link).exists(), link
+
+
+def test_citation(root):
+    "Version, licence and papers are those of settings.ini and references.bib; nobody is invented"
+    yaml = pytest.importorskip("yaml")
+    cff = yaml.safe_load((root / "CITATION.cff").read_text("utf-8"))
+    settings = ConfigParser(delimiters=["="], interpolation=None)
+    settings.read(root / "settings.ini", encoding="utf-8")
+    cfg = settings["DEFAULT"]
+    assert str(cff["version"]) == cfg["version"] and cff["repository-code"] == cfg["git_url"] and cff["license"] == "Apache-2.0"
+    assert cff["authors"] == [{"name": cfg["author"]}] and cff["cff-version"] == "1.2.0"
+    ours = [f for f in refs.sources().values() if "page" in f]
+    assert len(ours) == 4
+    for paper, source in zip(cff["references"], ours):
+        assert paper["title"] == source["title"] and str(paper["year"]) == source["year"]
+        assert [(a["family-names"], a["given-names"]) for a in paper["authors"]] == refs.people(source)
+        assert paper.get("doi") == source.get("doi")
+        assert [i["value"] for i in paper.get("identifiers", [])] == [f"arXiv:{source[k]}" for k in ["eprint"] if k in source]
+        assert (root / "nbs" / f"{source['page']}.ipynb").exists()
+
+
+def test_sources_are_known(notebooks):
+    "Who is named as `Surname et al. 2020` stands in references.bib, and who stands there is named"
+    seen, unknown = set(), set()
+    for name, cells in notebooks.items():
+        for c in cells:
+            text = "".join(c["source"])
+            if c["cell_type"] == "markdown":
+                left = refs.cite(text, "references.md", seen)
+                unknown |= {(name, m) for m in re.findall(r"(?<!\[)\b[A-Z][\w-]+ et al\.,? (?:19|20)\d\d", re.sub(r"\[[^\]]*\]\([^)]*\)|`[^`]*`|\$[^$]*\$", "", left))}
+            else: seen |= {m["key_"] or m.lastgroup for m in refs.known().finditer(text)}
+    assert not unknown, unknown
+    assert not set(refs.sources()) - seen, "never named: " + ", ".join(sorted(set(refs.sources()) - seen))
+
+
+def test_citing_by_hand():
+    seen = set()
+    def linked(text): return refs.cite(text, "r.md", seen)
+    assert linked("Wilson 1927") == "[Wilson 1927](r.md#ref-wilson1927)"
+    assert linked("by Ouyang et al. (2020, Eq. 1)") == "by [Ouyang et al.](r.md#ref-ouyang2020) (2020, Eq. 1)"
+    assert linked("see @chen2020.") == "see [Chen et al. 2020](r.md#ref-chen2020)."
+    assert linked("*Reformer*") == "[*Reformer*](r.md#ref-kitaev2020)"
+    kept = "`Wilson 1927`, $Wilson 1927$, [Wilson 1927](x.md), Wilson 1928 and the Reformer\n# Wilson 1927"
+    assert linked(kept) == kept and seen == {"wilson1927", "ouyang2020", "chen2020", "kitaev2020"}
+
+
+# ---------------------------------------------------------------- in a browser
+def test_front_page_is_alive(visit):
+    "What it is, and a viewer that answers, before anybody scrolls"
+    page = visit("index.html")
+    frame = page.frame_locator("iframe[data-covid-ct]").first
+    frame.locator("[data-ready='1']").wait_for(timeout=30_000)
+    box = page.locator("iframe[data-covid-ct]").first.bounding_box()
+    assert box["y"] < 420 and box["height"] > 300 and frame.locator(".covid-ct-viewer").evaluate(MOVE)["changed"]
+    assert page.locator("iframe[data-covid-ct]").count() == 1 and page.locator(".house .room a[href='scan.html']").count() == 1
+
+
+def test_mathematics_and_search(visit, site):
+    page = visit("scan.html")
+    page.locator("mjx-container svg").first.wait_for(timeout=20_000)
+    for at in ({}, {"at": site.resolve().as_uri()}):                     # from a server and from the disk: pages and functions
+        page = visit("search.html?q=spacing", **at)
+        page.locator("ul.search li a").first.wait_for(timeout=20_000)
+        page = visit("search.html?q=check_same_grid", **at)
+        page.locator("ul.search li a[href*='scan.html']").first.wait_for(timeout=20_000)
+
+
+def test_viewer_answers(visit):
+    "Without a kernel: the slice moves and the picture changes"
+    page = visit("12_widgets/viewer.html")
+    page.locator("iframe[data-covid-ct]").first.scroll_into_view_if_needed()
+    frame = page.frame_locator("iframe[data-covid-ct]").first
+    frame.locator("[data-ready='1']").wait_for(timeout=30_000)
+    assert frame.locator(".covid-ct-viewer").evaluate(MOVE)["changed"]
+
+
+def test_reading_room_answers(visit):
+    "The filter leaves fewer cases"
+    page = visit("12_widgets/reading_room.html")
+    page.locator("iframe[data-room]").first.scroll_into_view_if_needed()
+    frame = page.frame_locator("iframe[data-room]").first
+    frame.locator(".ccr[data-ready='1']").wait_for(timeout=30_000)
+    rows, count = frame.locator(".ccr-list tbody tr[data-id]"), frame.locator("[data-role=count]")
+    before = count.inner_text()
+    frame.locator("[data-control=search]").fill(rows.first.get_attribute("data-id"))
+    assert rows.count() == 1 and count.inner_text() != before
+
+
+def test_gallery_of_scans_answers(visit):
+    "Another scan is chosen, another scan is shown"
+    page = visit("12_widgets/gallery.html")
+    page.locator("iframe[data-gallery]").first.scroll_into_view_if_needed()
+    frame = page.frame_locator("iframe[data-gallery]").first
+    kinds = frame.locator("button[data-k]")
+    kinds.first.wait_for(timeout=30_000)
+    cards = frame.locator("button[data-id]")
+    all_of_them = cards.count()
+    kinds.nth(1).click()
+    assert 0 < cards.count() < all_of_them and kinds.nth(1).get_attribute("aria-pressed") == "true"
+
+
+PHONE = ["index.html", "lessons/first_scan.html", "08_train/losses.html", "12_widgets/reading_room.html", "papers/darnet.html", "reports/demo.html", "figures.html", "references.html", "search.html?q=lung"]
+
+
+def test_phone(visit):
+    "Nothing but tables, code and formulas scrolls sideways, each in its own box"
+    page, wide = visit(PHONE[0], 390, 844, is_mobile=True, has_touch=True, device_scale_factor=2), {}
+    for path in PHONE:
+        page.goto(re.sub(r"^(https?://[^/]+).*", r"\1/" + path, page.url))
+        if over := page.evaluate("document.documentElement.scrollWidth - innerWidth"): wide[path] = over
+    assert not wide
+    page.goto(re.sub(r"^(https?://[^/]+).*", r"\1/index.html", page.url))
+    assert page.evaluate("[...document.querySelectorAll('.room')].every((e, i, all) => !i || e.offsetTop > all[i - 1].offsetTop)")       # one column
+    page.locator("label.mobile-header-icon[for=__navigation], .nav-overlay-icon").first.click()
+    page.locator(".sidebar-drawer input[name=q]").wait_for(state="visible")
+
+
+AUDIT = """(options) => axe.run(document, {resultTypes: ["violations"], ...options}).then(r => r.violations
+  .filter(v => ["serious", "critical"].includes(v.impact))
+  .map(v => `${v.id}, ${v.nodes.length} times: ${v.help}: ` + v.nodes.slice(0, 3).map(n => `${n.target} ${n.html.slice(0, 120)}`).join(" | ")))"""
+
+
+@pytest.fixture(scope="module")
+def axe():
+    spec = importlib.util.find_spec("axe_playwright_python")
+    if spec is None: pytest.skip("axe-playwright-python is not installed")
+    return (Path(spec.origin).parent / "axe.min.js").read_text("utf-8")
+
+
+@pytest.mark.parametrize("path", ["index.html", "lessons/first_scan.html", "scan.html", "papers/raunet.html", "reports/demo.html", "figures.html",
+                                  "references.html", "search.html?q=lung"])
+def test_for_everybody(visit, axe, path):
+    "No serious finding of axe, in light and in dark"
+    page = visit(path)
+    if page.locator("iframe[data-covid-ct]").count():
+        page.locator("iframe[data-covid-ct]").first.scroll_into_view_if_needed()
+        page.frame_locator("iframe[data-covid-ct]").first.locator("[data-ready='1']").wait_for(timeout=30_000)
+    if "search" in path: page.locator("ul.search li a").first.wait_for(timeout=20_000)
+    page.wait_for_load_state("load")
+    for frame in page.frames: frame.evaluate(axe)
+    found = page.evaluate(AUDIT, {})
+    page.emulate_media(color_scheme="dark")
+    found += [f"dark: {f}" for f in page.evaluate(AUDIT, {"runOnly": ["color-contrast", "link-in-text-block"]})]
+    assert not found, "\n".join(found)
