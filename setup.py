@@ -24,7 +24,7 @@ class WithLessons(build_py):
         out = Path(self.build_lib, lib, "lessons")
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        for page in (here / "nbs" / "tutorials").glob("[0-9]*.ipynb"):
+        for page in (here / "nbs" / "lessons").glob("[0-9]*.ipynb"):
             nb = json.loads(page.read_text(encoding="utf-8"))
             for c in nb["cells"]: c.update(outputs=[]) if c["cell_type"] == "code" else None
             (out / page.name).write_text(json.dumps(nb, indent=1, ensure_ascii=False), encoding="utf-8")

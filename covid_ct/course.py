@@ -177,7 +177,7 @@ def lessons_home()->Path: # folder of notebooks
     "Where the lessons are; raises `CourseError` where the package came without them"
     import covid_ct
     here = Path(covid_ct.__file__).parent
-    for folder in (here/'lessons', here.parent/'nbs'/'tutorials'):
+    for folder in (here/'lessons', here.parent/'nbs'/'lessons'):
         if any(folder.glob('[0-9]*.ipynb')): return folder
     raise CourseError(here, 'has no lessons beside it', 'Install covid_ct from a wheel or a clone.')
 
@@ -205,7 +205,7 @@ FOLDED = re.compile(r'^:::+ *\{\.callout-\w+[^}\n]*collapse="true"[^}\n]*\}\n#+ 
 AWAY = re.compile(r'\]\(((?:\.\./)+[^)\s#]+)\.ipynb(#[^)\s]*)?\)')
 
 def site_link(
-    path:str, # as in a lesson, without `.ipynb`: `../core/20_sample`
+    path:str, # as in a lesson, without `.ipynb`: `../06_batches/02_samplers`
 )->str: # address on the site
     "Where a page of the house is on the site: nbdev drops the number"
     from covid_ct._modidx import d

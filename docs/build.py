@@ -20,25 +20,22 @@ from multiprocessing import get_context
 import gallery
 import nbformat
 import refs
-from house import rows
-from stage import ROOT, STAGE, page_name, sources, stage
+from stage import ROOT, STAGE, sources, stage
 
 OUT, WORK = ROOT / "_docs", ROOT / "_build"          # myst-nb writes beside its output folder, so that one lies deeper
 ABOUT = "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"             # of the repository, on the site too
-ROOMS = {"tutorials": "The course", "papers": "Papers, one page each", "core": "Reference", "reports": "Reports"}
+ROOMS = {"lessons": "The course", "papers": "Papers, one page each", "": "Basics and use", "01_phantom": "Phantom", "02_io": "Reading files",
+         "03_cohort": "Cohorts", "04_audit": "Audit", "05_preprocess": "Preprocessing", "06_batches": "Batches", "07_models": "Models",
+         "08_train": "Training", "09_inference": "Inference", "10_evaluate": "Evaluation", "11_explain": "Explanations",
+         "12_widgets": "Widgets", "reports": "Reports"}           # folder of nbs/ -> its caption, in the order of the side bar
 
 
 def groups(pages):
-    "Caption -> pages of the side bar: the rooms, the reference split as the map on the front page has it"
-    left, out = [p["page"] for p in pages if p["page"] != "index.ipynb"], {}
+    "Caption -> pages of the side bar, in the order of their numbers"
+    out = {}
     for room, caption in ROOMS.items():
-        if room == "core":
-            for stage_name, links, _ in rows(ROOT / "index.ipynb"):
-                named = [page_name(ROOT / link).as_posix() for link in links]
-                here = [p for p in dict.fromkeys(named) if p in left and p.startswith("core/")]
-                left = [p for p in left if p not in here]
-                if here: out[f"Reference: {stage_name}"] = here
-        out[caption] = sorted((p for p in left if p.startswith(room + "/")), key=lambda p: "for_instructors" in p)     # theirs comes last
+        here = [p["page"] for p in pages if p["page"] != "index.ipynb" and p["page"].rpartition("/")[0] == room]
+        out[caption] = sorted(here, key=lambda p: "for_instructors" in p)     # theirs comes last
     return {**out, "About": ["figures.md", "references.md", "CONTRIBUTING.md", "CHANGELOG.md"]}
 
 

@@ -37,7 +37,7 @@ def page(pages, rooms, folder):
     for room, caption in rooms.items():
         tiles = []
         for p in pages:
-            if not p["page"].startswith(room + "/"): continue
+            if p["page"].rpartition("/")[0] != room: continue
             for fig in p["figures"]:
                 (folder / f"{fig['label']}.webp").write_bytes(fig["thumb"])
                 tiles.append(tile(p, fig))

@@ -68,7 +68,7 @@ def open_here(rel, room):
     "How to run this page, folded under its title"
     take = f"{{download}}`Take this notebook </{TAKE}/{rel}>`"
     home = os.path.relpath("index.ipynb", rel.parent)
-    how = {"tutorials": f"With [covid_ct installed]({home}#three-ways-in), the lessons come along:\n\n```sh\npip install jupyterlab\ncovid-ct course lessons\njupyter lab lessons/{rel.name}\n```\n\nOr {take.replace('Take', 'take')} alone.",
+    how = {"lessons": f"With [covid_ct installed]({home}#three-ways-in), the lessons come along:\n\n```sh\npip install jupyterlab\ncovid-ct course lessons\njupyter lab lessons/{rel.name}\n```\n\nOr {take.replace('Take', 'take')} alone.",
            "reports": f"This page keeps the results of long runs; its first cells say which command makes them. {take} to read the code; in a clone of the repository, `make lab` opens `nbs/{rel}`."}.get(
            room, f"{take}, without its outputs. With [covid_ct installed]({home}#three-ways-in) it runs where you put it:\n\n```sh\npip install jupyterlab\njupyter lab {rel.name}\n```\n\nIn a clone of the repository, `make lab` opens them all; this one is `nbs/{rel}`.")
     return f":::{{admonition}} Open this page in JupyterLab\n:class: open-here\n:collapsible: closed\n\n{how}\n:::"
@@ -142,7 +142,7 @@ def stage(src: Path):
     cfg = get_config()
     site = cfg.doc_host.rstrip("/") + cfg.doc_baseurl.rstrip("/") + "/"
     here = page_name(src)
-    rel = src.relative_to(ROOT / "nbs") if here.parent.name else None        # the front page is run by everybody
+    rel = None if src == ROOT / "index.ipynb" else src.relative_to(ROOT / "nbs")        # the front page is run by everybody
     cited, figures = set(), []
     cite = functools.partial(refs.cite, to=os.path.relpath("references.md", here.parent), seen=cited)
 

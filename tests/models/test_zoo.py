@@ -15,7 +15,7 @@ from covid_ct.train.recipes import RecipeError, change, recipe
 
 SMALL = dict(stages=resnet_stages(8, (1, 1), (1, 2)), depth=8)
 MINE = Row("mine", "nobody", "lesson", (1, 64, 224, 224), ResNet3d, SMALL, (1, 8, 32, 32))
-LESSONS = Path(zoo.__file__).parents[2] / "nbs" / "tutorials"
+LESSONS = Path(zoo.__file__).parents[2] / "nbs" / "lessons"
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from covid_ct import course
 from covid_ct.course import CourseError, check, copy_course, exercise, for_students, lesson_facts, lessons, scores, solution
 from stage import ROOT, page_name, sources
 
-LESSONS = [p.relative_to(ROOT).as_posix() for p in sources() if p.parent.name == "tutorials" and not p.name.startswith("0")]
+LESSONS = [p.relative_to(ROOT).as_posix() for p in sources() if p.parent.name == "lessons" and not p.name.startswith("0")]
 
 
 @pytest.fixture(autouse=True)
@@ -215,16 +215,16 @@ def test_lessons_travel_in_the_wheel(tmp_path):
     src = tmp_path / "src"; src.mkdir()
     for name in ("setup.py", "settings.ini", "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE"): shutil.copy(ROOT / name, src)
     shutil.copytree(ROOT / "covid_ct", src / "covid_ct", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "nbs" / "tutorials", src / "nbs" / "tutorials")
-    (src / "nbs" / "tutorials" / ".ipynb_checkpoints").mkdir(exist_ok=True)
-    (src / "nbs" / "tutorials" / ".ipynb_checkpoints" / "1_x-checkpoint.ipynb").write_text("{}")
+    shutil.copytree(ROOT / "nbs" / "lessons", src / "nbs" / "lessons")
+    (src / "nbs" / "lessons" / ".ipynb_checkpoints").mkdir(exist_ok=True)
+    (src / "nbs" / "lessons" / ".ipynb_checkpoints" / "1_x-checkpoint.ipynb").write_text("{}")
     r = subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(src)], capture_output=True, text=True)
     assert r.returncode == 0, (r.stdout + r.stderr)[-3000:]
     wheel, = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as z:
         inside = sorted(n for n in z.namelist() if n.endswith(".ipynb"))
         z.extractall(tmp_path / "installed")
-    names = sorted(p.name for p in (ROOT / "nbs" / "tutorials").glob("[0-9]*.ipynb"))
+    names = sorted(p.name for p in (ROOT / "nbs" / "lessons").glob("[0-9]*.ipynb"))
     assert inside == [f"covid_ct/lessons/{n}" for n in names]
     code = "import covid_ct; print(covid_ct.__file__); from covid_ct.course import copy_course; print([p.name for p in copy_course('mine')])"
     got = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")})

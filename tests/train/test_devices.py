@@ -15,7 +15,7 @@ from covid_ct.phantom.chest import phantom_cohort
 from covid_ct.train.launch import launch, slurm_script
 from covid_ct.train.optimize import TrainError
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
