@@ -50,7 +50,7 @@ def subjects() -> list[str]:
     sys.path[:0] = [str(ROOT / "docs")]
     from stage import sources
     pages = [p for p in sources() if p.parent.name != "reports"]
-    found = [*pages, *sorted((ROOT / "tests").glob("test_*.py"))]
+    found = [*pages, *sorted((ROOT / "tests").rglob("test_*.py"))]
     return [p.relative_to(ROOT).as_posix() for p in found if DRAWS.search(p.read_text("utf-8"))]
 
 

@@ -16,7 +16,7 @@ TOTAL = 120                                        # seconds of all quick tests;
 
 def function_of(nodeid: str) -> str:
     "The file and the function of a test, without folder and parameters"
-    return nodeid.split("[")[0].removeprefix("tests/")
+    return nodeid.split("[")[0].rpartition("/")[2]
 
 
 def used() -> float:

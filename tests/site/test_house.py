@@ -16,42 +16,6 @@ from fastcore.docments import docments
 
 LIB = Path(covid_ct.__file__).parent
 MODULES = sorted(m.name for m in pkgutil.walk_packages([str(LIB)], "covid_ct.") if not m.name.endswith("._modidx"))
-# the stages, and what each may import beside the shared scan, phantom and show
-ORDER = {"data": "archive sets labels header volume dicom io catalog layouts public content checks baselines audit preprocess lungs split augment sample slices cache load",
-         "models": "blocks attention online lsh spatial resnet3d unet sliding darnet dual_sampling raunet prior_attention zoo measures"}
-MAY = {"data": {"data", "evaluate"}, "models": {"models"}, "train": {"train", "data", "models", "evaluate"}, "evaluate": {"evaluate"},
-       "explain": {"explain", "evaluate"}, "browse": {"browse"}}
-SHARED = {"scan", "anatomy", "parenchyma", "states", "phantom", "show", "__version__"}
-
-
-def imports(path):
-    "The covid_ct modules that a file imports, absolute, wherever in the file"
-    package = ["covid_ct", *path.relative_to(LIB).parent.parts]
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-        if isinstance(node, ast.ImportFrom):
-            base = package[:len(package) - node.level + 1] if node.level else []
-            name = ".".join([*base, *(node.module or "").split(".")]).strip(".")
-            if name.startswith("covid_ct"):
-                if name == "covid_ct" or (LIB / Path(*name.split(".")[1:])).is_dir(): yield from (f"{name}.{a.name}" for a in node.names)
-                else: yield name
-        elif isinstance(node, ast.Import): yield from (a.name for a in node.names if a.name.startswith("covid_ct"))
-
-
-@pytest.mark.parametrize("path", [p for s in MAY for p in sorted((LIB / s).glob("*.py")) if p.name != "__init__.py"], ids=lambda p: p.stem)
-def test_rivers(path):
-    "data and models never import each other; inside each, only from what comes before; in data only the audit asks `evaluate` for its metrics"
-    stage = path.parent.name
-    for name in imports(path):
-        parts = name.split(".")[1:]
-        if not parts: continue
-        if parts[0] in SHARED: continue
-        assert parts[0] in MAY[stage], f"{path.stem} imports {name}"
-        assert not (stage == "data" and parts[0] == "evaluate") or path.stem in ("audit", "baselines"), f"{path.stem} imports {name}"
-        if stage in ORDER and parts[0] == stage:
-            order = ORDER[stage].split()
-            assert order.index(parts[1]) < order.index(path.stem), f"{path.stem} imports {name}, which comes later"
-
-
 def test_import_is_light():
     "The package costs next to nothing, and its commands load nothing heavy before they are asked to"
     code = "import time,sys; t=time.perf_counter(); import covid_ct, covid_ct.cli; print(time.perf_counter()-t, sum(m in sys.modules for m in ('torch','SimpleITK','matplotlib','sklearn')))"
