@@ -105,18 +105,18 @@ def timed(runs, b, rounds):
 
 def rows(what, rounds=4):
     "Of the image alone, or of the image with two masks"
-    from covid_ct.batches.augment import AUGMENTS, apply, draw, seeded
+    from covid_ct.batches.augment import AUGMENTS, apply_view, draw_view, seeded_generator
     warnings.filterwarnings("ignore", module="monai|torchio")
-    view, b = draw(AUGMENTS["darnet"], BATCH, seeded(1)), batch()
+    view, b = draw_view(AUGMENTS["darnet"], BATCH, seeded_generator(1)), batch()
     assert 0 < view.flip[:, 2].sum() < BATCH                    # some flip, some do not
-    inside = apply(torch.ones_like(b["image"]), view) > 1 - 1e-5
+    inside = apply_view(torch.ones_like(b["image"]), view) > 1 - 1e-5
     assert inside.float().mean() > .9
     if what == "image": b = {"image": b["image"]}
     peers = {"MONAI Affine": monai_chain(view), "TorchIO Affine": torchio_chain(view), "one 3D grid": grid_3d(view)}
-    mine = apply(b, view)
+    mine = apply_view(b, view)
     for name, run in peers.items(): agree(mine, run(b), inside, name)
     if what == "image": peers["MONAI RandFlip and RandAffine"] = monai_random()
-    best = timed({"ours": partial(apply, view=view), **peers}, b, rounds)
+    best = timed({"ours": partial(apply_view, view=view), **peers}, b, rounds)
     for name in peers:
         yield row(f"augment 64×224×224, batch of {BATCH}, {what}: {name}", best["ours"], best[name], "ms")
 

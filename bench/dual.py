@@ -48,7 +48,7 @@ def forward(name):
 def windows(name):
     "A small U-Net and a volume; then all windows of 64³, half overlapping"
     import torch
-    from covid_ct.inference.sliding_window import labels, sliding
+    from covid_ct.inference.sliding_window import likeliest_class, sliding_window
     from covid_ct.models.unet import UNet
     from monai.inferers import sliding_window_inference
     threads()
@@ -57,7 +57,7 @@ def windows(name):
     with torch.inference_mode():
         net(x[None, :, :64, :64, :64])
         yield
-        if name == "ours": sliding(net, x, (64, 64, 64), finish=labels)
+        if name == "ours": sliding_window(net, x, (64, 64, 64), finish=likeliest_class)
         else:
             out = sliding_window_inference(x[None], (64, 64, 64), 1, net, overlap=.5, mode="gaussian")
             out[0].argmax(0).to(torch.uint8)

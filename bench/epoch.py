@@ -102,7 +102,7 @@ def trained(scans=32, size=(32, 64, 64), epochs=3):
     from covid_ct.batches.samplers import UniformSampler
     from covid_ct.models.zoo import build
     from covid_ct.phantom.chest import phantom_cohort, phantom_of
-    from covid_ct.train.loop import WithOutputs, make_accelerator, train_epoch
+    from covid_ct.train.loop import _WithOutputs, _make_accelerator, _train_epoch
     from covid_ct.train.losses import build_loss
     from monai.data import CacheDataset, DataLoader
     from monai.networks.nets import ResNet
@@ -110,15 +110,15 @@ def trained(scans=32, size=(32, 64, 64), epochs=3):
     with tempfile.TemporaryDirectory() as folder:
         d = ScanDataset(phantom_cohort(scans, seed=3, second_scan=0), Prep(size=size), load=partial(phantom_of, shape=size), cache=folder)
         for i in range(scans): d[i]                                                # prepared before the clock starts
-        net = build("darnet-none", classes=3, depth=size[0], width=16); acc = make_accelerator("no")
-        wrapped, opt = acc.prepare(WithOutputs(net), torch.optim.Adam(net.parameters(), 1e-3))
+        net = build("darnet-none", classes=3, depth=size[0], width=16); acc = _make_accelerator("no")
+        wrapped, opt = acc.prepare(_WithOutputs(net), torch.optim.Adam(net.parameters(), 1e-3))
         loader, loss = make_loader(d, BATCH, UniformSampler(d.cohort), augment=AUGMENTS["darnet"]), build_loss("cross_entropy")
         a, z = math.radians(5), (0.0, 0.0)
         views = [RandFlipd("image", prob=.5, spatial_axis=2), RandAffined("image", prob=1., rotate_range=((-a, a), z, z), translate_range=(z, (-5, 5), (-5, 5)), scale_range=(z, (-.1, .1), (-.1, .1)), padding_mode="zeros")]
         theirs = DataLoader(CacheDataset([{k: torch.as_tensor(d[i][k]) for k in ("image", "label")} for i in range(scans)], Compose(views), progress=False, num_workers=1), batch_size=BATCH, shuffle=True, num_workers=0)
         peer = ResNet("basic", [2, 2, 2, 2], [16, 32, 64, 128], spatial_dims=3, n_input_channels=1, conv1_t_size=(3, 7, 7), conv1_t_stride=(1, 2, 2), no_max_pool=True, num_classes=3, shortcut_type="B").train()
         bare = torch.optim.Adam(peer.parameters(), 1e-3)
-        def ours(epoch): loader.set_epoch(epoch); train_epoch(wrapped, loader, loss, opt, acc)
+        def ours(epoch): loader.set_epoch(epoch); _train_epoch(wrapped, loader, loss, opt, acc)
         def monais(epoch):
             for b in theirs:
                 total = F.cross_entropy(peer(b["image"].as_tensor()), b["label"]); bare.zero_grad(); total.backward(); bare.step()

@@ -57,13 +57,13 @@ def prepared(recipe, device, precision="no", channels_last=False, compile=False,
     from accelerate.state import AcceleratorState
     from covid_ct.models.zoo import build
     from covid_ct.train.losses import build_loss
-    from covid_ct.train.loop import WithOutputs
+    from covid_ct.train.loop import _WithOutputs
     from covid_ct.train.optimize import make_optimizer
     AcceleratorState._reset_state(reset_partial_state=True)
     acc = Accelerator(mixed_precision=precision, cpu=device == "cpu")
     torch.manual_seed(seed)
     model = build(recipe.model, **recipe.model_kwargs).to(device)
-    net = WithOutputs(model, channels_last)
+    net = _WithOutputs(model, channels_last)
     if compile: net.compile()
     return (*acc.prepare(net, make_optimizer(model, recipe)), build_loss(recipe.loss, **recipe.loss_kwargs), acc)
 

@@ -34,12 +34,12 @@ def passes(kind, side):
     "A pass of a few tokens; then the best of a few forward and backward passes of `side`² tokens, or of a slice"
     import torch
     import torch.nn.functional as F
-    from covid_ct.models.lsh_attention import bucket_factors, draw_rotations, exact_attention, hash_tokens, lsh_attention, unit
+    from covid_ct.models.lsh_attention import bucket_factors, draw_rotations, exact_attention, hash_tokens, lsh_attention, unit_vectors
     torch.manual_seed(0)
     net = _network(kind) if kind in ("raunet", "raunet-unet") else None
 
     def ours(qk, v): return lsh_attention(qk, v, hash_tokens(qk, draw_rotations(DIM, bucket_factors(qk.shape[-2], CHUNK), ROUNDS)), CHUNK)
-    def sdpa(qk, v): return F.scaled_dot_product_attention(qk, unit(qk), v)
+    def sdpa(qk, v): return F.scaled_dot_product_attention(qk, unit_vectors(qk), v)
     run = {"lsh": ours, "exact": exact_attention, "sdpa": sdpa}.get(kind)
 
     def step(n):

@@ -7,13 +7,13 @@ import pandas as pd
 import pytest
 from covid_ct.widgets.gallery import Gallery, cards_of, gallery, gallery_page
 from covid_ct.audit.audit import audit, run_audit
-from covid_ct.audit.shortcuts import FACTS, baselines, guess, scores, separable
+from covid_ct.audit.shortcuts import FACT_SETS, shortcut_baselines, guess_labels, score_guesses, separable
 from covid_ct.cohort.table import read_cohort, write_cohort
 from covid_ct.audit.findings import CHECKS, file_facts, find_pairs, list_findings
-from covid_ct.audit.voxels import (alike, background, far_likeness, gaps, head_up, is_masked, misplaced, repeats, scan_name, slice_names, small_greys,
-                                  telling, vessel_print, widest_step, wiped)
+from covid_ct.audit.voxels import (vessel_similarity, background_facts, _far_likeness, _step_ratios, slice_direction, is_masked, count_misplaced, repeated_slices, content_hash, slice_hashes, small_greys,
+                                  informative_slices, vessel_print, widest_step, _wiped_voxels)
 from covid_ct.io.read import read, write_mask, write_scan
-from covid_ct.phantom.chest import SWITCHES, make_phantom, phantom_cohort, phantom_of, stream
+from covid_ct.phantom.chest import SWITCHES, make_phantom, phantom_cohort, phantom_of, random_stream
 from covid_ct.scan import CohortError, DataError
 from PIL import Image
 
@@ -33,7 +33,7 @@ def spoilt(seed, fault):
     "The table with the scans of every third patient spoilt, the phantoms, and the ids of the spoilt"
     df, clean = phantoms(seed)
     hit = [i % 3 == 1 and fault is not None for i in range(len(df))]
-    made = [SWITCHES[fault](p, stream(seed, i)) if h else p for i, (p, h) in enumerate(zip(clean, hit))]
+    made = [SWITCHES[fault](p, random_stream(seed, i)) if h else p for i, (p, h) in enumerate(zip(clean, hit))]
     return df, made, set(df.scan_id[hit])
 
 
@@ -79,14 +79,14 @@ def test_leaked_patients(seed):
 def test_moved_block_rotation_and_near_swap():
     p = phantoms(SEEDS[0])[1][2]
     g = small_greys(p.scan.voxels)[0]
-    assert misplaced(g) == 0 == misplaced(g[::-1])
-    for order in (np.r_[15:40, 0:15], np.r_[10:20, 0:10, 20:40], np.r_[0:12, 20:40, 12:20], sorted(range(40), key=str)): assert misplaced(g[list(order)]) >= 1, order
-    assert len(far_likeness(g[:8])) == 8 and (far_likeness(g[:8]) == 1).all()
+    assert count_misplaced(g) == 0 == count_misplaced(g[::-1])
+    for order in (np.r_[15:40, 0:15], np.r_[10:20, 0:10, 20:40], np.r_[0:12, 20:40, 12:20], sorted(range(40), key=str)): assert count_misplaced(g[list(order)]) >= 1, order
+    assert len(_far_likeness(g[:8])) == 8 and (_far_likeness(g[:8]) == 1).all()
 
 
 def test_far_likeness_by_loops():
     g = small_greys(phantoms(SEEDS[0])[1][1].scan.voxels)[0].astype("f8")[np.random.default_rng(0).permutation(40)]
-    for i, f in enumerate(far_likeness(g)):
+    for i, f in enumerate(_far_likeness(g)):
         d = [((a - g[i]) ** 2).sum() for a in g]
         far = min(d[j] for j in range(40) if abs(j - i) > 3)
         near = sorted(d[j] for j in range(40) if 0 < abs(j - i) <= 3)[1]
@@ -95,21 +95,21 @@ def test_far_likeness_by_loops():
 
 def test_gaps_do_not_depend_on_contrast_or_direction():
     g = small_greys(phantoms(SEEDS[0])[1][0].scan.voxels)[0].astype("f8")
-    assert np.allclose(gaps(g), gaps(g[::-1])[::-1], atol=1e-9)
-    assert np.abs(gaps(g) - gaps(.5 * g)).max() < .01
-    assert gaps(np.delete(g, 18, 0)).max() > gaps(g).max() and gaps(g[:5]).tolist() == [0.]
+    assert np.allclose(_step_ratios(g), _step_ratios(g[::-1])[::-1], atol=1e-9)
+    assert np.abs(_step_ratios(g) - _step_ratios(.5 * g)).max() < .01
+    assert _step_ratios(np.delete(g, 18, 0)).max() > _step_ratios(g).max() and _step_ratios(g[:5]).tolist() == [0.]
 
 
 @pytest.mark.parametrize("turn", ["flip front", "quarter turn", "mirror"])
 def test_direction_needs_no_front(turn):
     s = small_greys(phantoms(SEEDS[0])[1][0].scan.voxels)
     a, b = ({"flip front": x[:, ::-1], "quarter turn": np.rot90(x, axes=(1, 2)), "mirror": x[:, :, ::-1]}[turn] for x in s)
-    assert head_up(a, b) > .2 and head_up(a[::-1], b[::-1]) == pytest.approx(-head_up(a, b), abs=1e-6)
+    assert slice_direction(a, b) > .2 and slice_direction(a[::-1], b[::-1]) == pytest.approx(-slice_direction(a, b), abs=1e-6)
 
 
 def test_no_lungs_no_direction():
     v = np.random.default_rng(0).normal(40, 10, (20, 64, 64)).astype("i2")
-    assert np.isnan(head_up(*small_greys(v))) and not is_masked(v) and not wiped(v).any()
+    assert np.isnan(slice_direction(*small_greys(v))) and not is_masked(v) and not _wiped_voxels(v).any()
     assert list_findings(pd.DataFrame([dict(scan_id="a", patient_id="b", label="c", error="", units="HU", air=np.nan)])).check.tolist() == ["units"]
 
 
@@ -126,10 +126,10 @@ def test_masked_in_any_window(severity, window):
 def test_names_of_slices():
     v = np.arange(24).reshape(4, 2, 3)
     v[3] = 7
-    names = slice_names(v)
-    assert names[3] == "" and len(set(names)) == 4 and repeats([*names, *names[:2]]) == 2 and repeats(["", ""]) == 0
-    assert scan_name(names) == scan_name(names[::-1]) == scan_name([*names, names[0]]) != scan_name(names[1:])
-    assert slice_names(np.asfortranarray(v)) == names
+    names = slice_hashes(v)
+    assert names[3] == "" and len(set(names)) == 4 and repeated_slices([*names, *names[:2]]) == 2 and repeated_slices(["", ""]) == 0
+    assert content_hash(names) == content_hash(names[::-1]) == content_hash([*names, names[0]]) != content_hash(names[1:])
+    assert slice_hashes(np.asfortranarray(v)) == names
 
 
 def test_alike_in_blocks_and_by_hand():
@@ -138,9 +138,9 @@ def test_alike_in_blocks_and_by_hand():
     prints[:, :2] = -128
     prints[4] = prints[1]
     prints[8, 1:] = -128
-    c = alike(prints, 100)
-    assert np.allclose(c, alike(prints, 100, block=4), equal_nan=True, atol=1e-5) and np.isnan(c[8, :8]).all() and c[1, 4] > .999
-    few = alike(prints[:3], 100)                       # below ten prints no mean is taken away
+    c = vessel_similarity(prints, 100)
+    assert np.allclose(c, vessel_similarity(prints, 100, block=4), equal_nan=True, atol=1e-5) and np.isnan(c[8, :8]).all() and c[1, 4] > .999
+    few = vessel_similarity(prints[:3], 100)                       # below ten prints no mean is taken away
     f = prints[:3, 2:].reshape(3, -1).astype("f8")
     assert few[0, 1] == pytest.approx(f[0] @ f[1] / np.sqrt((f[0] @ f[0]) * (f[1] @ f[1])), abs=1e-5)
 
@@ -149,12 +149,12 @@ def test_reconstructions_of_one_session_are_one_person(data_dir):
     "Two kernels of one real patient, and another one: the first two agree, the third with none"
     home = data_dir / "tcia_lung_pet_ct_dx"
     scans = [read(home, series=0), read(home, series=1), read(data_dir / "cip_small_chest" / "ct-64.nrrd")]
-    c = alike([vessel_print(small_greys(s.voxels)[0]) for s in scans])
+    c = vessel_similarity([vessel_print(small_greys(s.voxels)[0]) for s in scans])
     assert c[0, 1] > .9 and not c[0, 2] > .5 and not c[1, 2] > .5
     for s in scans:
         g, e = small_greys(s.voxels)
-        assert misplaced(g) == 0 and gaps(g).max() < .58 and head_up(g, e) > .25 and not is_masked(s.voxels)
-        assert head_up(g[::-1], e[::-1]) < -.25 and gaps(np.delete(g, 30, 0)).max() > .58 and misplaced(np.r_[g[20:], g[:20]]) >= 1
+        assert count_misplaced(g) == 0 and _step_ratios(g).max() < .58 and slice_direction(g, e) > .25 and not is_masked(s.voxels)
+        assert slice_direction(g[::-1], e[::-1]) < -.25 and _step_ratios(np.delete(g, 30, 0)).max() > .58 and count_misplaced(np.r_[g[20:], g[:20]]) >= 1
 
 
 def test_masked_pictures_are_seen_as_masked(data_dir):
@@ -185,12 +185,12 @@ def test_cc_ccii_from_tables(data_dir, tmp_path):
 def facts_of(seed, shortcuts, n=18):
     df = phantom_cohort(n, seed=seed, second_scan=.2, shortcuts=shortcuts)
     scans = [phantom_of(r, shape=(16, 64, 64)).scan for r in df.to_dict("records")]
-    return df[["patient_id", "scan_id", "label"]].assign(n_slice=[s.shape[0] for s in scans], spacing_z=[s.spacing[0] for s in scans]).join(pd.DataFrame([background(s.voxels) for s in scans]))
+    return df[["patient_id", "scan_id", "label"]].assign(n_slice=[s.shape[0] for s in scans], spacing_z=[s.spacing[0] for s in scans]).join(pd.DataFrame([background_facts(s.voxels) for s in scans]))
 
 
 @pytest.mark.parametrize("shortcut,name,who", [(None, None, None), ("kernel", "background only", "covid"), pytest.param("masked", "background only", "healthy", marks=pytest.mark.slow), pytest.param("table", "background only", "covid", marks=pytest.mark.slow), pytest.param("slices", "file attributes", "covid", marks=pytest.mark.slow)])
 def test_shortcuts_are_found(shortcut, name, who):
-    t = separable(baselines(facts_of(3, (shortcut,) if shortcut else ()), 200))
+    t = separable(shortcut_baselines(facts_of(3, (shortcut,) if shortcut else ()), 200))
     if name is None: assert not len(t), t.to_string()
     else: assert f"{who} vs rest" in set(t.what[t.baseline == name]), t.to_string()
 
@@ -199,7 +199,7 @@ def test_baselines_without_a_secret_stay_quiet():
     rng, alarms = np.random.default_rng(0), 0
     for s in range(4):
         f = pd.DataFrame(dict(patient_id=np.arange(45), label=np.repeat(list("abc"), 15), n_slice=rng.integers(40, 90, 45)))
-        alarms += len(separable(baselines(f, 200)))
+        alarms += len(separable(shortcut_baselines(f, 200)))
     assert alarms <= 1
 
 
@@ -208,7 +208,7 @@ def test_patients_stay_whole():
     rng = np.random.default_rng(1)
     who = np.repeat(np.arange(40), 6)
     f = pd.DataFrame(dict(patient_id=who, label=np.where(rng.permutation(40) % 2, "a", "b")[who], n_slice=rng.permutation(40)[who]))
-    s = scores(guess(f, ("n_slice",)), 200).set_index("what")
+    s = score_guesses(guess_labels(f, ("n_slice",)), 200).set_index("what")
     assert s.low["a vs b"] < .5 + .15 and s.value["a vs b"] < .75
 
 
@@ -217,7 +217,7 @@ def test_scores_against_scikit_learn():
     rng = np.random.default_rng(0)
     y, p = rng.integers(3, size=120), rng.dirichlet((1, 1, 1), 120)
     g = pd.DataFrame(dict(patient_id=np.arange(120) // 2, label=np.array(list("abc"))[y], prob_a=p[:, 0], prob_b=p[:, 1], prob_c=p[:, 2]))
-    s = scores(g, 50).set_index("what").value
+    s = score_guesses(g, 50).set_index("what").value
     assert s["a vs rest"] == pytest.approx(roc_auc_score(y == 0, p[:, 0])) and s["accuracy"] == pytest.approx((p.argmax(1) == y).mean())
     two = y != 1
     assert s["a vs c"] == pytest.approx(roc_auc_score(y[two] == 0, p[two, 0] / (p[two, 0] + p[two, 2])))
@@ -225,9 +225,9 @@ def test_scores_against_scikit_learn():
 
 def test_too_few_patients_say_so():
     f = pd.DataFrame(dict(patient_id=list("abcdefgh"), label=list("xxxxxyyy"), n_slice=range(8)))
-    with pytest.raises(CohortError, match="1 class has 5"): guess(f, ("n_slice",))
-    t = baselines(f)
-    assert t.value.isna().all() and t.note.str.len().gt(0).all() and set(t.baseline) <= set(FACTS) and not len(separable(t))
+    with pytest.raises(CohortError, match="1 class has 5"): guess_labels(f, ("n_slice",))
+    t = shortcut_baselines(f)
+    assert t.value.isna().all() and t.note.str.len().gt(0).all() and set(t.baseline) <= set(FACT_SETS) and not len(separable(t))
 
 
 # ------------------------------------------------------------------ files, masks, bad input
@@ -358,7 +358,7 @@ def test_gallery_lives_in_a_page(browser, tmp_path):
 def test_telling_slices():
     p = phantoms(SEEDS[0])[1][0]
     g, e = small_greys(np.concatenate([p.scan.voxels, p.scan.voxels[:4]]))
-    assert telling(g, e).tolist() == list(range(40))
+    assert informative_slices(g, e).tolist() == list(range(40))
 
 
 @pytest.mark.parametrize("seed", range(4))

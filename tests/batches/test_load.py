@@ -3,11 +3,11 @@ import os
 import numpy as np, pandas as pd, pytest, torch
 from covid_ct.phantom.chest import phantom_cohort
 from covid_ct.scan import CohortError, GeometryError, Scan, SplitError, UnitsError, VoxelError
-from covid_ct.batches.augment import AUGMENTS, apply, draw, seeded
+from covid_ct.batches.augment import AUGMENTS, apply_view, draw_view, seeded_generator
 from covid_ct.cohort.table import check_cohort
 from covid_ct.io.read import write_mask, write_scan
 from covid_ct.phantom.layouts import write_layout
-from covid_ct.batches.loaders import MASKS, Loader, ScanDataset, ahead, collate, make_loader, make_loaders, to_device
+from covid_ct.batches.loaders import PREPARED_MASKS, Loader, ScanDataset, prefetch, collate, make_loader, make_loaders, _to_device
 from covid_ct.preprocess.resample import Prep, prepare
 from covid_ct.cohort.adapters import open_cohort
 from covid_ct.batches.samplers import ClassBalancedSampler, UniformSampler
@@ -29,7 +29,7 @@ def same(a, b):
 
 
 def test_items_are_what_prepare_says(cohort):
-    d = ScanDataset(cohort, PREP, load=toy, masks=MASKS)
+    d = ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS)
     for i in (0, 5, 11):
         t, it = Toy(cohort.iloc[i]), d[i]
         p = prepare(t.scan, PREP)
@@ -40,13 +40,13 @@ def test_items_are_what_prepare_says(cohort):
 
 
 def test_a_cache_changes_nothing(cohort, tmp_path):
-    plain, kept = ScanDataset(cohort, PREP, load=toy, masks=MASKS), ScanDataset(cohort, PREP, load=toy, masks=MASKS, cache=tmp_path)
+    plain, kept = ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS), ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS, cache=tmp_path)
     for _ in range(2):
         for i in range(12): same(plain[i], kept[i])
 
     def never(row): raise AssertionError('read again')
     never.__module__, never.__qualname__ = toy.__module__, toy.__qualname__
-    again = ScanDataset(cohort.sample(frac=1, random_state=1).assign(fold=3), PREP, load=never, masks=MASKS, cache=tmp_path)
+    again = ScanDataset(cohort.sample(frac=1, random_state=1).assign(fold=3), PREP, load=never, masks=PREPARED_MASKS, cache=tmp_path)
     assert sorted(again[i]['scan_id'] for i in range(12)) == sorted(cohort.scan_id)
 
 
@@ -86,13 +86,13 @@ def test_a_scan_without_masks_does_not_get_empty_ones(cohort):
 def test_ratio(cohort):
     d = lambda **k: ScanDataset(**{**dict(cohort=cohort, prep=PREP, load=toy), **k})
     assert np.isnan(d()[4]['ratio']) and d(cohort=cohort.assign(infection_ratio=.25))[4]['ratio'] == .25
-    b = d(masks=MASKS)[4]
+    b = d(masks=PREPARED_MASKS)[4]
     assert b['ratio'] == pytest.approx(float((b['infection'] & b['lung']).sum()/b['lung'].sum()))
     assert np.isnan(d(masks=('infection',))[4]['ratio'])
 
 
 def test_collate_types(cohort):
-    d = ScanDataset(cohort, PREP, load=toy, masks=MASKS)
+    d = ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS)
     b = collate([d[0], d[4], d[2]])
     assert {k: (v.dtype, tuple(v.shape)) for k, v in b.items() if torch.is_tensor(v)} == dict(
         image=(torch.float32, (3, 1, *SIZE)), lung=(torch.bool, (3, 1, *SIZE)), infection=(torch.bool, (3, 1, *SIZE)), label=(torch.int64, (3,)), ratio=(torch.float32, (3,)))
@@ -102,7 +102,7 @@ def test_collate_types(cohort):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_batches_depend_on_seed_and_epoch_only(cohort, tmp_path, workers):
     def run(workers, seed, epochs=(0, 1)):
-        d = ScanDataset(cohort, PREP, load=toy, masks=MASKS, cache=tmp_path)
+        d = ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS, cache=tmp_path)
         l = make_loader(d, 5, ClassBalancedSampler(cohort, seed=seed), workers, seed, AUGMENTS['darnet'])
         out = []
         for e in epochs: l.set_epoch(e); out += list(l)
@@ -132,17 +132,17 @@ def test_files_on_disk(cohort, tmp_path):
         write_mask(t.infection, t.scan, tmp_path/f'{r.scan_id}_inf.nii.gz')
         rows.append(dict(r, path=f'{r.scan_id}.nii.gz', lung_mask=f'{r.scan_id}_lung.nii.gz', infection_mask=f'{r.scan_id}_inf.nii.gz' if r.label != 'healthy' else None))
     files = pd.DataFrame(rows)
-    d = ScanDataset(check_cohort(files, tmp_path), PREP, masks=MASKS, cache=tmp_path/'cache')  # the table knows its folder
-    direct = ScanDataset(cohort[:6], PREP, load=toy, masks=MASKS)
+    d = ScanDataset(check_cohort(files, tmp_path), PREP, masks=PREPARED_MASKS, cache=tmp_path/'cache')  # the table knows its folder
+    direct = ScanDataset(cohort[:6], PREP, load=toy, masks=PREPARED_MASKS)
     for i in range(6): same(d[i], direct[i])
     moved = tmp_path.rename(tmp_path.with_name(tmp_path.name+'-moved'))
-    new = ScanDataset(files, PREP, root=moved, masks=MASKS, cache=moved/'cache')
+    new = ScanDataset(files, PREP, root=moved, masks=PREPARED_MASKS, cache=moved/'cache')
     n = len(list((moved/'cache').rglob('*.npy')))
     done = new.fill(jobs=1, progress=False)
     assert (done.made, done.found) == (0, 6) and len(list((moved/'cache').rglob('*.npy'))) == n  # moving a folder does not empty its cache
     other = Toy(dict(cohort.iloc[1], seed=99)).scan
     (moved/'S01.nii.gz').unlink(); write_scan(other, moved/'S01.nii.gz')
-    fresh = ScanDataset(files, PREP, root=moved, masks=MASKS, cache=moved/'cache')[1]
+    fresh = ScanDataset(files, PREP, root=moved, masks=PREPARED_MASKS, cache=moved/'cache')[1]
     assert np.abs(fresh['image'][0].numpy()-prepare(other, PREP).voxels).max() < 1e-4  # a replaced file is not served from the cache
     write_mask(np.zeros((4, 4, 4), bool), Scan(np.zeros((4, 4, 4), 'i2'), (1., 1., 1.)), moved/'small.nii.gz')
     with pytest.raises(GeometryError): ScanDataset(files.assign(lung_mask='small.nii.gz'), PREP, root=moved, masks=('lung',))[0]
@@ -151,7 +151,7 @@ def test_files_on_disk(cohort, tmp_path):
 def test_memory_map_is_not_held_open(cohort, tmp_path):
     "An epoch over many scans keeps no files open"
     if not os.path.isdir('/proc/self/fd'): pytest.skip('counts open files through /proc')
-    d = ScanDataset(cohort, PREP, load=toy, masks=MASKS, cache=tmp_path)
+    d = ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS, cache=tmp_path)
     for i in range(12): d[i]
     n = len(os.listdir('/proc/self/fd'))
     keep = [d[i] for i in range(12)]
@@ -159,7 +159,7 @@ def test_memory_map_is_not_held_open(cohort, tmp_path):
 
 
 def test_fill_prepares_what_the_data_set_reads(cohort, tmp_path):
-    d = ScanDataset(cohort, PREP, load=toy, masks=MASKS, cache=tmp_path)
+    d = ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS, cache=tmp_path)
     a = d[3]; done = d.fill(jobs=1, progress=False)
     assert (done.made, done.found) == (11, 1) and done.folder == d.cache.folder
     d.load = d.cache.load = None  # nothing is loaded any more
@@ -172,22 +172,22 @@ def test_fill_prepares_what_the_data_set_reads(cohort, tmp_path):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_batches_are_the_items_stacked_and_their_views_the_drawn_ones(cohort, tmp_path, workers):
     "Two bytes on the way and a thread ahead change nothing: a slow twin, item by item"
-    d = ScanDataset(cohort, PREP, load=toy, masks=MASKS, cache=tmp_path)
+    d = ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS, cache=tmp_path)
     l, order = make_loader(d, 5, UniformSampler(cohort, seed=3), workers, 3, AUGMENTS['darnet']), UniformSampler(cohort, seed=3)
     for epoch in (0, 2):
-        l.set_epoch(epoch); order.set_epoch(epoch); rows, g = list(order), seeded(3, 'augment', epoch)
+        l.set_epoch(epoch); order.set_epoch(epoch); rows, g = list(order), seeded_generator(3, 'augment', epoch)
         for k, batch in enumerate(l):
             want = collate([d[i] for i in rows[5*k:5*k+5]])
-            same(batch, apply(want, draw(AUGMENTS['darnet'], len(want['label']), g)))
+            same(batch, apply_view(want, draw_view(AUGMENTS['darnet'], len(want['label']), g)))
         assert k == 2
 
 
 def test_two_bytes_become_the_same_numbers_wherever_they_are_unpacked():
     q = np.arange(65536, dtype='u2').reshape(1, 1, 16, 64, 64)
-    on_cpu = to_device({'image': torch.from_numpy(q)}, 'cpu')['image']
+    on_cpu = _to_device({'image': torch.from_numpy(q)}, 'cpu')['image']
     assert torch.equal(on_cpu, torch.from_numpy(q).float().mul_(1/65535)) and on_cpu.dtype == torch.float32
     floats = {'image': torch.rand(1, 1, 2, 2, 2), 'scan_id': ['a']}
-    assert to_device(floats)['image'] is floats['image']
+    assert _to_device(floats)['image'] is floats['image']
 
 
 def test_ahead_keeps_order_passes_errors_and_stops_early():
@@ -195,11 +195,11 @@ def test_ahead_keeps_order_passes_errors_and_stops_early():
     def numbers(n):
         for i in range(n): made.append(i); yield i
         raise OSError('scratched')
-    it = ahead(numbers(3))
+    it = prefetch(numbers(3))
     assert [next(it), next(it), next(it)] == [0, 1, 2]
     with pytest.raises(OSError, match='scratched'): next(it)
-    made.clear(); it = ahead(numbers(100)); next(it); it.close()
-    assert len(made) <= 2 and list(ahead([])) == []
+    made.clear(); it = prefetch(numbers(100)); next(it); it.close()
+    assert len(made) <= 2 and list(prefetch([])) == []
 
 
 def test_a_loader_is_told_apart_from_what_it_wraps(cohort):
@@ -213,7 +213,7 @@ def test_a_loader_is_told_apart_from_what_it_wraps(cohort):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no accelerator here')
 def test_batches_lie_on_the_device(cohort):
-    l = make_loader(ScanDataset(cohort, PREP, load=toy, masks=MASKS), 4, augment=AUGMENTS['darnet'], device='cuda')
+    l = make_loader(ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS), 4, augment=AUGMENTS['darnet'], device='cuda')
     b = next(iter(l))
     assert b['image'].is_cuda and b['lung'].is_cuda and isinstance(b['scan_id'], list)
     same({k: v.cpu() if torch.is_tensor(v) else v for k, v in next(iter(make_loader(l.dataset, 4, device='cuda'))).items()}, next(iter(make_loader(l.dataset, 4))))
@@ -222,7 +222,7 @@ def test_batches_lie_on_the_device(cohort):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_part_of_every_batch_and_what_comes_after_some(cohort, workers):
     "What one of three processes reads, and what is left of an epoch, are those of the whole epoch, views included"
-    make = lambda: make_loader(ScanDataset(cohort, PREP, load=toy, masks=MASKS), 5, UniformSampler(cohort, seed=2), workers, 2, AUGMENTS['darnet'])
+    make = lambda: make_loader(ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS), 5, UniformSampler(cohort, seed=2), workers, 2, AUGMENTS['darnet'])
     whole = list(make())
     for rank in range(3):
         l = make(); l.share(rank, 3); parts = list(l)

@@ -2,9 +2,9 @@
 import numpy as np, pandas as pd, pytest, torch
 from torch.utils.data import DataLoader
 from covid_ct.scan import CohortError
-from covid_ct.batches.augment import seeded
-from covid_ct.batches.samplers import (GROUPS, ClassBalancedSampler, CompositionSampler, SizeBalancedSampler, UniformSampler, WeightedSampler, deal, draw_rows, drawn,
-                                  dual_samplers, plot_drawn, size_chances, size_groups, size_weights)
+from covid_ct.batches.augment import seeded_generator
+from covid_ct.batches.samplers import (SIZE_GROUPS, ClassBalancedSampler, CompositionSampler, SizeBalancedSampler, UniformSampler, WeightedSampler, _deal_blocks, draw_rows, count_draws,
+                                  dual_samplers, draws_figure, size_chances, size_groups, size_weights)
 
 TABLE = pd.DataFrame(dict(label=['healthy']*50+['cap']*20+['covid']*5), index=np.arange(75)[::-1]*3)
 N = 100_000
@@ -41,10 +41,10 @@ def test_epochs_are_independent():
 
 def test_draw_rows_against_torch_multinomial():
     w = np.array([.5, 0, 2, 1, 0])
-    ours = np.bincount(draw_rows(w, N, seeded(1)), minlength=5)/N
-    theirs = torch.bincount(torch.multinomial(torch.tensor(w), N, True, generator=seeded(2)), minlength=5).numpy()/N
+    ours = np.bincount(draw_rows(w, N, seeded_generator(1)), minlength=5)/N
+    theirs = torch.bincount(torch.multinomial(torch.tensor(w), N, True, generator=seeded_generator(2)), minlength=5).numpy()/N
     assert ours[[1, 4]].sum() == 0 and np.abs(ours-theirs).max() < .01
-    assert draw_rows(w, 0, seeded(1)) == []
+    assert draw_rows(w, 0, seeded_generator(1)) == []
 
 
 def test_deterministic_and_silent():
@@ -59,12 +59,12 @@ def test_deterministic_and_silent():
 def test_rows_are_positions_not_index():
     label = TABLE.label.to_numpy()[list(ClassBalancedSampler(TABLE, num_samples=3000))]
     assert within((label == 'covid').sum(), 3000, 1/3)
-    d = drawn(ClassBalancedSampler(TABLE), TABLE, epochs=4)
+    d = count_draws(ClassBalancedSampler(TABLE), TABLE, epochs=4)
     assert d.index.equals(TABLE.index) and d.drawn.sum() == 300
 
 
 def test_drawn_leaves_the_sampler_as_it_was():
-    s = UniformSampler(TABLE); s.set_epoch(9); drawn(s, TABLE, 3)
+    s = UniformSampler(TABLE); s.set_epoch(9); count_draws(s, TABLE, 3)
     assert s.epoch == 9
 
 
@@ -130,7 +130,7 @@ def test_readers_that_are_not_there():
 def sizes(counts, seed=0):
     "A cohort with so many scans in each group, shuffled, with an index that is no position"
     value = dict(covid_small=.01, covid_large=.2, cap_small=.0005, cap_large=.01)
-    d = pd.DataFrame([(g.split('_')[0], value[g], g) for g, n in zip(GROUPS, counts) for _ in range(n)], columns=['label', 'infection_ratio', 'group'])
+    d = pd.DataFrame([(g.split('_')[0], value[g], g) for g, n in zip(SIZE_GROUPS, counts) for _ in range(n)], columns=['label', 'infection_ratio', 'group'])
     d = d.sample(frac=1, random_state=seed)
     return d.assign(scan_id=[f's{i}' for i in range(len(d))]).set_index(np.arange(len(d))*7+3)
 
@@ -156,10 +156,10 @@ def test_thresholds_are_the_papers():
     ((20, 5, 1, 4), (.25, 1, 1, .25), (.1, .4, .4, .1))])  # where small COVID is common, its weight is below 1
 def test_weights_by_hand(counts, weights, chances):
     assert size_weights(counts).tolist() == pytest.approx(list(weights)) and size_chances(counts).tolist() == pytest.approx(list(chances))
-    assert size_weights(dict(zip(GROUPS[::-1], counts[::-1]))).tolist() == pytest.approx(list(weights))  # names, in any order
+    assert size_weights(dict(zip(SIZE_GROUPS[::-1], counts[::-1]))).tolist() == pytest.approx(list(weights))  # names, in any order
     s = SizeBalancedSampler(sizes(counts))
     assert s.chances.tolist() == pytest.approx(list(chances)) and s.counts.tolist() == list(counts) and s.weights.sum() == pytest.approx(1)
-    for g, p, n in zip(GROUPS, chances, counts): assert np.allclose(s.weights[(s.groups == g).to_numpy()], p/n)
+    for g, p, n in zip(SIZE_GROUPS, chances, counts): assert np.allclose(s.weights[(s.groups == g).to_numpy()], p/n)
 
 
 @pytest.mark.parametrize('counts', [(40, 60, 66, 44), (3, 200, 150, 2)])
@@ -167,12 +167,12 @@ def test_size_frequencies(counts):
     "10⁵ draws: groups by chance, scans alike inside; and the slow way, group first, has the same law"
     d = sizes(counts); s = SizeBalancedSampler(d, num_samples=N, seed=1)
     rows = np.bincount(list(s), minlength=len(d))
-    w = np.array([counts[1]/counts[0], 1, 1, counts[2]/counts[3]]); p = pd.Series(w/w.sum(), GROUPS)
-    assert within(pd.Series(rows).groupby(d.group.to_numpy()).sum().reindex(list(GROUPS)), N, p)
+    w = np.array([counts[1]/counts[0], 1, 1, counts[2]/counts[3]]); p = pd.Series(w/w.sum(), SIZE_GROUPS)
+    assert within(pd.Series(rows).groupby(d.group.to_numpy()).sum().reindex(list(SIZE_GROUPS)), N, p)
     assert within(rows, N, (d.group.map(p)/d.group.map(d.group.value_counts())).to_numpy(float))
-    rng, members = np.random.default_rng(0), {g: np.flatnonzero(d.group == g) for g in GROUPS}
+    rng, members = np.random.default_rng(0), {g: np.flatnonzero(d.group == g) for g in SIZE_GROUPS}
     first = rng.choice(4, p=p, size=20_000)
-    slow = np.bincount([rng.choice(members[GROUPS[g]]) for g in first], minlength=len(d))
+    slow = np.bincount([rng.choice(members[SIZE_GROUPS[g]]) for g in first], minlength=len(d))
     for a, b in zip(rows/N, slow/20_000): assert abs(a-b) < 5*(max(b, 1e-3)/20_000)**.5
 
 
@@ -207,8 +207,8 @@ def test_dual_samplers():
 
 
 def test_plot_of_what_was_drawn():
-    d = drawn(SizeBalancedSampler(SIZES), SIZES, epochs=3)
-    fig = plot_drawn(d, bins=6)
+    d = count_draws(SizeBalancedSampler(SIZES), SIZES, epochs=3)
+    fig = draws_figure(d, bins=6)
     bars = [p.get_height() for ax in fig.axes for p in ax.patches if hasattr(p, 'get_height')]
     assert sum(bars) == pytest.approx(1) and len(fig.axes) == 2
 
@@ -252,7 +252,7 @@ def test_composition_is_a_function_of_seed_and_epoch():
 
 def test_shuffles_of_a_deck_are_fair():
     "First cards, and pairs within a block: uniform; also after the deck ran out"
-    decks = [deal(5, 3, 3, seeded('fair', s)) for s in range(4000)]
+    decks = [_deal_blocks(5, 3, 3, seeded_generator('fair', s)) for s in range(4000)]
     for k in range(3):
         assert within(np.bincount([d[k][0] for d in decks], minlength=5), 4000, .2), k
         pairs = pd.Series([tuple(sorted(d[k][:2])) for d in decks]).value_counts()
@@ -261,7 +261,7 @@ def test_shuffles_of_a_deck_are_fair():
 
 @pytest.mark.parametrize('n,size', [(1, 1), (3, 3), (4, 3), (5, 3), (7, 2), (10, 9)])
 def test_decks_never_repeat_a_card(n, size):
-    blocks = deal(n, size, 50, seeded(n, size))
+    blocks = _deal_blocks(n, size, 50, seeded_generator(n, size))
     assert all(len(set(b)) == size for b in blocks)
     for k in range(1, 50): assert np.ptp(np.bincount(sum(blocks[:k], []), minlength=n)) <= 1
 

@@ -8,12 +8,12 @@ from covid_ct.cohort import table as catalog
 from covid_ct.phantom import layouts
 from covid_ct.cohort import adapters as public
 from covid_ct.cohort import datasets as sets
-from covid_ct.io.archive import bad_name, check_members, opened, scans_in, unzip, unzip_part
-from covid_ct.cohort.table import KNOWN, check_cohort, load_mask, load_row, read_cohort, read_slice, turn, write_cohort
-from covid_ct.io.labels import CODES, CONVENTIONS, convert_lobes, recode, values_in
-from covid_ct.phantom.layouts import FAULTS, LAYOUTS, grey, spoilt, write_layout
-from covid_ct.cohort.adapters import ADAPTERS, cc_ccii_tables, lesion_slices, open_cohort, restore_hu
-from covid_ct.cohort.datasets import FACTS, Facts, fact_sheet, fetch
+from covid_ct.io.archive import _bad_name, _check_members, open_archive, scans_in, unzip, unzip_part
+from covid_ct.cohort.table import LABELS, check_cohort, load_mask, load_row, read_cohort, read_slice, override_axes, write_cohort
+from covid_ct.io.labels import MASK_CODES, LOBE_CONVENTIONS, convert_lobes, recode, mask_values
+from covid_ct.phantom.layouts import _FAULTS, LAYOUTS, to_grey, phantom_with_faults, write_layout
+from covid_ct.cohort.adapters import ADAPTERS, _cc_ccii_tables, _lesion_slices, open_cohort, restore_hu
+from covid_ct.cohort.datasets import DATASETS, DatasetFacts, _fact_sheet, fetch
 from covid_ct.cohort.splits import split_patients
 from covid_ct.phantom.chest import LESIONS, SWITCHES, phantom_cohort
 from covid_ct.scan import CohortError, DataError, GeometryError, ReadError, Scan, SplitError, UnitsError, VoxelError
@@ -33,7 +33,7 @@ def packed(path, members, kind=zipfile.ZIP_DEFLATED):
 # ---- archives
 @pytest.mark.parametrize('name', ['../x','a/../../x','/x','//x','C:/x','C:x','c:\\x','a\\b','..','.','a/./b','a//b','a\x00b','a\nb','a'*300,'/'.join('ab'*600)])
 def test_names_that_leave(name, tmp_path):
-    assert bad_name(name)
+    assert _bad_name(name)
     info = zipfile.ZipInfo('x'); info.filename = info.orig_filename = name
     with zipfile.ZipFile(tmp_path/'a.zip','w') as z: z.writestr('first','1'); z.writestr(info, 'x')
     with pytest.raises(ReadError): unzip(tmp_path/'a.zip', tmp_path/'in'/'out')
@@ -41,7 +41,7 @@ def test_names_that_leave(name, tmp_path):
 
 @pytest.mark.parametrize('name', ['a','a/b.jpg','NCP/16/1164/0001.jpg','..a','a..','a.b/c d(1).png','ä/é.png'])
 def test_good_names(name, tmp_path):
-    assert not bad_name(name)
+    assert not _bad_name(name)
     assert (unzip(packed(tmp_path/'a.zip', {name:b'x'}), tmp_path/'out')/name).read_bytes()==b'x'
 
 @pytest.mark.parametrize('mode', [stat.S_IFLNK|0o777, stat.S_IFIFO|0o600, stat.S_IFCHR|0o600])
@@ -123,14 +123,14 @@ def test_parts_of_an_archive(tmp_path):
     assert scans_in(path)=={'CP/1/2':['0.jpg','1.jpg'],'CP/1/3':['0.jpg']}
     assert sorted(f.name for f in unzip_part(path, 'CP/1/2', tmp_path/'p').iterdir())==['0.jpg','1.jpg']
     with pytest.raises(ReadError, match='no files in'): unzip_part(path, 'CP/1', tmp_path/'p')
-    with opened(path) as z: assert len(check_members(z, path))==3
+    with open_archive(path) as z: assert len(_check_members(z, path))==3
 
 # ---- fact sheets and fetching
 def test_sheets_are_full():
-    for k,f in FACTS.items():
+    for k,f in DATASETS.items():
         assert all((f.title,f.licence,f.citation,f.address,f.layout,f.traps)) and all(len(x)==3 and x[1].startswith('https://') for x in f.files)
-        assert set(fact_sheet(k).fact)>={'title','licence','traps'}
-    assert set(ADAPTERS)-set(FACTS)=={'phantom','csv','generic'} and all(a.traps and a.licence and callable(a.reader) and callable(a.seen) for a in ADAPTERS.values())
+        assert set(_fact_sheet(k).fact)>={'title','licence','traps'}
+    assert set(ADAPTERS)-set(DATASETS)=={'phantom','csv','generic'} and all(a.traps and a.licence and callable(a.reader) and callable(a.seen) for a in ADAPTERS.values())
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
@@ -142,7 +142,7 @@ def served(tmp_path, monkeypatch):
     threading.Thread(target=srv.serve_forever, daemon=True).start()
     def offer(data, right=True, kind='sha256'):
         (far/'s.zip').write_bytes(data); h = hashlib.new(kind, data if right else b'').hexdigest()
-        monkeypatch.setitem(FACTS, 'toy', Facts('t','l','c','http://far.example','scans/…',('x',), files=(('s.zip',f'http://127.0.0.1:{srv.server_port}/s.zip',f'{kind}:{h}'),)))
+        monkeypatch.setitem(DATASETS, 'toy', DatasetFacts('t','l','c','http://far.example','scans/…',('x',), files=(('s.zip',f'http://127.0.0.1:{srv.server_port}/s.zip',f'{kind}:{h}'),)))
     yield offer,srv
     srv.shutdown(); srv.server_close()
 
@@ -164,17 +164,17 @@ def test_fetching(served, tmp_path):
 def test_sets_that_are_not_fetched(tmp_path):
     for n in ('cc_ccii','mosmed','luna16','medseg9','sars_cov_2'):
         with pytest.raises(ReadError, match='is not fetched') as e: fetch(n, tmp_path/n)
-        assert FACTS[n].address in e.value.remedy and FACTS[n].layout in e.value.remedy and not (tmp_path/n).exists()
+        assert DATASETS[n].address in e.value.remedy and DATASETS[n].layout in e.value.remedy and not (tmp_path/n).exists()
     with pytest.raises(ReadError, match='no public set'): fetch('luna', tmp_path)
 
 # ---- labels
 def test_values_and_codes_by_hand():
-    assert values_in(np.array([[3,0],[520,3]])).tolist()==[0,3,520] and values_in(np.array([True,False])).tolist()==[0,1] and values_in(np.array([2.,0])).tolist()==[0,2]
+    assert mask_values(np.array([[3,0],[520,3]])).tolist()==[0,3,520] and mask_values(np.array([True,False])).tolist()==[0,1] and mask_values(np.array([2.,0])).tolist()==[0,2]
     for bad in (np.array([-1]), np.array([.5]), np.array([np.nan]), np.array([70000]), np.zeros(0)):
-        with pytest.raises(VoxelError): values_in(bad)
-    assert recode(np.array([0,85,170,255],'u1'), CODES['medseg_png']['infection_mask']).tolist()==[0,1,2,4]
-    assert recode(np.array([0,1,2,3]), CODES['ct_seg_combined']['lung_mask']).tolist()==[0,1,1,1] and recode(np.array([0,1,2,3]), CODES['ct_seg_combined']['infection_mask']).tolist()==[0,0,0,1]
-    with pytest.raises(VoxelError, match=r'm\.png: holds the labels 86, 99'): recode(np.array([0,86,99]), CODES['medseg_png']['infection_mask'], 'm.png')
+        with pytest.raises(VoxelError): mask_values(bad)
+    assert recode(np.array([0,85,170,255],'u1'), MASK_CODES['medseg_png']['infection_mask']).tolist()==[0,1,2,4]
+    assert recode(np.array([0,1,2,3]), MASK_CODES['ct_seg_combined']['lung_mask']).tolist()==[0,1,1,1] and recode(np.array([0,1,2,3]), MASK_CODES['ct_seg_combined']['infection_mask']).tolist()==[0,0,0,1]
+    with pytest.raises(VoxelError, match=r'm\.png: holds the labels 86, 99'): recode(np.array([0,86,99]), MASK_CODES['medseg_png']['infection_mask'], 'm.png')
     assert recode(np.array([0,1]),{0:0,1:1}).dtype==np.uint8 and LESIONS[0]=='ggo' and LESIONS[3]=='effusion'
 
 def test_lobes_by_hand():
@@ -191,15 +191,15 @@ def test_named_lobes():
     assert convert_lobes(m, 'totalsegmentator').tolist()==[1,2,3,4,5]
     for bad in ({**m,'spleen':m[names[0]]}, {n:m[n] for n in names[1:]}, {**m,names[0]:np.ones(5)}, {**m,names[0]:np.ones(4)}):
         with pytest.raises(VoxelError): convert_lobes(bad, 'totalsegmentator')
-    assert set(CONVENTIONS)=={'luna16','1-5','totalsegmentator','totalsegmentator_v1'}
+    assert set(LOBE_CONVENTIONS)=={'luna16','1-5','totalsegmentator','totalsegmentator_v1'}
 
 # ---- how a row is read
 def test_turn_by_hand():
     v = np.arange(24).reshape(2,3,4); scan = Scan(v, (5,2,1), units='uint8')
-    got = turn(scan, 'PLS'); assert got.shape==(2,4,3) and (got.voxels==v.swapaxes(1,2)).all() and got.spacing==(5,1,2)
-    assert (turn(scan,'RAI').voxels==v[::-1,::-1,::-1]).all() and (turn(turn(scan,'PLS').replace(stored_as='LPS'),'PLS').voxels==v).all()
+    got = override_axes(scan, 'PLS'); assert got.shape==(2,4,3) and (got.voxels==v.swapaxes(1,2)).all() and got.spacing==(5,1,2)
+    assert (override_axes(scan,'RAI').voxels==v[::-1,::-1,::-1]).all() and (override_axes(override_axes(scan,'PLS').replace(stored_as='LPS'),'PLS').voxels==v).all()
     for bad in ('LP','LLS','LRS','XYZ','LPSS'):
-        with pytest.raises(GeometryError): turn(scan, bad)
+        with pytest.raises(GeometryError): override_axes(scan, bad)
 
 def test_slices_of_pictures_and_stacks(tmp_path):
     v = np.arange(3*4*5,dtype='u1').reshape(3,4,5)*4; image = sitk.GetImageFromArray(v); image.SetDirection((-1,0,0,0,-1,0,0,0,1)); sitk.WriteImage(image, str(tmp_path/'s.nii.gz'))
@@ -240,15 +240,15 @@ def test_cc_ccii(layout, asked, tmp_path):
     ids = list(asked.scan_id); faults = dict(reversed=[ids[0]], repeated=[ids[2]], masked=asked.scan_id[asked.label=='healthy'].tolist(), shuffled=[ids[3]])
     df,both = volumes(asked, tmp_path/'a', layout, faults); assert list(both.label)==list(both.label_true) and set(both.label)=={'covid','cap','healthy'}
     for r in both.to_dict('records'):
-        p = spoilt(row_of(asked, r['row']), SHAPE, tuple(r['faults'].split())); s = load_row(r, df.attrs['root'])
-        assert (s.voxels==grey(p.scan.voxels)).all() and s.units=='uint8' and not s.geometry_known and (s.patient_id,s.scan_id)==(r['patient_id'],r['scan_id'])
+        p = phantom_with_faults(row_of(asked, r['row']), SHAPE, tuple(r['faults'].split())); s = load_row(r, df.attrs['root'])
+        assert (s.voxels==to_grey(p.scan.voxels)).all() and s.units=='uint8' and not s.geometry_known and (s.patient_id,s.scan_id)==(r['patient_id'],r['scan_id'])
         assert r['n_slice']==r['slices_found']==p.scan.shape[0] and r['lesion_slices']==p.infection.any((1,2)).sum()
         assert (bool(r['already_masked']),bool(r['repeats']),r['order']=='reverse')==tuple(f in r['faults'] for f in ('masked','repeated','reversed'))
     assert df.inside.notna().all()==(layout=='cc_ccii_zip')
-    tables = cc_ccii_tables(tmp_path/'a'); assert 'path' not in tables and sorted(tables.scan_id)==sorted(df.scan_id)
+    tables = _cc_ccii_tables(tmp_path/'a'); assert 'path' not in tables and sorted(tables.scan_id)==sorted(df.scan_id)
 
 def test_cc_ccii_mixed_files_are_in_natural_order(asked, tmp_path):
-    df,both = volumes(asked[:1], tmp_path/'a', 'cc_ccii', dict(mixed='all')); want = grey(spoilt(asked.iloc[0], SHAPE).scan.voxels); got = load_row(df.iloc[0], df.attrs['root'])
+    df,both = volumes(asked[:1], tmp_path/'a', 'cc_ccii', dict(mixed='all')); want = to_grey(phantom_with_faults(asked.iloc[0], SHAPE).scan.voxels); got = load_row(df.iloc[0], df.attrs['root'])
     assert (got.voxels[:8]==want[:8]).all() and all(np.corrcoef(got.voxels[k].ravel(), want[k].ravel())[0,1]>.98 for k in range(8,16)) # JPEG keeps the picture, not every grey value
     assert any('mixed endings' in r for r in got.remarks)
 
@@ -272,11 +272,11 @@ def test_cc_ccii_bad_tables(tmp_path):
     head = 'zip_file,label,patient_id,scan_id,n_slice\n'
     for text,words in ((head+'CP-1.zip,flu,1,2,3\n','names the class'), (head+'CP-1.zip,CP,1,2,many\n','is no number'), ('a,b\n1,2\n','no column'), (head+'CP-1.zip,CP,1,2,3\nCP-1.zip,CP,2,2,3\n','occurs 2'), (head,'no rows'), ('','is no CSV')):
         (tmp_path/'unzip_filenames.csv').write_text(text)
-        with pytest.raises(CohortError, match=words): cc_ccii_tables(tmp_path)
-    with pytest.raises(CohortError, match='unzip_filenames.csv'): cc_ccii_tables(tmp_path/'none')
+        with pytest.raises(CohortError, match=words): _cc_ccii_tables(tmp_path)
+    with pytest.raises(CohortError, match='unzip_filenames.csv'): _cc_ccii_tables(tmp_path/'none')
     (tmp_path/'l.csv').write_text('imgpath\nNCP/1/2/0001.jpg\n\nrubbish\n')
-    with pytest.raises(CohortError, match='line 2'): lesion_slices(tmp_path/'l.csv')
-    (tmp_path/'l.csv').write_text('imgpath\nNCP/1/2/0001.jpg\n'); assert lesion_slices(tmp_path/'l.csv').iloc[0].tolist()==['covid','1','2','0001.jpg']
+    with pytest.raises(CohortError, match='line 2'): _lesion_slices(tmp_path/'l.csv')
+    (tmp_path/'l.csv').write_text('imgpath\nNCP/1/2/0001.jpg\n'); assert _lesion_slices(tmp_path/'l.csv').iloc[0].tolist()==['covid','1','2','0001.jpg']
 
 def test_cc_ccii_bad_zips(asked, tmp_path):
     write_layout(asked[:1], tmp_path/'a', 'cc_ccii_zip', SHAPE); (z,) = (tmp_path/'a').glob('*.zip'); data = z.read_bytes()
@@ -290,7 +290,7 @@ def test_cc_ccii_bad_zips(asked, tmp_path):
 def test_mosmed(asked, tmp_path):
     df,both = volumes(asked, tmp_path/'a', 'mosmed'); assert set(both.label_true)=={'covid','healthy'}
     for r in both.to_dict('records'):
-        p = spoilt(row_of(asked, r['row']), SHAPE); s = load_row(r, df.attrs['root']); assert (s.voxels==p.scan.voxels).all() and np.allclose(s.spacing, p.scan.spacing) and s.units=='HU'
+        p = phantom_with_faults(row_of(asked, r['row']), SHAPE); s = load_row(r, df.attrs['root']); assert (s.voxels==p.scan.voxels).all() and np.allclose(s.spacing, p.scan.spacing) and s.units=='HU'
         assert r['label']==p.label and (r['severity']==0)==(p.label=='healthy')
         if p.label=='covid': assert (load_mask(r, 'infection_mask', df.attrs['root'], s)==p.infection).all()
         else: assert pd.isna(r['infection_mask'])
@@ -305,8 +305,8 @@ def test_ct_seg(asked, tmp_path, without):
     for w in without: shutil.rmtree(tmp_path/'a'/w)
     df = open_cohort(tmp_path/'a'); assert df.scan_id.tolist()==['coronacases_001','radiopaedia_1_85501_0'] and df.stored_as.tolist()==['LAS','LPS'] and df.units.tolist()==['HU','uint8'] and df.centre.tolist()==['coronacases','radiopaedia']
     for r,(_,t) in zip(df.to_dict('records'), truth.iterrows()):
-        p = spoilt(t, SHAPE); s = load_row(r, df.attrs['root'])
-        assert (s.voxels==(p.scan.voxels if r['units']=='HU' else grey(p.scan.voxels))).all() and np.allclose(s.spacing, p.scan.spacing) and s.geometry_known
+        p = phantom_with_faults(t, SHAPE); s = load_row(r, df.attrs['root'])
+        assert (s.voxels==(p.scan.voxels if r['units']=='HU' else to_grey(p.scan.voxels))).all() and np.allclose(s.spacing, p.scan.spacing) and s.geometry_known
         assert ((load_mask(r,'lung_mask',df.attrs['root'],s)>0)==(p.lungs|p.infection if 'combined' in r['codes'] else p.lungs)).all() and (load_mask(r,'infection_mask',df.attrs['root'],s)==p.infection).all()
         if r['units']=='uint8':
             back = restore_hu(s); assert np.abs(back.voxels-p.scan.voxels.clip(-1250,250)).max()<=1500/255/2+1e-3 and back.units=='HU' and 'restored' in back.remarks[-1]
@@ -320,22 +320,22 @@ def test_ct_seg_patients_and_strangers(asked, tmp_path):
     df = open_cohort(tmp_path/'a'); assert df.patient_id.tolist()==['coronacases_001','radiopaedia_1','radiopaedia_1'] and df.attrs['left_out']==['COVID-19-CT-Seg_20cases/mine.nii.gz']
 
 def test_luna16(tmp_path):
-    asked = phantom_cohort(2, seed=1, labels=('healthy',), second_scan=0); df,both = volumes(asked, tmp_path/'a', 'luna16'); assert set(df.label)=={'other'} and 'other' in KNOWN
+    asked = phantom_cohort(2, seed=1, labels=('healthy',), second_scan=0); df,both = volumes(asked, tmp_path/'a', 'luna16'); assert set(df.label)=={'other'} and 'other' in LABELS
     for r in both.to_dict('records'):
-        p = spoilt(row_of(asked, r['row']), SHAPE); s = load_row(r, df.attrs['root']); assert (s.voxels==p.scan.voxels).all() and np.allclose(s.spacing, p.scan.spacing)
+        p = phantom_with_faults(row_of(asked, r['row']), SHAPE); s = load_row(r, df.attrs['root']); assert (s.voxels==p.scan.voxels).all() and np.allclose(s.spacing, p.scan.spacing)
         assert (load_mask(r, 'lobe_mask', df.attrs['root'], s)==p.lobes).all() and s.stored_as==('RAS' if r['row'].startswith('P0010001') else 'LPS')
 
 def test_medseg9(asked, tmp_path):
     df,both = volumes(asked, tmp_path/'a', 'medseg9')
     for r in both.to_dict('records'):
-        p = spoilt(row_of(asked, r['row']), SHAPE); s = load_row(r, df.attrs['root']); assert (s.voxels==p.scan.voxels).all() and s.units=='HU'
+        p = phantom_with_faults(row_of(asked, r['row']), SHAPE); s = load_row(r, df.attrs['root']); assert (s.voxels==p.scan.voxels).all() and s.units=='HU'
         assert (load_mask(r,'lung_mask',df.attrs['root'],s)==p.lungs).all() and (load_mask(r,'infection_mask',df.attrs['root'],s)==np.array([0,1,2,1,4,1])[p.lesions]).all()
 
 @pytest.mark.parametrize('layout', ['medseg100','medseg100_png','cc_ccii_lesions','sars_cov_2'])
 def test_slices(layout, asked, tmp_path):
     df,both = volumes(asked, tmp_path/'a', layout)
     for r in both.to_dict('records'):
-        p = spoilt(row_of(asked, r['row']), SHAPE); k = int(r['k']); s = load_row(r, df.attrs['root']); g,kind = grey(p.scan.voxels[k]).astype(int),np.array([0,1,2,1,4,1])[p.lesions[k]]
+        p = phantom_with_faults(row_of(asked, r['row']), SHAPE); k = int(r['k']); s = load_row(r, df.attrs['root']); g,kind = to_grey(p.scan.voxels[k]).astype(int),np.array([0,1,2,1,4,1])[p.lesions[k]]
         assert s.shape==(1,*SHAPE[1:]) and not s.geometry_known and s.units==('HU' if layout=='medseg100' else 'uint8')
         if layout=='medseg100': assert (s.voxels[0]==p.scan.voxels[k]).all() and (load_mask(r,'lung_mask',df.attrs['root'],s)[0]==p.lungs[k]).all()
         if layout=='medseg100_png': assert (s.voxels[0]==g*(p.lungs[k]|p.infection[k])).all()
@@ -365,10 +365,10 @@ def test_writing_layouts(asked, tmp_path):
     for bad in (dict(layout='mine'), dict(layout='mosmed', faults=dict(mine='all'))):
         with pytest.raises(CohortError, match='unknown name'): write_layout(asked, tmp_path/'a', **bad)
     with pytest.raises(CohortError, match='no row fits'): write_layout(asked[asked.label=='cap'], tmp_path/'a', 'ct_seg', SHAPE)
-    assert not list(tmp_path.iterdir()) and set(SWITCHES)<set(FAULTS)
+    assert not list(tmp_path.iterdir()) and set(SWITCHES)<set(_FAULTS)
     write_layout(asked[:1], tmp_path/'a', 'mosmed', SHAPE)
     with pytest.raises(CohortError, match='exists already'): write_layout(asked, tmp_path/'a', 'mosmed', SHAPE)
-    assert grey([-1250,250]).tolist()==[0,255] and json.dumps(list(LAYOUTS)) and layouts.LAYOUTS is LAYOUTS
+    assert to_grey([-1250,250]).tolist()==[0,255] and json.dumps(list(LAYOUTS)) and layouts.LAYOUTS is LAYOUTS
 
 # ---- finding out which set it is
 def test_recognising(asked, tmp_path):
@@ -410,7 +410,7 @@ def test_real_tables(data_dir):
     assert [int(((df.label==k)&df.order.notna()&(df.order!='as named')).sum()) for k in ('cap','covid','healthy')]==[96,63,0] and (df.order=='reverse').sum()==98
     assert df.n_slice.sum()==411529 and df.groupby('patient_id').label.nunique().max()==1
     test,rest = df[df.release_split=='test'],df[df.release_split=='train_val']; assert (len(test),int(test.patient_id.isin(rest.patient_id).sum()))==(472,255)
-    assert public.cc_ccii_tables is cc_ccii_tables and sets.FACTS is FACTS
+    assert public._cc_ccii_tables is _cc_ccii_tables and sets.DATASETS is DATASETS
 
 @pytest.mark.data
 def test_real_medseg_pairs(data_dir):

@@ -3,7 +3,7 @@ import hashlib, subprocess, sys
 import numpy as np, pandas as pd, pytest
 from sklearn.model_selection import StratifiedGroupKFold
 from covid_ct.scan import CohortError, SplitError
-from covid_ct.cohort.splits import (assert_disjoint, blocks, expected_leak, fold_parts, leak, read_split, shuffled, split_hash, split_patients, strata, test_part,
+from covid_ct.cohort.splits import (assert_disjoint, _connected_blocks, expected_leak, fold_parts, leak_share, read_split, shuffled_order, split_hash, split_patients, _block_labels, test_part,
                                  write_split)
 
 
@@ -18,7 +18,7 @@ def test_this_split_never_changes():
     "A known answer: another platform, Python or NumPy must give the same"
     d = pd.DataFrame(dict(patient_id=list('abcdefghij'), scan_id=range(10), label=['x', 'y']*5))
     s = split_patients(d, folds=2, test=.2, seed=0)
-    assert shuffled('abcde', seed=0) == sorted('abcde', key=lambda i: hashlib.sha256(f'0|{i}'.encode()).hexdigest())
+    assert shuffled_order('abcde', seed=0) == sorted('abcde', key=lambda i: hashlib.sha256(f'0|{i}'.encode()).hexdigest())
     code = ("import pandas as pd; from covid_ct.cohort.splits import split_hash, split_patients; d = pd.DataFrame(dict(patient_id=list('abcdefghij'), scan_id=range(10), label=['x','y']*5));"
             "print(split_hash(split_patients(d.iloc[::-1], folds=2, test=.2, seed=0)))")
     env = dict(__import__('os').environ, PYTHONHASHSEED='7')
@@ -61,7 +61,7 @@ def test_patients_with_two_labels_stay_whole():
     s = split_patients(d)
     assert (s.groupby('patient_id').fold.nunique() == 1).all()
     both = d.groupby('patient_id').label.nunique() > 1
-    assert set(strata(d)[both[both].index]) == {'covid'}
+    assert set(_block_labels(d)[both[both].index]) == {'covid'}
 
 
 def test_integer_and_text_names_are_the_same():
@@ -100,7 +100,7 @@ def test_folds_use_everything_once():
     assert sorted(pd.concat([*held, test_part(s)]).scan_id) == sorted(s.scan_id)
     for k in range(4):
         train, valid = fold_parts(s, k)
-        assert len(train)+len(valid)+len(test_part(s)) == len(s) and leak(train, valid) == leak(train, test_part(s)) == 0
+        assert len(train)+len(valid)+len(test_part(s)) == len(s) and leak_share(train, valid) == leak_share(train, test_part(s)) == 0
 
 
 def test_a_leak_in_the_column_is_found():
@@ -155,25 +155,25 @@ def test_blocks_are_connected_components(seed):
     d = pd.DataFrame(dict(patient_id=rng.integers(0, 25, n), centre=rng.integers(0, 18, n), scan_id=np.arange(n)+100), index=rng.permutation(n))
     twins = [tuple(rng.choice(d.scan_id, 2, replace=False)) for _ in range(3)]
     ties = [set(np.flatnonzero(d[c] == v)) for c in ('patient_id', 'centre') for v in d[c].unique()]+[set(np.flatnonzero(d.scan_id.isin(s))) for s in twins]
-    want, got = reached(d, ties), blocks(d, ('patient_id', 'centre'), twins)
+    want, got = reached(d, ties), _connected_blocks(d, ('patient_id', 'centre'), twins)
     assert got.index.equals(d.index)
     for i in range(n):
         for j in range(n): assert (got.iloc[i] == got.iloc[j]) == (j in want[i])
     mixed = d.sample(frac=1, random_state=seed)
-    assert (blocks(mixed, ('patient_id', 'centre'), twins[::-1])[d.index] == got).all()  # names too do not depend on the order
+    assert (_connected_blocks(mixed, ('patient_id', 'centre'), twins[::-1])[d.index] == got).all()  # names too do not depend on the order
 
 
 def test_a_chain_is_followed_to_its_end():
     "Patient k is seen in centres k and k+1: sixty of them are one block"
     d = pd.DataFrame(dict(patient_id=np.repeat(np.arange(60), 2), scan_id=np.arange(120), centre=np.repeat(np.arange(61), 2)[1:-1], label='covid'))
-    assert blocks(d, ('patient_id', 'centre')).nunique() == 1 and blocks(d).nunique() == 60
-    assert blocks(d.drop(index=61), ('patient_id', 'centre')).nunique() == 2
+    assert _connected_blocks(d, ('patient_id', 'centre')).nunique() == 1 and _connected_blocks(d).nunique() == 60
+    assert _connected_blocks(d.drop(index=61), ('patient_id', 'centre')).nunique() == 2
     with pytest.raises(SplitError, match=r"1 block\(s\) by patient_id\+centre: too few"): split_patients(d, folds=2, group=('patient_id', 'centre'))
 
 
 def test_plain_patients_are_their_own_blocks():
     d = ward(60)
-    assert (blocks(d) == d.patient_id).all()
+    assert (_connected_blocks(d) == d.patient_id).all()
     assert split_hash(split_patients(d, group=('patient_id',))) == split_hash(split_patients(d)) == split_hash(split_patients(d, together=[d.scan_id[:1]]))
 
 
@@ -206,7 +206,7 @@ SLICES = pd.DataFrame(dict(scan_id=[f'{k:03d}' for k in range(100)], label=['cov
 @pytest.mark.parametrize('unknown', [None, np.nan, '', ' ', 'unknown', 'Unknown', 'nan', 'None', pd.NA])
 def test_unknown_patients_are_not_dealt(unknown):
     d = SLICES.assign(patient_id=unknown)
-    for f in (split_patients, blocks, expected_leak, lambda d: leak(d, d), lambda d: assert_disjoint(d[:50], d[50:])):
+    for f in (split_patients, _connected_blocks, expected_leak, lambda d: leak_share(d, d), lambda d: assert_disjoint(d[:50], d[50:])):
         with pytest.raises(SplitError, match=r"scans have no patient_id, so that a split by patient is impossible.*group='scan_id'"): f(d)
     with pytest.raises(SplitError, match='100 of 100'): split_patients(SLICES)  # no such column at all
     s = split_patients(d, group='scan_id')
@@ -244,11 +244,11 @@ def test_half_of_a_random_cc_ccii_test_set_leaks(data_dir):
     rng, measured = np.random.default_rng(0), []
     for _ in range(50):
         o = rng.permutation(len(d))
-        measured.append(leak(d.iloc[o[836:]], d.iloc[o[:836]]))
+        measured.append(leak_share(d.iloc[o[836:]], d.iloc[o[:836]]))
     assert expected_leak(d) == pytest.approx(.503, abs=.001)
     assert abs(np.mean(measured)-expected_leak(d)) < 4*np.std(measured)/50**.5
     s = split_patients(d)
-    assert max(leak(*fold_parts(s, k)) for k in range(5)) == 0 and leak(s[s.fold >= 0], test_part(s)) == 0
+    assert max(leak_share(*fold_parts(s, k)) for k in range(5)) == 0 and leak_share(s[s.fold >= 0], test_part(s)) == 0
     p = s.drop_duplicates('patient_id').groupby(['label', 'fold']).size().unstack()
     assert (p[range(5)].max(axis=1)-p[range(5)].min(axis=1) <= 1).all()
 
@@ -259,7 +259,7 @@ def test_the_release_split_is_caught(data_dir):
     t = data_dir/'cc_ccii_tables'
     train = pd.read_csv(t/'release_split_train_val.csv')
     test = pd.read_csv(t/'release_predictions.csv').drop_duplicates('scan_id')
-    assert (len(test), round(leak(train, test)*len(test))) == (472, 255)
+    assert (len(test), round(leak_share(train, test)*len(test))) == (472, 255)
     with pytest.raises(SplitError, match='both sides'): assert_disjoint(train, test)
 
 

@@ -7,7 +7,7 @@ import pytest
 import SimpleITK as sitk
 from scipy import ndimage
 from covid_ct.phantom.anatomy import LOBES
-from covid_ct.evaluate.burden import SIDES, BurdenError, burden, burden_figure, burden_report, cross_count, severity_score
+from covid_ct.evaluate.burden import SIDES, BurdenError, burden, burden_figure, burden_report, _cross_count, severity_score
 from covid_ct.phantom.chest import LESIONS, make_phantom
 from covid_ct.scan import DataError, GeometryError, Scan
 
@@ -145,9 +145,9 @@ def test_bad_input(change, error, says):
 
 def test_cross_count():
     g = np.random.default_rng(0); a, b = g.integers(0, 3, (2, 5, 6, 7))
-    n = cross_count(a, b, "xy", "pq")
+    n = _cross_count(a, b, "xy", "pq")
     assert n.sum() == a.size and all(n[i, j] == ((a == i) & (b == j)).sum() for i in range(3) for j in range(3))
-    assert cross_count(a > 0, b > 1, "x", "p")[1, 1] == ((a > 0) & (b > 1)).sum()
+    assert _cross_count(a > 0, b > 1, "x", "p")[1, 1] == ((a > 0) & (b > 1)).sum()
 
 
 def test_report(phantom, tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from covid_ct.evaluate.metrics import (METRICS, PredictionError, auc, average_precision, bootstrap, class_table, classification_metrics, confusion, confusion_figure,
-                                       draw_patients, energy_in, interval, mask_scores, metric, metrics_table, pointing_game, pr_band, pr_figure, roc_band, roc_figure, scored)
+                                       draw_patients, energy_in, interval, mask_scores, metric_statistic, metrics_table, pointing_game, pr_band, pr_figure, roc_band, roc_figure, labels_and_probabilities)
 from covid_ct.scan import GeometryError
 from scipy.ndimage import gaussian_filter
 from sklearn.metrics import (accuracy_score, average_precision_score, confusion_matrix, f1_score, precision_recall_curve, precision_score, recall_score,
@@ -36,7 +36,7 @@ def test_auc_is_sklearns(seed, ties):
 
 @pytest.mark.parametrize("classes", [C3, ("cap", "covid"), ("covid", "ild", "cap", "healthy")])
 def test_all_against_sklearn(classes):
-    t = table(60, 2, classes=classes); y, prob, _ = scored(t); call = prob.argmax(1); k = classes.index("covid"); m = classification_metrics(t)
+    t = table(60, 2, classes=classes); y, prob, _ = labels_and_probabilities(t); call = prob.argmax(1); k = classes.index("covid"); m = classification_metrics(t)
     assert list(m.index) == list(METRICS)
     one, macro = m["covid vs rest"], m["macro"]
     with warnings.catch_warnings():
@@ -51,7 +51,7 @@ def test_all_against_sklearn(classes):
 @pytest.mark.parametrize("classes", [C3, ("cap", "covid"), ("covid", "ild", "cap", "healthy")])
 def test_every_class_against_sklearn(classes):
     "Six numbers of each class against the rest, their mean as macro, accuracy there the share that is right"
-    t = table(60, 2, classes=classes); y, prob, _ = scored(t); call = prob.argmax(1); c = class_table(t, n=30)
+    t = table(60, 2, classes=classes); y, prob, _ = labels_and_probabilities(t); call = prob.argmax(1); c = class_table(t, n=30)
     wide = c.pivot(index="class", columns="metric", values="value")
     assert c["class"].unique().tolist() == [*classes, "macro"] and len(c) == 6 * (len(classes) + 1) and ((c.low <= c.value) & (c.value <= c.high)).all()
     for i, k in enumerate(classes):
@@ -102,18 +102,18 @@ def test_column_order_does_not_matter():
 def test_bootstrap_is_its_slow_twin(by):
     t = table(40, 3)
     for name in METRICS:
-        fast = bootstrap(t, metric(name), by=by, n=40, seed=5)
+        fast = bootstrap(t, metric_statistic(name), by=by, n=40, seed=5)
         slow = bootstrap(t, lambda f: classification_metrics(f, classes=C3).loc[name, "covid vs rest"], by=by, n=40, seed=5)
         assert np.allclose(fast, slow)
     rows = metrics_table(t, n=40, seed=5)
-    assert np.allclose(rows[(rows.setting == "macro") & (rows.metric == "F1")][["value", "low", "high"]].to_numpy(float)[0], bootstrap(t, metric("F1", None), n=40, seed=5))
+    assert np.allclose(rows[(rows.setting == "macro") & (rows.metric == "F1")][["value", "low", "high"]].to_numpy(float)[0], bootstrap(t, metric_statistic("F1", None), n=40, seed=5))
 
 
 def test_bootstrap_ignores_row_order_and_repeats_by_seed():
     t = table(40, 2)
-    a = bootstrap(t, metric())
-    assert a == bootstrap(t, metric()) and np.allclose(a, bootstrap(t.sample(frac=1, random_state=0), metric())) and a != bootstrap(t, metric(), seed=1)
-    assert a.low < a.value < a.high and bootstrap(t, metric(), level=.5).low > a.low
+    a = bootstrap(t, metric_statistic())
+    assert a == bootstrap(t, metric_statistic()) and np.allclose(a, bootstrap(t.sample(frac=1, random_state=0), metric_statistic())) and a != bootstrap(t, metric_statistic(), seed=1)
+    assert a.low < a.value < a.high and bootstrap(t, metric_statistic(), level=.5).low > a.low
 
 
 def test_patients_are_drawn_whole():
@@ -126,17 +126,17 @@ def test_patient_interval_is_wider_where_patients_repeat():
     ratios = []
     for seed in range(6):
         t = table(40, 4, seed)
-        p, s = (bootstrap(t, metric(), by=by, n=400) for by in ("patient_id", "scan_id"))
+        p, s = (bootstrap(t, metric_statistic(), by=by, n=400) for by in ("patient_id", "scan_id"))
         ratios.append((p.high - p.low) / (s.high - s.low))
     assert np.mean(ratios) > 1.4
     t = table(160)                                                                 # one scan each: no difference
-    p, s = (bootstrap(t, metric(), by=by, n=1000) for by in ("patient_id", "scan_id"))
+    p, s = (bootstrap(t, metric_statistic(), by=by, n=1000) for by in ("patient_id", "scan_id"))
     assert .85 < (p.high - p.low) / (s.high - s.low) < 1.15
 
 
 def test_bootstrap_is_fast():
     t = table(500); start = time.process_time()
-    bootstrap(t, metric(), n=1000)
+    bootstrap(t, metric_statistic(), n=1000)
     assert time.process_time() - start < 1.5
     start = time.process_time(); metrics_table(t, n=1000)
     assert time.process_time() - start < 3
@@ -147,7 +147,7 @@ def test_one_class_is_nan_with_a_reason():
     assert np.isnan(t.loc[("covid vs rest", "AUC"), "value"]) and "undefined" in t.loc[("covid vs rest", "AUC"), "note"]
     assert not np.isnan(t.loc[("covid vs rest", "sensitivity"), "value"]) and np.isnan(t.loc[("macro", "sensitivity"), "value"])
     few = pd.concat([table(30)[lambda t: t.label != "covid"], table(30)[lambda t: t.label == "covid"].head(1)])
-    assert "resampled cohorts" in bootstrap(few, metric(), n=200).reason
+    assert "resampled cohorts" in bootstrap(few, metric_statistic(), n=200).reason
     assert interval(1., np.ones(5)).reason.startswith("all resampled")
     assert np.isnan(interval(.5, [np.nan, np.nan, .5]).low)
 
@@ -156,15 +156,15 @@ def test_bad_tables():
     t = table()
     for bad in (t.drop(columns="label"), t.drop(columns="prob_cap"), t.assign(label="flu"), t.assign(label=None), t.assign(prob_cap=-.1), t.assign(prob_cap=np.nan), t.assign(prob_cap=np.inf), t[:0]):
         with pytest.raises(PredictionError): classification_metrics(bad, classes=C3)
-    for call in (lambda: classification_metrics(t, "flu"), lambda: metric("Dice"), lambda: bootstrap(t.drop(columns="patient_id"), metric()), lambda: metrics_table(t.drop(columns="patient_id")),
-                 lambda: bootstrap(t.assign(patient_id=[None, *t.patient_id[1:]]), metric()), lambda: roc_figure(t[t.label == "covid"]), lambda: roc_figure(t, "flu"), lambda: pr_figure(t[t.label == "covid"]), lambda: classification_metrics(t, "macro"),
+    for call in (lambda: classification_metrics(t, "flu"), lambda: metric_statistic("Dice"), lambda: bootstrap(t.drop(columns="patient_id"), metric_statistic()), lambda: metrics_table(t.drop(columns="patient_id")),
+                 lambda: bootstrap(t.assign(patient_id=[None, *t.patient_id[1:]]), metric_statistic()), lambda: roc_figure(t[t.label == "covid"]), lambda: roc_figure(t, "flu"), lambda: pr_figure(t[t.label == "covid"]), lambda: classification_metrics(t, "macro"),
                  lambda: roc_figure(t.drop(columns="patient_id")), lambda: pr_figure(t.assign(patient_id=[None, *t.patient_id[1:]])), lambda: class_table(t.assign(patient_id=[None, *t.patient_id[1:]]))):
         with pytest.raises(PredictionError): call()
 
 
 def test_roc_band_holds_the_curve_of_one_cohort():
     "With every scan drawn once the band is the curve itself, and its area the AUC"
-    t = table(90); y, prob, _ = scored(t); grid = np.linspace(0, 1, 4001)
+    t = table(90); y, prob, _ = labels_and_probabilities(t); grid = np.linspace(0, 1, 4001)
     low, high = roc_band(y == 2, prob[:, 2], np.ones((1, 90)), grid)
     assert (low == high).all() and abs(np.trapezoid(low, grid) - auc(y == 2, prob[:, 2])[0]) < 2e-3
 
@@ -172,7 +172,7 @@ def test_roc_band_holds_the_curve_of_one_cohort():
 def test_figures_have_alt_text():
     t = table()
     for fig in (roc_figure(t, n=50), pr_figure(t, n=50), confusion_figure(t)): assert "50 scans" in fig.alt
-    a = bootstrap(t, metric(), n=50)
+    a = bootstrap(t, metric_statistic(), n=50)
     assert f"AUC {a.value:.3f}, interval {a.low:.3f} to {a.high:.3f}" in roc_figure(t, n=50).alt and f"{average_precision(t.label == 'covid', t.prob_covid)[0]:.3f}" in pr_figure(t, n=50).alt
     assert confusion_figure(table(classes=("cap", "covid"))).alt
 

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from covid_ct.evaluate.calibration import (at_threshold, brier, calibrate, decision_figure, ece, ece_floor, net_benefit, predictive_values, reliability, reliability_figure,
-                                           shift_prevalence, soften, subgroups, temperature, threshold_at, youden)
-from covid_ct.evaluate.metrics import PredictionError, auc, bootstrap, draw_patients, metric
-from covid_ct.evaluate.statistics import (auc_interval, compare, compare_aucs, compare_groups, delong, equal_aucs, holm, mcnemar, mean_interval, paired_permutation, paired_t,
+                                           shift_prevalence, apply_temperature, subgroups, fit_temperature, threshold_at, youden_threshold)
+from covid_ct.evaluate.metrics import PredictionError, auc, bootstrap, draw_patients, metric_statistic
+from covid_ct.evaluate.statistics import (auc_interval, compare_runs, compare_aucs, compare_groups, delong, _equal_aucs, holm, mcnemar, mean_interval, paired_permutation, paired_t,
                                           placements, wilson)
 from scipy import stats
 from sklearn.calibration import calibration_curve
@@ -184,7 +184,7 @@ def test_the_data_of_delong():
         c = compare_aucs(truth, scores[i], scores[j])
         assert np.allclose((c.statistic, c.p, c.low, c.high), wanted, rtol=1e-9)
     for order in ([0, 1, 2], [2, 0, 1]):
-        joint = equal_aucs(truth, scores[order])
+        joint = _equal_aucs(truth, scores[order])
         assert np.allclose(joint, (2.53397792621, 2, .281678490489), rtol=1e-9)
 
 
@@ -211,11 +211,11 @@ def test_two_areas():
     for groups in (None, who):
         c, back = compare_aucs(truth, a, b, groups), compare_aucs(truth, b, a, groups)
         assert np.allclose(c[:4], -np.array(back)[[0, 2, 1, 3]]) and np.isclose(c.p, back.p) and np.isclose(c.difference, auc(truth, a)[0] - auc(truth, b)[0])
-        q = equal_aucs(truth, [a, b], groups)
+        q = _equal_aucs(truth, [a, b], groups)
         assert np.isclose(q.statistic, c.statistic ** 2) and np.isclose(q.p, c.p) and q.df == 1
-        assert equal_aucs(truth, [a, b, a], groups).df == 1 and np.isclose(equal_aucs(truth, [a, b, a], groups).statistic, q.statistic)
+        assert _equal_aucs(truth, [a, b, a], groups).df == 1 and np.isclose(_equal_aucs(truth, [a, b, a], groups).statistic, q.statistic)
         same = compare_aucs(truth, a, 2 * a + 1, groups)
-        assert same == (0, 0, 0, 0, 1) and same.reason and equal_aucs(truth, [a, a], groups).p == 1
+        assert same == (0, 0, 0, 0, 1) and same.reason and _equal_aucs(truth, [a, a], groups).p == 1
     assert np.isnan(compare_aucs([0, 0, 1, 1], [1, 2, 3, 4], [4, 3, 2, 1]).p)
 
 
@@ -434,16 +434,16 @@ def test_compare():
     a, b = ward(80, 1, scans=2), ward(80, 1, sharp=.4, scans=2)
     p = [f"prob_{c}" for c in C3]
     b[p] = .5 * b[p] + .5 * np.random.default_rng(0).dirichlet([1, 1, 1], 80)[np.repeat(range(80), 2)]
-    t = compare(a, b, n=200)
+    t = compare_runs(a, b, n=200)
     assert np.allclose(t.difference, t["first"] - t.second) and t.p.isna().sum() == 1 and t.method.str.contains("patients").all()
     assert np.allclose(t.iloc[1, 3:7].astype(float), np.array(compare_aucs(a.label == "covid", a.prob_covid, b.prob_covid, a.patient_id))[[0, 1, 2, 4]])
-    shuffled = compare(a, b.sample(frac=1, random_state=2), n=200)
+    shuffled = compare_runs(a, b.sample(frac=1, random_state=2), n=200)
     pd.testing.assert_frame_equal(t, shuffled)
-    pd.testing.assert_frame_equal(compare(a, b[b.columns[::-1]], n=200), t)
-    assert compare(a, a, n=50).p.dropna().eq(1).all()
+    pd.testing.assert_frame_equal(compare_runs(a, b[b.columns[::-1]], n=200), t)
+    assert compare_runs(a, a, n=50).p.dropna().eq(1).all()
     for bad, says in ((b[:-1], "one of the tables only"), (b.assign(label="cap"), "column label"), (b.assign(patient_id="x"), "column patient_id"), (b.assign(scan_id="x"), "repeats"), (b.drop(columns="prob_cap"), "prob_cap")):
-        with pytest.raises(PredictionError, match=says): compare(a, bad)
-    with pytest.raises(PredictionError, match="no class"): compare(a, b, "flu")
+        with pytest.raises(PredictionError, match=says): compare_runs(a, bad)
+    with pytest.raises(PredictionError, match="no class"): compare_runs(a, b, "flu")
 
 
 @pytest.fixture
@@ -471,12 +471,12 @@ def test_release_predictions(release):
         assert np.allclose((i.low, i.value, i.high), wanted, rtol=1e-9)
     c = compare_aucs(y, *scores)
     assert np.allclose((c.statistic, c.p, c.low, c.high), (4.36946944195, 1.24548766396e-05, .0290220873071, .0762369593076), rtol=1e-9)            # pROC 1.18.0, roc.test
-    t = compare(a, b, n=1000)
+    t = compare_runs(a, b, n=1000)
     assert (len(a), a.patient_id.nunique(), int(y.sum())) == (472, 436, 169) and (t.p.dropna() < .01).all()
     plain, whole, booted = t.low[:3], t.high[:3], t.high[2] - t.low[2]
     assert np.ptp(plain) < .004 and np.ptp(whole) < .004 and abs(booted / (t.high[1] - t.low[1]) - 1) < .1
     for run in (a, b):
-        i, j = auc_interval(run.label == "covid", run.prob_covid, run.patient_id, logit=False), bootstrap(run, metric())
+        i, j = auc_interval(run.label == "covid", run.prob_covid, run.patient_id, logit=False), bootstrap(run, metric_statistic())
         assert np.isclose(i.value, j.value) and abs((j.high - j.low) / (i.high - i.low) - 1) < .15
 
 
@@ -532,35 +532,35 @@ def test_brier():
 @pytest.mark.parametrize("sharp", [.5, 1., 2., 3.])
 def test_temperature_finds_what_was_done(sharp):
     t = ward(1500, 6, sharp)
-    T = temperature(t)
+    T = fit_temperature(t)
     y = [C3.index(c) for c in t.label]
     grid = np.linspace(.8 * T, 1.25 * T, 40)
-    assert abs(T / sharp - 1) < .12 and abs(grid[np.argmin([log_loss(y, soften(t, g)[[f"prob_{c}" for c in C3]].to_numpy()) for g in grid])] - T) <= grid[1] - grid[0]
-    z, p = np.log(t[[f"prob_{c}" for c in C3]].to_numpy()), soften(t, T)[[f"prob_{c}" for c in C3]].to_numpy()
+    assert abs(T / sharp - 1) < .12 and abs(grid[np.argmin([log_loss(y, apply_temperature(t, g)[[f"prob_{c}" for c in C3]].to_numpy()) for g in grid])] - T) <= grid[1] - grid[0]
+    z, p = np.log(t[[f"prob_{c}" for c in C3]].to_numpy()), apply_temperature(t, T)[[f"prob_{c}" for c in C3]].to_numpy()
     assert abs(z[range(1500), y].mean() - (p * z).sum(1).mean()) < 1e-3          # the slope of the loss in 1/T is 0
-    assert np.isclose(temperature(soften(t, T)), 1, atol=1e-3) and np.isclose(temperature(soften(t, 2)) * 2, T, rtol=1e-3)
+    assert np.isclose(fit_temperature(apply_temperature(t, T)), 1, atol=1e-3) and np.isclose(fit_temperature(apply_temperature(t, 2)) * 2, T, rtol=1e-3)
 
 
 def test_soften():
     t = ward(60, 7)
     p = [f"prob_{c}" for c in C3]
-    assert np.allclose(soften(soften(t, 2), 3)[p], soften(t, 6)[p]) and np.allclose(soften(t, 1)[p], t[p]) and np.allclose(soften(t, 1e6)[p], 1 / 3, atol=1e-4)
-    assert (soften(t, .01)[p].to_numpy().argmax(1) == t[p].to_numpy().argmax(1)).all() and list(soften(t, 2).columns) == list(t.columns)
+    assert np.allclose(apply_temperature(apply_temperature(t, 2), 3)[p], apply_temperature(t, 6)[p]) and np.allclose(apply_temperature(t, 1)[p], t[p]) and np.allclose(apply_temperature(t, 1e6)[p], 1 / 3, atol=1e-4)
+    assert (apply_temperature(t, .01)[p].to_numpy().argmax(1) == t[p].to_numpy().argmax(1)).all() and list(apply_temperature(t, 2).columns) == list(t.columns)
     hard = t.assign(**{f"prob_{c}": (t.label == c).astype(float) for c in C3})       # probabilities of exactly 0, as float32 makes them
     hard.loc[:5, "label"] = hard.label[:6].map(dict(healthy="cap", cap="covid", covid="healthy"))
-    assert np.isfinite(soften(hard, 2)[p]).all(axis=None) and temperature(hard) > 1
+    assert np.isfinite(apply_temperature(hard, 2)[p]).all(axis=None) and fit_temperature(hard) > 1
     for T in (0, -1, np.nan):
-        with pytest.raises(PredictionError): soften(t, T)
+        with pytest.raises(PredictionError): apply_temperature(t, T)
 
 
 def test_calibration_never_sees_the_test():
     valid, test = ward(400, 8, 2.), ward(200, 9, 2.)
     cool, T = calibrate(valid, test)
-    assert T == temperature(valid) and np.allclose(cool.prob_covid, soften(test, T).prob_covid)
+    assert T == fit_temperature(valid) and np.allclose(cool.prob_covid, apply_temperature(test, T).prob_covid)
     relabelled = test.assign(label=test.label.to_numpy()[::-1])
     assert calibrate(valid, relabelled)[1] == T
     with pytest.raises(PredictionError, match="p9-0|is in validation and test"): calibrate(pd.concat([valid, test[:1]]), test)
-    with pytest.raises(PredictionError, match="no scan is wrong"): temperature(valid[valid.label == valid.filter(like="prob_").idxmax(axis=1).str[5:]])
+    with pytest.raises(PredictionError, match="no scan is wrong"): fit_temperature(valid[valid.label == valid.filter(like="prob_").idxmax(axis=1).str[5:]])
 
 
 @pytest.mark.parametrize("levels", [4, 10**6])
@@ -571,8 +571,8 @@ def test_operating_points_by_brute_force(seed, levels):
     sens = {t: (s[y] >= t).mean() for t in np.unique(s)}
     J = {t: sens[t] + (s[~y] < t).mean() - 1 for t in sens}
     for want in (.3, .5, .9, 1.): assert threshold_at(y, s, want) == max(t for t in sens if sens[t] >= want - 1e-12)
-    assert np.isclose(J[youden(y, s)], max(J.values()))
-    t = youden(y, s)
+    assert np.isclose(J[youden_threshold(y, s)], max(J.values()))
+    t = youden_threshold(y, s)
     (tn, fp), (fn, tp) = confusion_matrix(y, s >= t)
     r = at_threshold(y, s, t)
     assert r[["k", "n"]].to_numpy().tolist() == [[tp, tp + fn], [tn, tn + fp], [tp, tp + fp], [tn, tn + fn]]
@@ -643,7 +643,7 @@ def test_subgroups():
 def test_figures():
     t = ward(200, 15, 2.)
     y = t.label == "covid"
-    r, d = reliability_figure(y, {"as trained": t.prob_covid, "soft": soften(t, 2).prob_covid}), decision_figure(y, {"net": t.prob_covid})
+    r, d = reliability_figure(y, {"as trained": t.prob_covid, "soft": apply_temperature(t, 2).prob_covid}), decision_figure(y, {"net": t.prob_covid})
     assert f"ECE {ece(y, t.prob_covid, 10):.3f}" in r.alt and "200 scans" in r.alt and len(r.axes) == 4 and "below a policy" in d.alt
     assert all(ax.get_xlabel() and ax.get_ylabel() for ax in d.axes) and {ax.get_ylabel() for ax in r.axes} == {"happened (share)", "scans"}
 
@@ -655,8 +655,8 @@ Y = (T.label == "covid").to_numpy()
 @pytest.mark.parametrize("call, says", [
     (lambda: ece(Y, T.prob_covid * 3), "outside"), (lambda: ece(Y, T.prob_covid[:5]), "shape"), (lambda: ece(Y + 1, T.prob_covid), "other than 0 and 1"), (lambda: ece(Y, T.prob_covid.where(Y)), "outside"),
     (lambda: reliability(Y, T.prob_covid, 0), "0 of them"), (lambda: reliability(Y, T.prob_covid, 5, "area"), "unknown kind"), (lambda: brier([3], [[.5, .5]]), "does not fit"),
-    (lambda: threshold_at(Y, T.prob_covid, 0), "sensitivity 0"), (lambda: threshold_at(Y & False, T.prob_covid), "of 0 positive"), (lambda: youden(Y | True, T.prob_covid), "one class"), (lambda: threshold_at(Y, T.prob_covid.where(Y)), "not finite"),
-    (lambda: youden(Y, T.prob_covid[1:]), "for 40 scans"), (lambda: at_threshold(Y, T.prob_covid.where(Y), .5), "not finite"), (lambda: at_threshold(Y, T.prob_covid, .5, [None] * 40), "gaps"),
+    (lambda: threshold_at(Y, T.prob_covid, 0), "sensitivity 0"), (lambda: threshold_at(Y & False, T.prob_covid), "of 0 positive"), (lambda: youden_threshold(Y | True, T.prob_covid), "one class"), (lambda: threshold_at(Y, T.prob_covid.where(Y)), "not finite"),
+    (lambda: youden_threshold(Y, T.prob_covid[1:]), "for 40 scans"), (lambda: at_threshold(Y, T.prob_covid.where(Y), .5), "not finite"), (lambda: at_threshold(Y, T.prob_covid, .5, [None] * 40), "gaps"),
     (lambda: net_benefit(Y, T.prob_covid, [1.]), r"outside \[0,1\)"), (lambda: predictive_values(1.2, .5, .1), "outside"), (lambda: predictive_values(1, .5, -.1), "outside"),
     (lambda: shift_prevalence(T, dict(covid=1.), dict(covid=1.)), "prevalence"), (lambda: shift_prevalence(T, dict(healthy=1., cap=0., covid=0.), dict(healthy=.5, cap=.5, covid=0.)), "never seen|prevalence"),
     (lambda: subgroups(T, "site"), "no column 'site'"), (lambda: subgroups(T, "label", "flu"), "no class")])

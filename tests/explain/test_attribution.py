@@ -10,7 +10,7 @@ from torch import nn
 from captum.attr import FeatureAblation, IntegratedGradients, LayerGradCam, LayerIntegratedGradients, Saliency
 from covid_ct.preprocess.resample import Prep, prepare
 from covid_ct.explain import attribution
-from covid_ct.explain.attribution import LAYERS, METHODS, Plan, cut_patches, free_memory, integrated_gradients, layer_attribution, occlusion, plan, smooth_grad, untouched
+from covid_ct.explain.attribution import _LAYERS, _LAYER_METHODS, MemoryPlan, cut_patches, _free_memory, integrated_gradients, layer_attribution, occlusion, plan_memory, smooth_grad, frozen_evaluation
 from covid_ct.explain.cam import cam, explain, find_layer
 from covid_ct.models.darnet import DARNET_ROWS
 from covid_ct.models.prior_attention import PARL_ROWS
@@ -39,7 +39,7 @@ class Fails(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("way", METHODS)
+@pytest.mark.parametrize("way", _LAYER_METHODS)
 @pytest.mark.parametrize("fails", [False, True])
 def test_leaves_no_trace(way, fails):
     "Mode, hooks, gradients, wishes for gradients, buffers and the random stream, after an end and after an accident"
@@ -47,7 +47,7 @@ def test_leaves_no_trace(way, fails):
     kept = m.stages[0].register_forward_hook(lambda *a: None)
     model = Fails(m, 3) if fails else m
     before, buffers, stream = state(model), {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
-    ask = lambda: METHODS[way](model, X, 1, **(dict(layer=m.stages[3]) if way == "layer attribution" else dict(chunk=2) if way != "SmoothGrad" else {}))
+    ask = lambda: _LAYER_METHODS[way](model, X, 1, **(dict(layer=m.stages[3]) if way == "layer attribution" else dict(chunk=2) if way != "SmoothGrad" else {}))
     if fails:
         with pytest.raises(RuntimeError, match="power cut"): ask()
     else: assert ask().isfinite().all()
@@ -59,7 +59,7 @@ def test_leaves_no_trace(way, fails):
 
 def test_untouched_puts_everything_back():
     m = net().train(); before, running = state(m), m.stem.conv[1].running_mean.clone()
-    with pytest.raises(KeyError), untouched(m):
+    with pytest.raises(KeyError), frozen_evaluation(m):
         assert not m.training and not any(p.requires_grad for p in m.parameters())
         m.train()(X); m.fc.register_forward_pre_hook(print); m.fc.weight.grad = torch.zeros_like(m.fc.weight); raise KeyError
     assert state(m)[:2] == before[:2] and m.fc.weight.grad is None and torch.equal(running, m.stem.conv[1].running_mean)
@@ -116,7 +116,7 @@ def test_patches_end_where_lobes_end():
 def test_layer_attribution_is_captum(layer):
     m = net()
     at = find_layer(m, layer)[1]
-    for of, made in LAYERS.items():
+    for of, made in _LAYERS.items():
         extra = {} if of == "activation" else dict(target=1) | (dict(n_steps=16) if "integrated" in of else {})
         want = made(m, at).attribute(X.clone().requires_grad_(), **extra).sum(1).detach()
         torch.testing.assert_close(layer_attribution(m, X, 1, layer, of).float(), want.float(), rtol=1e-3, atol=1e-6)
@@ -125,7 +125,7 @@ def test_layer_attribution_is_captum(layer):
         n = cams[0].numel(); torch.testing.assert_close(layer_attribution(m, X, 1), cam(m, X, 1) / n, rtol=1e-4, atol=1e-6)
         empty = cam(m, torch.zeros_like(X), 1) / n
         torch.testing.assert_close(layer_attribution(m, X, 1, of="integrated gradients"), cam(m, X, 1) / n - empty, rtol=1e-3, atol=1e-6)
-    assert LayerIntegratedGradients in LAYERS.values()
+    assert LayerIntegratedGradients in _LAYERS.values()
 
 
 def test_any_network_and_explain():
@@ -141,33 +141,33 @@ def test_any_network_and_explain():
 # ---- memory
 def test_plan_by_hand():
     small = nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2)); volume = 4 * 8 * 16 * 16
-    p = plan(small, torch.rand(3, 1, 8, 16, 16), backward=False)
+    p = plan_memory(small, torch.rand(3, 1, 8, 16, 16), backward=False)
     assert 9 * volume <= p.each < 9.2 * volume and p.peak == p.chunk * p.each and "predicted peak" in str(p)
-    assert plan(small, torch.rand(1, 1, 8, 16, 16)).each >= 13 * volume and plan(small, torch.rand(1, 1, 8, 16, 16), most=5).chunk == 5
+    assert plan_memory(small, torch.rand(1, 1, 8, 16, 16)).each >= 13 * volume and plan_memory(small, torch.rand(1, 1, 8, 16, 16), most=5).chunk == 5
 
 
 def test_portions_follow_the_free_memory(monkeypatch):
-    m = net(); each = plan(m, X).each
-    monkeypatch.setattr(attribution, "free_memory", lambda device: 7 * each)
-    assert plan(m, X).chunk == 2 and plan(m, X, share=1.).chunk == 7
+    m = net(); each = plan_memory(m, X).each
+    monkeypatch.setattr(attribution, "_free_memory", lambda device: 7 * each)
+    assert plan_memory(m, X).chunk == 2 and plan_memory(m, X, share=1.).chunk == 7
     said = []; integrated_gradients(m, X[:1], 1, 4, tell=said.append)
-    assert isinstance(said[0], Plan) and said[0].chunk == 2
+    assert isinstance(said[0], MemoryPlan) and said[0].chunk == 2
     seen = []; hook = m.register_forward_hook(lambda k, i, o: seen.append(len(o))); integrated_gradients(m, X[:1], 1, 8); hook.remove()
     assert max(seen) == 2
-    monkeypatch.setattr(attribution, "free_memory", lambda device: each)
+    monkeypatch.setattr(attribution, "_free_memory", lambda device: each)
     with pytest.raises(DataError, match="one volume needs"): integrated_gradients(m, X, 1)
-    assert free_memory() != each and free_memory() > 10**7
+    assert _free_memory() != each and _free_memory() > 10**7
 
 
 CHILD = """
 import json, re, torch
-from covid_ct.explain.attribution import plan
+from covid_ct.explain.attribution import plan_memory
 from covid_ct.models.darnet import DARNET_ROWS
 torch.set_num_threads(1)
 m = DARNET_ROWS['darnet'](depth=32, width=16, blocks=(1,1,1,1)).eval().requires_grad_(False)
 def go(n):
     x = torch.rand(n,1,32,64,64).requires_grad_(); torch.autograd.grad(m(x).sum(), x)
-said = plan(m, torch.rand(1,1,32,64,64)).each
+said = plan_memory(m, torch.rand(1,1,32,64,64)).each
 peak = lambda: 1024*int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])    # ru_maxrss would begin at the parent's
 go(4); few = peak(); go(12); print(json.dumps([said, (peak()-few)/8]))
 """
@@ -183,7 +183,7 @@ def test_predicted_peak_is_the_real_one():
 
 def test_bad_input():
     m = net()
-    for f in METHODS.values():
+    for f in _LAYER_METHODS.values():
         with pytest.raises(GeometryError, match="volumes"): f(m, X[0], 1)
         with pytest.raises(DataError, match="no class"): f(m, X, 9)
     with pytest.raises(DataError, match="no method"): layer_attribution(m, X, 1, of="magic")

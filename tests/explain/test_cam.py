@@ -8,9 +8,9 @@ from torch import nn
 import torch.nn.functional as F
 from captum.attr import LayerGradCam
 from covid_ct.preprocess.resample import Prep, prepare
-from covid_ct.widgets.overlay import compare, overlay
-from covid_ct.explain.cam import (METHODS, all_cams, attention_maps, baselines, bring_back, cam, center_gaussian, contrast_cam, explain, explain_all, find_layer, grad_cam, grad_cam_pp,
-                                  evaluating, layer_sizes, normalise)
+from covid_ct.widgets.overlay import view_side_by_side, overlay
+from covid_ct.explain.cam import (CAM_METHODS, all_cams, attention_maps, baseline_maps, to_scan_space, cam, center_gaussian, contrast_cam, explain, _explain_all, find_layer, grad_cam, grad_cam_pp,
+                                  evaluating, _layer_sizes, normalise_maps)
 from covid_ct.models.darnet import DARNET_ROWS
 from covid_ct.models.dual_sampling import DUAL_ROWS
 from covid_ct.models.prior_attention import PARL_ROWS
@@ -75,16 +75,16 @@ def test_labels():
     torch.testing.assert_close(cam(m, X, [0, 1, 2]), torch.stack([cam(m, X, k)[k] for k in range(3)]))
     torch.testing.assert_close(grad_cam(m, X, torch.tensor([0, 1, 2])), torch.stack([grad_cam(m, X, k)[k] for k in range(3)]))
     for bad in (3, -1, [0, 1, 5]):
-        for f in METHODS.values():
+        for f in CAM_METHODS.values():
             with pytest.raises(DataError, match="no class"): f(m, X, bad)
 
 
 def test_batch_equals_singles_in_one_forward():
     m, calls = net(), []
-    single = {k: torch.cat([f(m, x[None], 1) for x in X]) for k, f in METHODS.items()}
+    single = {k: torch.cat([f(m, x[None], 1) for x in X]) for k, f in CAM_METHODS.items()}
     with m.stem.register_forward_hook(lambda *a: calls.append(1)):
-        for k, f in METHODS.items(): torch.testing.assert_close(f(m, X, 1), single[k])
-    assert len(calls) == len(METHODS)
+        for k, f in CAM_METHODS.items(): torch.testing.assert_close(f(m, X, 1), single[k])
+    assert len(calls) == len(CAM_METHODS)
 
 
 def test_contrast_ignores_what_classes_share():
@@ -105,7 +105,7 @@ def test_hand_made_network():
 def state(m): return [(k.training, len(k._forward_hooks), len(k._backward_hooks)) for k in m.modules()]
 
 
-@pytest.mark.parametrize("f", METHODS.values())
+@pytest.mark.parametrize("f", CAM_METHODS.values())
 def test_leaves_no_trace(f):
     m = net().train(); m.stages[0].eval(); m.fc.weight.requires_grad_(False)
     before, buffers = state(m), {k: v.clone() for k, v in m.state_dict().items()}
@@ -142,10 +142,10 @@ def test_any_head():
 
 def test_normalise():
     m = torch.stack([torch.linspace(-3, 5, 8).view(2, 2, 2), torch.full((2, 2, 2), 7.), torch.zeros(2, 2, 2)])
-    n = normalise(m)
+    n = normalise_maps(m)
     torch.testing.assert_close(n[0].flatten(), torch.linspace(0, 1, 8)); assert not n[1:].any()
-    torch.testing.assert_close(normalise(m[0]), n[0]); torch.testing.assert_close(normalise(m[0].double() * 1e-12).float(), n[0])
-    assert torch.isfinite(normalise(m * 1e-40)).all() and normalise(m * 1e-40).max() <= 1
+    torch.testing.assert_close(normalise_maps(m[0]), n[0]); torch.testing.assert_close(normalise_maps(m[0].double() * 1e-12).float(), n[0])
+    assert torch.isfinite(normalise_maps(m * 1e-40)).all() and normalise_maps(m * 1e-40).max() <= 1
 
 
 def test_center_gaussian():
@@ -181,7 +181,7 @@ def test_explain_outside_the_crop_is_zero():
 
 def test_explain_for_every_method_and_a_dull_network():
     s = make_scan(); q = prepare(s, Prep(size=(8, 32, 32))); m = net().float().train()
-    for method in METHODS:
+    for method in CAM_METHODS:
         out = explain(m, q, s, "cap", method)
         assert out.method == method and out.label == "cap" and out.layer == "stages.3"
     assert m.training
@@ -206,7 +206,7 @@ def test_explain_needs_no_data_module():
 
 
 def test_baselines():
-    s = make_scan(); lungs = s.voxels > -600; b = baselines(s, lungs)
+    s = make_scan(); lungs = s.voxels > -600; b = baseline_maps(s, lungs)
     assert set(b) == {"centre", "lungs"} and all(m.grid == s.grid for m in b.values()) and np.array_equal(b["lungs"].values > 0, lungs)
 
 
@@ -241,7 +241,7 @@ def test_grad_cam_pp_hears_only_what_pulls_up():
 
 
 def test_layer_sizes():
-    m = net().train(); before = state(m); sizes = layer_sizes(m, X[:1])
+    m = net().train(); before = state(m); sizes = _layer_sizes(m, X[:1])
     assert state(m) == before and sizes["stages.3"] == (32, 1, 2, 3) and sizes["stem"] == (4, 8, 16, 24) and "fc" not in sizes
     for k in ("stem", "stages.1", "stages.3"): assert grad_cam(m, X[:1], 0, k).shape[1:] == sizes[k][1:]
 
@@ -259,11 +259,11 @@ def test_explain_takes_layers_and_functions():
 
 
 def test_explain_all_shares_one_scale():
-    s = make_scan(); q = prepare(s, Prep(size=(16, 16, 16))); every = explain_all(Corner(), q, s)
+    s = make_scan(); q = prepare(s, Prep(size=(16, 16, 16))); every = _explain_all(Corner(), q, s)
     assert list(every) == ["healthy", "cap", "covid"] and not every["healthy"].values.any() and not every["cap"].values.any()
     alone = explain(Corner(), q, s, "covid", "contrast CAM").values
     assert np.allclose(every["covid"].values / every["covid"].values.max(), alone, atol=1e-5)
-    with pytest.raises(ValueError): explain_all(Corner(), q, s, classes=("a", "b"))
+    with pytest.raises(ValueError): _explain_all(Corner(), q, s, classes=("a", "b"))
 
 
 # ---- where a map lands
@@ -304,18 +304,18 @@ def test_lands_within_half_a_voxel_on_an_oblique_scan(n, crop):
 
 def test_a_map_of_another_geometry_is_refused():
     s = make_scan(); q = prepare(s, Prep(size=(16, 16, 16))); m = explain(Corner(), q, s, "covid")
-    assert overlay(s, m).map and compare(s, {"CAM": m})
+    assert overlay(s, m).map and view_side_by_side(s, {"CAM": m})
     other = s.replace(spacing=(2.5, 1.1, 1.)), s.replace(origin=(-29., 12., 7.)), s.replace(direction=((1, 0, 0), (0, 0, 1), (0, 1, 0))), s.replace(voxels=s.voxels[:-1])
     for wrong in other:
-        for show in (lambda: overlay(wrong, m), lambda: compare(wrong, {"CAM": m}), lambda: bring_back(np.ones((2, 2, 2)), q, wrong), lambda: attention_maps(net(), q, wrong)):
+        for show in (lambda: overlay(wrong, m), lambda: view_side_by_side(wrong, {"CAM": m}), lambda: to_scan_space(np.ones((2, 2, 2)), q, wrong), lambda: attention_maps(net(), q, wrong)):
             with pytest.raises(GeometryError): show()
     with pytest.raises(GeometryError, match="its grid"): Map(m.values[:-1], s.grid)
 
 
 def test_bring_back_keeps_or_stretches():
     s = make_scan(); q = prepare(s, Prep(size=(16, 16, 16))); v = torch.full((4, 4, 4), .25); v[2, 2, 2] = .5
-    assert bring_back(v, q, s).values.max() == 1 and bring_back(v, q, s, stretch=False).values.max() <= .5 and bring_back(v, q, s, stretch=False).values.min() == .25
-    assert not bring_back(np.zeros((2, 2, 2)), q, s).values.any()
+    assert to_scan_space(v, q, s).values.max() == 1 and to_scan_space(v, q, s, stretch=False).values.max() <= .5 and to_scan_space(v, q, s, stretch=False).values.min() == .25
+    assert not to_scan_space(np.zeros((2, 2, 2)), q, s).values.any()
 
 
 # ---- what a network says of its own attention

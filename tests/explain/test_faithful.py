@@ -10,8 +10,8 @@ from skimage.metrics import structural_similarity
 from sklearn.metrics import average_precision_score
 from covid_ct.explain.attribution import cut_patches, integrated_gradients, layer_attribution, occlusion, smooth_grad
 from covid_ct.explain.cam import cam, center_gaussian, contrast_cam, grad_cam, grad_cam_pp
-from covid_ct.explain.faithfulness import (SCORES, area, auprc, cascade, cascade_table, compare_maps, deal_labels, deletion, full_maps, infidelities, overlap_curve, random_pairs,
-                                       rank_correlation, score_case, score_map, score_table, sensitivity, ssim)
+from covid_ct.explain.faithfulness import (SCORES, curve_area, map_average_precision, randomised_copies, _cascade_table, compare_maps, deal_labels, deletion, input_size_maps, infidelities, _overlap_curve, random_pairs,
+                                       _rank_correlation, score_case, score_map, score_table, sensitivity, ssim)
 from covid_ct.models.darnet import DARNET_ROWS
 from covid_ct.scan import DataError, GeometryError
 
@@ -48,19 +48,19 @@ def test_known_block(way, at):
     "Whatever the method: the hottest voxel lies in the block, and the answer goes with it"
     net, x = OneBlock(at), torch.rand(1, 1, *SIZE) * .5 + .5
     block = np.zeros(SIZE, bool); block[tuple(slice(4 * i, 4 * i + 4) for i in at)] = True
-    heat = full_maps(net, x, WAYS[way], 1)[0]
+    heat = input_size_maps(net, x, WAYS[way], 1)[0]
     assert score_map(heat, block)["pointing"] == 1
     out, back = deletion(net, x, heat, 1, fill=0., steps=8), deletion(net, x, heat, 1, fill=0., steps=8, insert=True)
     blind = deletion(net, x, np.random.default_rng(0).random(SIZE), 1, fill=0., steps=8)
-    assert out.prob[0] > .99 > .01 > out.prob[1] and area(out) < .07 < .2 < area(blind)
-    assert back.prob.iloc[0] < .01 and back.prob.iloc[1] > .99 and area(back) > .93
+    assert out.prob[0] > .99 > .01 > out.prob[1] and curve_area(out) < .07 < .2 < curve_area(blind)
+    assert back.prob.iloc[0] < .01 and back.prob.iloc[1] > .99 and curve_area(back) > .93
 
 
 def test_scores_by_hand():
     v = np.zeros((2, 2, 2)); v.flat[:4] = .9, .6, .4, .1; m = np.zeros_like(v, bool); m.flat[[0, 2]] = True
     s = score_map(v, m)
     assert s["pointing"] == 1 and s["energy"] == pytest.approx(1.3 / 2)
-    c = overlap_curve(v, m, (.05, .5, .95))
+    c = _overlap_curve(v, m, (.05, .5, .95))
     assert np.allclose(c.dice, [2 * 2 / 6, 2 * 1 / 4, 0]) and np.allclose(c.iou, [2 / 4, 1 / 3, 0])
     assert s["dice_best"] == pytest.approx(.8) and s["auprc"] == pytest.approx(.5 + .5 * 2 / 3)
     assert np.allclose(c.iou, c.dice / (2 - c.dice))
@@ -68,7 +68,7 @@ def test_scores_by_hand():
 
 def test_overlap_is_the_slow_count():
     rng = np.random.default_rng(0); v, m = rng.random((5, 6, 7)).astype("f4"), rng.random((5, 6, 7)) < .3
-    c = overlap_curve(v, m)
+    c = _overlap_curve(v, m)
     for t, row in c.iterrows():
         a = v >= np.float32(t)
         assert row.dice == pytest.approx(2 * (a & m).sum() / max(1, a.sum() + m.sum())) and row.iou == pytest.approx((a & m).sum() / (a | m).sum())
@@ -77,8 +77,8 @@ def test_overlap_is_the_slow_count():
 @pytest.mark.parametrize("levels", [3, 9, 10**6])
 def test_auprc_is_average_precision(levels):
     rng = np.random.default_rng(levels); v = rng.integers(0, levels, (6, 7, 8)) / levels; m = rng.random(v.shape) < .1 + .5 * v
-    assert auprc(v, m) == pytest.approx(average_precision_score(m.ravel(), v.ravel()))
-    assert auprc(np.ones_like(v), m) == pytest.approx(m.mean()) and np.isnan(auprc(v, np.zeros_like(m)))
+    assert map_average_precision(v, m) == pytest.approx(average_precision_score(m.ravel(), v.ravel()))
+    assert map_average_precision(np.ones_like(v), m) == pytest.approx(m.mean()) and np.isnan(map_average_precision(v, np.zeros_like(m)))
 
 
 def test_flat_maps_get_nothing_and_perfect_maps_all():
@@ -101,7 +101,7 @@ def test_case_and_table():
     alone = score_table(scores.assign(patient_id=scores.scan_id), n=200).set_index(["method", "score", "against"])
     assert alone.value["noise", "energy", ""] == t.value["noise", "energy", ""] and alone.low["noise", "energy", ""] != t.low["noise", "energy", ""]
     with pytest.raises(DataError, match="no lesions"): score_case({}, np.zeros((2, 2, 2), bool), np.ones((2, 2, 2), bool))
-    with pytest.raises(GeometryError, match="differ"): overlap_curve(np.zeros((2, 2, 2)), np.zeros((2, 2, 3)))
+    with pytest.raises(GeometryError, match="differ"): _overlap_curve(np.zeros((2, 2, 2)), np.zeros((2, 2, 3)))
 
 
 @pytest.mark.parametrize("shape", [(9, 10, 11), (7, 7, 7), (20, 30)])
@@ -112,7 +112,7 @@ def test_ssim_is_that_of_scikit_image(shape):
 
 def test_likeness():
     a = np.random.default_rng(0).random((3, 8, 8, 8))
-    assert rank_correlation(a, a**3) == pytest.approx(1) and rank_correlation(a, -a) == pytest.approx(-1) and rank_correlation(a, np.ones_like(a)) == 0
+    assert _rank_correlation(a, a**3) == pytest.approx(1) and _rank_correlation(a, -a) == pytest.approx(-1) and _rank_correlation(a, np.ones_like(a)) == 0
     assert np.allclose(compare_maps(a, a), 1) and len(random_pairs(a)) == 3 and abs(random_pairs(a)["rank"]).max() < .2
     with pytest.raises(GeometryError, match="window"): ssim(a[0, :5], a[0, :5])
 
@@ -122,7 +122,7 @@ def net(): return DARNET_ROWS["darnet"](depth=8, width=4, blocks=(1, 1, 1, 1)).e
 
 def test_cascade_forgets_from_the_top():
     m = net(); before = {k: v.clone() for k, v in m.state_dict().items()}; stream = torch.get_rng_state()
-    steps = list(cascade(m, seed=3)); names = [n for n, _ in steps]
+    steps = list(randomised_copies(m, seed=3)); names = [n for n, _ in steps]
     assert names == ["as trained", "fc", "stages.3", "stages.2", "stages.1", "stages.0", "stem.conv"]
     assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items()) and torch.equal(stream, torch.get_rng_state())
     for i, (name, copy) in enumerate(steps):
@@ -130,9 +130,9 @@ def test_cascade_forgets_from_the_top():
             if p.ndim < 2: continue                                          # a norm's 1 and 0 may be set anew to the same
             gone = any(k.startswith(n + ".") for n in names[1:i + 1])
             assert torch.equal(p, before[k]) != gone, (name, k)
-    again = dict(cascade(m, seed=3))["stem.conv"]
+    again = dict(randomised_copies(m, seed=3))["stem.conv"]
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), steps[-1][1].parameters()))
-    with pytest.raises(DataError, match="no layer"): list(cascade(nn.ReLU()))
+    with pytest.raises(DataError, match="no layer"): list(randomised_copies(nn.ReLU()))
 
 
 def test_cascade_table_sees_through_edges():
@@ -140,7 +140,7 @@ def test_cascade_table_sees_through_edges():
     for p in m.parameters():
         if p.ndim == 2: nn.init.normal_(p, 0, .3)
     def edges(model, x, label=None): return (F.avg_pool3d(x, 3, 1, 1) - x).abs()[:, 0]
-    cheat, honest = (cascade_table(m, x, f, 1, seeds=(0,)) for f in (edges, partial(grad_cam, layer="stages.0")))
+    cheat, honest = (_cascade_table(m, x, f, 1, seeds=(0,)) for f in (edges, partial(grad_cam, layer="stages.0")))
     assert np.allclose(cheat["rank"], 1) and np.allclose(cheat.ssim, 1) and honest["rank"].iloc[0] == pytest.approx(1) and honest["rank"].iloc[-1] < .9
 
 
@@ -177,19 +177,19 @@ def seer():
 def test_another_training_says_the_same_and_dealt_labels_do_not(seer):
     "Repeatability over seeds above the level of other scans, and a map of labels without meaning off the balls"
     m, x, truth = seer
-    a, b, c = (full_maps(n, x, grad_cam, 1) for n in (m, learner(2), learner(1, dealt=True)))
+    a, b, c = (input_size_maps(n, x, grad_cam, 1) for n in (m, learner(2), learner(1, dealt=True)))
     level = random_pairs(a)["rank"].mean()
     assert compare_maps(a, b)["rank"].mean() > level + .1 and compare_maps(a, b)["rank"].mean() > compare_maps(a, c)["rank"].mean()
-    good, again, dealt = (np.mean([auprc(h, t) for h, t in zip(maps, truth)]) for maps in (a, b, c))
+    good, again, dealt = (np.mean([map_average_precision(h, t) for h, t in zip(maps, truth)]) for maps in (a, b, c))
     assert min(good, again) > 2 * dealt
 
 
 def test_a_randomised_network_falls_to_the_baselines(seer):
     m, x, truth = seer; lungs = np.ones(SIZE, bool)
     def judged(nets):
-        s = pd.concat([score_case({"map": full_maps(n, x[i:i + 1], grad_cam, 1)[0]}, truth[i], lungs, scan_id=f"{k}-{i}", patient_id=i) for k, n in enumerate(nets) for i in range(len(x))])
+        s = pd.concat([score_case({"map": input_size_maps(n, x[i:i + 1], grad_cam, 1)[0]}, truth[i], lungs, scan_id=f"{k}-{i}", patient_id=i) for k, n in enumerate(nets) for i in range(len(x))])
         return score_table(s, of=("energy", "auprc"), n=200).query("method=='map'").set_index(["score", "against"])
-    trained, blank = judged([m]), judged([list(cascade(m, 1, s))[-1][1] for s in range(4)])
+    trained, blank = judged([m]), judged([list(randomised_copies(m, 1, s))[-1][1] for s in range(4)])
     for s in ("energy", "auprc"):
         assert all(trained.low[s, b] > 0 for b in ("lungs", "centre"))
         assert blank.low[s, "centre"] <= 0 and blank.value[s, ""] < .5 * trained.value[s, ""]
@@ -198,7 +198,7 @@ def test_a_randomised_network_falls_to_the_baselines(seer):
 def test_deletion_order_and_bad_input(seer):
     m, x, truth = seer; heat = truth[0].astype("f4")
     a, b = deletion(m, x[:1], heat, 1, steps=4), deletion(m, x[:1], heat, 1, steps=4)
-    assert a.equals(b) and list(a.share) == [0, .25, .5, .75, 1] and area(pd.DataFrame(dict(share=[0, 1], prob=[1., 0.]))) == .5
+    assert a.equals(b) and list(a.share) == [0, .25, .5, .75, 1] and curve_area(pd.DataFrame(dict(share=[0, 1], prob=[1., 0.]))) == .5
     up = deletion(m, x[:1], heat, 1, steps=4, insert=True)
     assert up.prob.iloc[0] == pytest.approx(a.prob.iloc[-1]) and up.prob.iloc[-1] == pytest.approx(a.prob.iloc[0])
     for bad in (dict(x=x[:2]), dict(heat=heat[:5])):

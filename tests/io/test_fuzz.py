@@ -20,7 +20,7 @@ def test_bounded():
 
 def test_two_header_readers_never_differ(tmp_path):
     "A damaged header that our walk and pydicom both accept means the same to both"
-    from covid_ct.io.dicom_header import _slow, _walk, damage, foreign, slices_of
+    from covid_ct.io.dicom_header import _slow, _walk, find_damage, find_foreign, slices_of
     good, both = (fuzz.seeds(tmp_path / "good")["dicom"] / "IM3").read_bytes(), 0
     p = tmp_path / "x"
     for i in range(600):
@@ -28,7 +28,7 @@ def test_two_header_readers_never_differ(tmp_path):
         try:
             fast = _walk(b)
             with open(p, "rb") as f, warnings.catch_warnings(): warnings.simplefilter("ignore"); slow = _slow(f, True)
-            if any(foreign(h) or damage(h, p) for h in (fast, slow)): continue
+            if any(find_foreign(h) or find_damage(h, p) for h in (fast, slow)): continue
             a, b = ([dataclasses.replace(s, uid="") for s in slices_of(h, p)] for h in (fast, slow))  # but for zeros inside a uid
         except Exception: continue
         assert a == b, i

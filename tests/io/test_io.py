@@ -14,8 +14,8 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from scipy.ndimage import map_coordinates
 from covid_ct.cohort.table import write_series
-from covid_ct.io.dicom import decode, upright
-from covid_ct.io.dicom_header import _slow, _walk, damage, foreign, read_header, slices_of
+from covid_ct.io.dicom import decode, untilt
+from covid_ct.io.dicom_header import _slow, _walk, find_damage, find_foreign, read_header, slices_of
 from covid_ct.io.read import (files_of, list_series, orientation, read, read_mask, reorient, write_map,
                               write_mask, write_scan)
 from covid_ct.scan import DataError, GeometryError, Grid, Map, ReadError, Scan, UnitsError, VoxelError, check_same_grid
@@ -461,11 +461,11 @@ def test_a_known_tilt_is_set_upright(tmp_path, scan, deg):
 def test_upright_moves_a_line_exactly():
     "A ramp is what linear interpolation keeps exactly, whole pixels are moved untouched"
     v = np.tile(np.arange(20.,dtype='f4')*10, (3,15,1)); off = np.array([[0,0],[0,.25],[0,-1.5]])
-    out,g = upright(v, Grid(v.shape,(1.,1.,1.)), off)
+    out,g = untilt(v, Grid(v.shape,(1.,1.,1.)), off)
     assert out.shape==(3,15,23) and g.origin==(0,0,-2) # from −2 to +1
     for k,dx in enumerate((0,.25,-1.5)):
         x = np.arange(23)-2; inside = (x-dx>=0)&(x-dx<=19); assert np.allclose(out[k,0,inside], 10*(x-dx)[inside])
-    w = np.random.default_rng(0).integers(-1000, 1000, (2,6,7)).astype('i2'); out,_ = upright(w, Grid(w.shape,(1.,1.,1.)), np.array([[0,0],[2,-1]]))
+    w = np.random.default_rng(0).integers(-1000, 1000, (2,6,7)).astype('i2'); out,_ = untilt(w, Grid(w.shape,(1.,1.,1.)), np.array([[0,0],[2,-1]]))
     assert np.array_equal(out[0,:6,1:], w[0]) and np.array_equal(out[1,2:,:7], w[1]) and (out[0,6:]==-1024).all()
 
 def test_tilt_is_asked_for_by_name(tmp_path, scan):
@@ -601,7 +601,7 @@ def test_real_slices_equal_pydicom(data_dir):
         if not p.is_file() or 'annotation' in str(p) or p.suffix in ('.png','.gz','.csv','.md','.nrrd','.xml','.txt','.pdf'): continue
         try: h = read_header(p)
         except Exception: continue
-        if h is None or foreign(h) or damage(h, p): continue
+        if h is None or find_foreign(h) or find_damage(h, p): continue
         if n%3 and 'A0001' in str(p): n += 1; continue # every third of the long ones
         d = pydicom.dcmread(p)
         try: want = d.pixel_array*float(d.get('RescaleSlope',1))+float(d.get('RescaleIntercept',0))

@@ -9,12 +9,12 @@ from torch import nn
 
 from covid_ct.preprocess.resample import Prep, prepare
 from covid_ct.models.blocks import count_parameters
-from covid_ct.models.dual_sampling import DUAL_ROWS, GROUPS, VARIANTS, AttentionResNet, Mixing, PoolStem, check_ratio, combine, ratio_group, search_mixing
-from covid_ct.models.online_cam import OnlineAttention, class_map, soft_mask, stretch, upsample
+from covid_ct.models.dual_sampling import DUAL_ROWS, RATIO_GROUPS, DUAL_TABLE_ROWS, AttentionResNet, Mixing, PoolStem, check_ratio, combine_predictions, ratio_group, search_mixing
+from covid_ct.models.online_cam import OnlineAttention, class_map, soft_mask, rescale_to_unit, upsample_map
 from covid_ct.models.resnet3d import feature_size
 from covid_ct.phantom.chest import make_phantom
 from covid_ct.scan import CohortError, DataError, GeometryError
-from covid_ct.train.dual import branches, check_cohort, group_table, paired_table, protocol, readings, result_table, score
+from covid_ct.train.dual import _branches, _check_protocol_cohort, group_table, paired_table, protocol, dual_metrics, result_table, _dual_scores
 from covid_ct.train.losses import AttentionLoss, LossError, attention_error
 
 
@@ -51,7 +51,7 @@ def test_eq_1_to_4(seed):
     g = torch.Generator().manual_seed(seed)
     f, w = torch.randn(2, 3, 2, 3, 2, generator=g, dtype=torch.float64).requires_grad_(), torch.randn(2, 3, generator=g, dtype=torch.float64).requires_grad_()
     y, mask = torch.tensor([1, 0]), (torch.rand(2, 1, 2, 3, 2, generator=g) > .5).double()
-    fast = attention_error(soft_mask(stretch(class_map(f, w, torch.tensor([1, 1]), detach=False))), mask)
+    fast = attention_error(soft_mask(rescale_to_unit(class_map(f, w, torch.tensor([1, 1]), detach=False))), mask)
     slow = []
     for b in range(2):
         a = loop_map(f[b:b + 1], w, [1])
@@ -60,7 +60,7 @@ def test_eq_1_to_4(seed):
     torch.testing.assert_close(fast, torch.stack(slow))
     for one, two in zip(torch.autograd.grad(fast.sum(), (f, w), retain_graph=True), torch.autograd.grad(sum(slow), (f, w), retain_graph=True)): torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
     z = torch.randn(2, 2, generator=g, dtype=torch.float64).requires_grad_()
-    total, _ = AttentionLoss()(dict(logits=z, attention=soft_mask(stretch(class_map(f, w, torch.tensor([1, 1]))))), dict(label=y, infection=mask))
+    total, _ = AttentionLoss()(dict(logits=z, attention=soft_mask(rescale_to_unit(class_map(f, w, torch.tensor([1, 1]))))), dict(label=y, infection=mask))
     p = (z[:, 1] - z[:, 0]).sigmoid()
     hand = -(p[0].log() + (1 - p[1]).log()) / 2 + .5 * slow[0]
     torch.testing.assert_close(total, hand)
@@ -70,7 +70,7 @@ def test_eq_1_to_4(seed):
 def test_upsample_is_trilinear():
     "By hand along one axis: sample points at -1/4, 1/4, 3/4, 5/4 of the coarse grid"
     m = torch.tensor([1., 3.]).view(1, 1, 2, 1, 1)
-    assert upsample(m, (4, 1, 1)).flatten().tolist() == [1., 1.5, 2.5, 3.]
+    assert upsample_map(m, (4, 1, 1)).flatten().tolist() == [1., 1.5, 2.5, 3.]
 
 
 # --- copied weights ---
@@ -101,15 +101,15 @@ def test_copied_weights_are_those_of_now():
 
 def test_no_range_is_empty_not_nan():
     for v in (0., 3.):
-        m = torch.full((2, 1, 3, 3, 3), v, requires_grad=True); t = soft_mask(stretch(m)); t.sum().backward()
+        m = torch.full((2, 1, 3, 3, 3), v, requires_grad=True); t = soft_mask(rescale_to_unit(m)); t.sum().backward()
         assert torch.isfinite(t).all() and t.max() < 1e-15 and torch.isfinite(m.grad).all()
 
 
 def test_each_volume_has_its_own_range():
     m = torch.rand(3, 1, 4, 4, 4) * torch.tensor([1., 100., 1e-6]).view(3, 1, 1, 1, 1) + 5
-    s = stretch(m)
+    s = rescale_to_unit(m)
     assert torch.equal(s.amin((1, 2, 3, 4)), torch.zeros(3)) and torch.equal(s.amax((1, 2, 3, 4)), torch.ones(3))
-    torch.testing.assert_close(s[1], stretch(m[1:2])[0])
+    torch.testing.assert_close(s[1], rescale_to_unit(m[1:2])[0])
 
 
 def test_soft_mask():
@@ -134,8 +134,8 @@ def test_options():
     a, b = look(label=0)[1], look(label=1)[1]
     pick = look(label=lambda z: torch.tensor([0, 1]))[1]
     assert torch.equal(pick[0], a[0]) and torch.equal(pick[1], b[1])
-    assert look(steps=(stretch, upsample))[0].shape == look()[0].shape == (2, 1, 20, 24, 28)
-    assert look(steps=(upsample,))[0].shape == x.shape
+    assert look(steps=(rescale_to_unit, upsample_map))[0].shape == look()[0].shape == (2, 1, 20, 24, 28)
+    assert look(steps=(upsample_map,))[0].shape == x.shape
 
 
 def test_bad_options():
@@ -201,9 +201,9 @@ def test_mask_on_another_grid():
     with pytest.raises(GeometryError): prepare(p.scan, Prep(size=(24, 32, 32), keep="lungs"), lungs=p.lungs[:, 1:])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", DUAL_TABLE_ROWS)
 def test_variants_train(name):
-    v = VARIANTS[name]
+    v = DUAL_TABLE_ROWS[name]
     assert v.network in DUAL_ROWS and set(v.samplers) <= {"us", "ss"} and (v.loss == "attention") == (v.network == "attention-rn34")
 
 
@@ -218,7 +218,7 @@ def test_prep_keeps_the_lungs():
 # --- Eq. 5 ---
 
 def test_eq_5_by_hand():
-    got = combine([.8] * 5, [.2] * 5, [0, .001, .01, .030, .5])
+    got = combine_predictions([.8] * 5, [.2] * 5, [0, .001, .01, .030, .5])
     np.testing.assert_allclose(got, [.35 * .8 + .65 * .2, *[.96 * .8 + .04 * .2] * 3, .35 * .8 + .65 * .2], atol=1e-15)
 
 
@@ -228,22 +228,22 @@ def test_eq_5_in_loops():
     for a, b, r in zip(us, ss, ratio):
         w = .35 if r < .001 or r > .030 else .96
         slow.append(w * a + (1 - w) * b)
-    np.testing.assert_allclose(combine(us, ss, ratio), slow, atol=1e-15)
+    np.testing.assert_allclose(combine_predictions(us, ss, ratio), slow, atol=1e-15)
 
 
 def test_eq_5_stays_between():
     rng = np.random.default_rng(0); a, b, r = rng.random((3, 500))
-    p = combine(a, b, r); assert (p >= np.minimum(a, b) - 1e-12).all() and (p <= np.maximum(a, b) + 1e-12).all()
+    p = combine_predictions(a, b, r); assert (p >= np.minimum(a, b) - 1e-12).all() and (p <= np.maximum(a, b) + 1e-12).all()
 
 
 @pytest.mark.parametrize("ratio,word", [([.1, np.nan], "scan 1"), ([.1, 1.2], "outside"), ([-.1, 0], "outside"), (["a", .1], "number"), (None, "has no infection ratio|not a number")])
 def test_bad_ratios(ratio, word):
-    for f in (check_ratio, ratio_group, lambda r: combine([.1, .2], [.1, .2], r), Mixing()):
+    for f in (check_ratio, ratio_group, lambda r: combine_predictions([.1, .2], [.1, .2], r), Mixing()):
         with pytest.raises(CohortError, match=word): f(ratio)
 
 
 def test_shapes_of_the_ensemble():
-    with pytest.raises(CohortError, match="one order"): combine([.1], [.1, .2], [.1, .2])
+    with pytest.raises(CohortError, match="one order"): combine_predictions([.1], [.1, .2], [.1, .2])
 
 
 def slow_search(us, ss, ratio, covid):
@@ -263,7 +263,7 @@ def test_search():
     us, ss = (np.clip(y * .3 + rng.normal(.35, .3, n), 0, 1) for _ in range(2))
     m, best = search_mixing(us, ss, r, y), slow_search(us, ss, r, y)
     assert any(abs(m.rare - w) < 1e-9 for w in best["rare"]) and any(abs(m.middle - w) < 1e-9 for w in best["middle"])
-    acc = lambda mix: ((combine(us, ss, r, mix) >= .5) == y).mean()
+    acc = lambda mix: ((combine_predictions(us, ss, r, mix) >= .5) == y).mean()
     assert acc(m) >= max(acc(Mixing()), acc(Mixing(rare=1, middle=1)), acc(Mixing(rare=0, middle=0)))
 
 
@@ -275,7 +275,7 @@ def test_search_needs_both():
 
 
 def test_groups():
-    assert ratio_group([.0049, .005, .03, .031]).tolist() == [GROUPS[0], GROUPS[1], GROUPS[1], GROUPS[2]]
+    assert ratio_group([.0049, .005, .03, .031]).tolist() == [RATIO_GROUPS[0], RATIO_GROUPS[1], RATIO_GROUPS[1], RATIO_GROUPS[2]]
 
 
 # --- the protocol ---
@@ -297,10 +297,10 @@ def told(seen=None):
 
 def test_protocol_trains_each_network_once_per_fold():
     seen, c = [], cohort(); results = protocol(c, told(seen))
-    assert len(seen) == 9 and len(branches()) == 3 and {s[2] for s in seen} == {"UniformSampler", "SizeBalancedSampler"}
+    assert len(seen) == 9 and len(_branches()) == 3 and {s[2] for s in seen} == {"UniformSampler", "SizeBalancedSampler"}
     test = set(c.scan_id[c.fold < 0])
     for *_, train, valid, n in seen: assert not train & valid and not (train | valid) & test and n == len(train)
-    for v in VARIANTS:
+    for v in DUAL_TABLE_ROWS:
         t = results[results.variant == v]
         assert sorted(t.scan_id[t.part == "valid"]) == sorted(c.scan_id[c.fold >= 0]) and (t[t.part == "test"].groupby("scan_id").size() == 3).all()
 
@@ -318,15 +318,15 @@ def test_tables_by_hand():
     sens = [((s.prob >= .5) & (s.label == "covid")).sum() / (s.label == "covid").sum() for _, s in t.groupby("fold")]
     assert two.test["sensitivity", "RN34 + US"] == pytest.approx(np.mean(sens)) and two["std"]["sensitivity", "RN34 + US"] == pytest.approx(np.std(sens, ddof=1))
     tv = r[(r.variant == "Attention RN34 + SS") & (r.part == "valid") & (r.infection_ratio > .03)]
-    assert three[GROUPS[2], "TV"]["specificity", "Attention RN34 + SS"] == pytest.approx(((tv.prob < .5) & (tv.label == "cap")).sum() / (tv.label == "cap").sum())
-    assert set(three.columns.get_level_values(0)) == set(GROUPS)
+    assert three[RATIO_GROUPS[2], "TV"]["specificity", "Attention RN34 + SS"] == pytest.approx(((tv.prob < .5) & (tv.label == "cap")).sum() / (tv.label == "cap").sum())
+    assert set(three.columns.get_level_values(0)) == set(RATIO_GROUPS)
 
 
 def test_score_against_scikit_learn():
     from sklearn.metrics import f1_score, roc_auc_score
     rng = np.random.default_rng(1); y = rng.random(200) < .4; p = rng.random(200).round(2)
     p[p == .5] = .51
-    s = score(pd.DataFrame(dict(label=np.where(y, "covid", "cap"), prob=p)))
+    s = _dual_scores(pd.DataFrame(dict(label=np.where(y, "covid", "cap"), prob=p)))
     assert s["AUC"] == pytest.approx(roc_auc_score(y, p)) and s["F1"] == pytest.approx(f1_score(y, p >= .5, average="macro")) and s["accuracy"] == pytest.approx(((p >= .5) == y).mean())
 
 
@@ -335,33 +335,33 @@ def test_f1_is_the_papers(sensitivity, specificity, printed):
     "Table II, test set: F1 from the printed sensitivity and specificity and 2,295 COVID and 501 CAP scans"
     hit, free = round(sensitivity * 2295), round(specificity * 501)
     prob = np.r_[np.ones(hit), np.zeros(2295 - hit), np.zeros(free), np.ones(501 - free)]
-    got = score(pd.DataFrame(dict(label=["covid"] * 2295 + ["cap"] * 501, prob=prob)))
+    got = _dual_scores(pd.DataFrame(dict(label=["covid"] * 2295 + ["cap"] * 501, prob=prob)))
     assert abs(got["F1"] - printed) < .003 and abs(got["sensitivity"] - sensitivity) < .001 and abs(got["specificity"] - specificity) < .001
 
 
 def test_readings_of_weighted_cohorts():
     "A scan that is drawn twice counts twice"
     rng = np.random.default_rng(2); t = pd.DataFrame(dict(label=np.array(["cap", "covid"])[np.arange(40) % 2], prob=rng.random(40))); w = rng.integers(0, 3, (5, 40))
-    many = readings(t, w)
+    many = dual_metrics(t, w)
     for j in range(5):
-        one = score(t.iloc[np.repeat(np.arange(40), w[j])])
+        one = _dual_scores(t.iloc[np.repeat(np.arange(40), w[j])])
         assert all(many[k][j] == pytest.approx(v) for k, v in one.items())
 
 
 def test_paired():
     r = protocol(cohort(), told([])); t = paired_table(r)
     one = t[(t.variant == "Attention RN34 + SS") & (t.reading == "models, accuracy")].iloc[0]
-    acc = {v: np.array([score(s)["accuracy"] for _, s in r[(r.variant == v) & (r.part == "test")].groupby("fold")]) for v in ("Attention RN34 + SS", "RN34 + US")}
+    acc = {v: np.array([_dual_scores(s)["accuracy"] for _, s in r[(r.variant == v) & (r.part == "test")].groupby("fold")]) for v in ("Attention RN34 + SS", "RN34 + US")}
     d = acc["Attention RN34 + SS"] - acc["RN34 + US"]
     assert one.pairs == 3 and one.difference == pytest.approx(d.mean()) and (np.isnan(one.t) if np.ptp(d) == 0 else one.t == pytest.approx(d.mean() / (d.std(ddof=1) / 3**.5)))
-    assert set(t.variant) == set(VARIANTS) - {"RN34 + US"}
+    assert set(t.variant) == set(DUAL_TABLE_ROWS) - {"RN34 + US"}
 
 
 @pytest.mark.parametrize("change,word", [(lambda c: c.drop(columns="infection_ratio"), "infection_ratio"), (lambda c: c.drop(columns="fold"), "fold"), (lambda c: c.assign(infection_ratio=c.infection_ratio * 100), "outside"),
                                          (lambda c: c.assign(infection_ratio=c.infection_ratio.where(c.index != 3)), "no infection"), (lambda c: c[c.fold >= 0], "no test set"), (lambda c: c.assign(label="ild"), "label"),
                                          (lambda c: c[c.label == "covid"], "cap"), (lambda c: c[(c.label == "cap") | (c.infection_ratio > .03)], "covid_small"), (lambda c: c[c.fold != -1].iloc[:0], "no ")])
 def test_bad_cohorts(change, word):
-    with pytest.raises(CohortError, match=word): protocol(check_cohort(change(cohort())), told())
+    with pytest.raises(CohortError, match=word): protocol(_check_protocol_cohort(change(cohort())), told())
 
 
 # --- trained from a cohort by its recipe ---

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from covid_ct.models.lsh_attention import (LSHAttention, attend_round, bucket_factors, draw_rotations, exact_attention, hash_tokens,
-                                 lsh_attention, reaches, sort_tokens, unit)
+                                 lsh_attention, attention_reach, sort_tokens, unit_vectors)
 from covid_ct.scan import DataError, GeometryError
 
 
@@ -111,10 +111,10 @@ def test_slabs_change_nothing():
 def test_recall_rises():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(40, 16, generator=g)[torch.randint(40, (800,), generator=g)] + .4 * torch.randn(800, 16, generator=g)
-    near = (unit(x) @ unit(x).T).fill_diagonal_(-2).topk(8).indices
+    near = (unit_vectors(x) @ unit_vectors(x).T).fill_diagonal_(-2).topk(8).indices
     b = hash_tokens(x, draw_rotations(16, bucket_factors(800, 32), 8, g))
     codes = sort_tokens(b, 32)[1]
-    found = [reaches(codes[:r, :, None], codes[:r, None]).any(0).gather(1, near).float().mean() for r in (1, 2, 4, 8)]
+    found = [attention_reach(codes[:r, :, None], codes[:r, None]).any(0).gather(1, near).float().mean() for r in (1, 2, 4, 8)]
     assert found == sorted(found) and found[0] < .6 and found[3] > found[0] + .25
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from covid_ct.models import zoo
 from covid_ct.models.attention import ChannelAttention, DepthAttention, depth_curve
 from covid_ct.models.blocks import ResidualBlock, conv, count_parameters, init_weights
-from covid_ct.models.darnet import CLASSES, DARNET_ROWS, DUAL, DARNet
+from covid_ct.models.darnet import DARNET_CLASSES, DARNET_ROWS, BOTH_GATES, DARNet
 from covid_ct.models.resnet3d import ResNet3d, Stem, feature_size, resnet_stages, stage_table
 from covid_ct.scan import DataError, GeometryError, UnitsError
 
@@ -39,7 +39,7 @@ def test_counts(row):
 
 def test_rows_and_table():
     assert set(DARNET_ROWS) == set(COUNTS) <= set(zoo.ROWS)
-    assert [r["name"] for r in zoo.table()] == list(zoo.ROWS)
+    assert [r["name"] for r in zoo.describe_all()] == list(zoo.ROWS)
     with pytest.raises(DataError, match="darnet-ca"): zoo.build("nothing")
     with pytest.raises(DataError, match="nothing"): zoo.describe("nothing")
 
@@ -97,7 +97,7 @@ def test_silenced_block_is_the_identity():
 
 
 def test_init():
-    m = init_weights(ResNet3d(resnet_stages(16), gates=DUAL, depth=16))
+    m = init_weights(ResNet3d(resnet_stages(16), gates=BOTH_GATES, depth=16))
     for k in m.modules():
         if isinstance(k, nn.Conv3d) and k.weight.numel() > 5000:
             assert k.weight.std().item() == pytest.approx((2 / k.weight[0].numel()) ** .5, rel=.06) and k.bias is None
@@ -246,7 +246,7 @@ def test_overfits():
     assert loss.item() < .1
 
 
-def test_classes_are_fixed(): assert CLASSES == ("healthy", "cap", "covid")
+def test_classes_are_fixed(): assert DARNET_CLASSES == ("healthy", "cap", "covid")
 
 
 @pytest.mark.slow

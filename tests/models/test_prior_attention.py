@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from covid_ct.models.blocks import count_parameters
-from covid_ct.models.prior_attention import CLASSES, PARL, PARL_OURS, PARL_ROWS, SARL, WARL, Branch, DoubleNet, SingleNet, size_table
+from covid_ct.models.prior_attention import PARL_CLASSES, PARL, PARL_OURS, PARL_ROWS, SARL, WARL, Branch, DoubleNet, SingleNet, size_table
 from covid_ct.models.spatial_attention import SpatialAttention, spatial_softmax
 from covid_ct.scan import GeometryError, UnitsError
 from covid_ct.train.losses import MultiTask
@@ -58,7 +58,7 @@ def test_output_sizes(row):
 def test_ours():
     assert count_parameters(meta("pa-66-m-learned"), running=True) == TOTALS["pa-66-m"] + 8
     assert count_parameters(meta("pa-66-m-mean"), running=True) == TOTALS["pa-66-m"]
-    assert CLASSES == ("healthy", "ild", "covid") and set(PARL_ROWS) == set(TOTALS)
+    assert PARL_CLASSES == ("healthy", "ild", "covid") and set(PARL_ROWS) == set(TOTALS)
 
 
 def test_which_branch_has_attention():
@@ -293,14 +293,14 @@ def test_full_size():
 # ---- with the rest of the house
 def test_fits_by_a_recipe(tmp_path):
     "The training loop takes network and loss as they are; every part of Eq. 7 gets its column, and the run can be loaded"
-    from covid_ct.train.loop import fit, load_run, predict
-    from covid_ct.train.recipes import Recipe, sourced
-    r = Recipe("prior_attention", "test", CLASSES, model="pa-66-m", model_kwargs=dict(depth=16, width=4, blocks=(1, 1), hidden=8), batch_size=10, optimizer="sgd", lr=1e-2, epochs=2, decay=.95, decay_every=1,
-               loss="multi_task", keep="accuracy", sources={k: "test" for k in sourced()})
+    from covid_ct.train.loop import fit, load_run, predict_batches
+    from covid_ct.train.recipes import Recipe, sourced_fields
+    r = Recipe("prior_attention", "test", PARL_CLASSES, model="pa-66-m", model_kwargs=dict(depth=16, width=4, blocks=(1, 1), hidden=8), batch_size=10, optimizer="sgd", lr=1e-2, epochs=2, decay=.95, decay_every=1,
+               loss="multi_task", keep="accuracy", sources={k: "test" for k in sourced_fields()})
     def batch(labels): return dict(image=torch.rand(len(labels), 1, 16, 16, 16), label=torch.tensor(labels), scan_id=[f"s{i}" for i in range(len(labels))], patient_id=[f"p{i}" for i in range(len(labels))])
     train, valid = [batch([0] * 4 + [1] * 3 + [2] * 3) for _ in range(2)], [batch([0, 1, 2] * 2), batch([0, 0])]
     run = fit(ROWS[r.model](**r.model_kwargs), train, valid, r, tmp_path / "run", progress=False)
     assert {"train_detection", "train_type", "train_combined"} <= set(run.history) and len(run.history) == 2
     model, again, _ = load_run(tmp_path / "run")
     assert again == r and torch.equal(model(valid[0]["image"]), run.model.eval()(valid[0]["image"]))
-    assert set(predict(model, valid, CLASSES).columns) >= {"prob_healthy", "prob_ild", "prob_covid"}
+    assert set(predict_batches(model, valid, PARL_CLASSES).columns) >= {"prob_healthy", "prob_ild", "prob_covid"}

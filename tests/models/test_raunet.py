@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from covid_ct.batches.augment import SIX
+from covid_ct.batches.augment import SIX_VIEWS
 from covid_ct.phantom.layouts import write_layout
 from covid_ct.cohort.adapters import open_cohort
-from covid_ct.batches.slices import (SLICE_CLASSES, SliceDataset, body_box, class_ml, house_lesions, phantom_slices, read_pair, require_volume, segment_scan, six_views,
-                                  slice_classes, strangers, to_size)
+from covid_ct.batches.slices import (SLICE_CLASSES, SliceDataset, _body_box, class_volumes_ml, lesion_labels, phantom_slices, read_pair, _require_volume, segment_scan, augmented_six,
+                                  lesion_classes, _neighbour_dissimilarity, fit_slice)
 from covid_ct.models.blocks import count_parameters
-from covid_ct.models.raunet import RAUNET_ROWS, Aggregated, RAUNet
+from covid_ct.models.raunet import RAUNET_ROWS, ResNeXtBlock, RAUNet
 from covid_ct.models.unet import UNet
 from covid_ct.phantom.chest import make_phantom
 from covid_ct.scan import CohortError, DataError, GeometryError, ReadError, Scan, UnitsError, VoxelError
@@ -25,7 +25,7 @@ SMALL = dict(widths=(8, 16, 32), cardinality=4, chunk=16)
 def test_grouped_convolution_is_a_sum_of_branches():
     "Values and every gradient, with copied weights, in evaluation and in training"
     torch.manual_seed(0)
-    block, C = Aggregated(2, 5, 12, 3).double(), 3
+    block, C = ResNeXtBlock(2, 5, 12, 3).double(), 3
     n = 6 // C
     for bn in (block.squeeze[1], block.look[1], block.spread[1], block.shortcut[1]):
         for p in (bn.weight, bn.bias): nn.init.normal_(p, 1, .3)
@@ -182,9 +182,9 @@ def test_pairs_and_stack_are_one_reader(tmp_path):
 
 
 def test_classes():
-    assert slice_classes(np.arange(6)).tolist() == [0, 1, 2, 1, 3, 1]
+    assert lesion_classes(np.arange(6)).tolist() == [0, 1, 2, 1, 3, 1]
     k = np.random.default_rng(0).integers(0, 4, (3, 5, 6)).astype("u1")
-    assert house_lesions(k).dtype == np.uint8 and (slice_classes(house_lesions(k)) == k).all() and set(np.unique(house_lesions(k))) == {0, 1, 2, 4}
+    assert lesion_labels(k).dtype == np.uint8 and (lesion_classes(lesion_labels(k)) == k).all() and set(np.unique(lesion_labels(k))) == {0, 1, 2, 4}
 
 
 def test_phantom_slices():
@@ -199,24 +199,24 @@ def test_phantom_slices():
 def test_size():
     image, mask = np.zeros((60, 50), "f4"), np.zeros((60, 50), "u1")
     image[10:40, 10:40], mask[20:25, 20:30], image[2:4, 2:6] = .5, 3, 1            # body, lesion, a word
-    assert body_box(image) == (slice(10, 40), slice(10, 40))
-    x, y = to_size(image, mask, 30)
+    assert _body_box(image) == (slice(10, 40), slice(10, 40))
+    x, y = fit_slice(image, mask, 30)
     assert torch.equal(x, torch.full((30, 30), .5)) and torch.equal(y, torch.from_numpy(mask[10:40, 10:40]).long())
-    x, y = to_size(image, mask, 60)
+    x, y = fit_slice(image, mask, 60)
     assert set(y.unique().tolist()) == {0, 3} and int((y == 3).sum()) == 4 * 50
-    assert to_size(np.zeros((8, 6)), size=4)[0].shape == (4, 4)                     # nothing to crop to
-    with pytest.raises(GeometryError): to_size(image, mask[1:], 30)
+    assert fit_slice(np.zeros((8, 6)), size=4)[0].shape == (4, 4)                     # nothing to crop to
+    with pytest.raises(GeometryError): fit_slice(image, mask[1:], 30)
 
 
 def test_the_crop_cuts_no_body_and_no_label():
     image, mask = np.zeros((80, 70), "f4"), np.zeros((80, 70), "u1")
     image[20:50, 20:50], image[5, 60], image[70, 10] = .5, .02, .3                  # body, a dark speck, a grey one: both are body
-    assert body_box(image) == (slice(5, 71), slice(10, 61))
+    assert _body_box(image) == (slice(5, 71), slice(10, 61))
     image[5, 60], image[2:4, 2:6] = 0, 1                                            # only a white word is cut
-    assert body_box(image) == (slice(20, 71), slice(10, 50))
+    assert _body_box(image) == (slice(20, 71), slice(10, 50))
     mask[15, 66] = 2                                                                # a label on black
-    assert body_box(image, mask) == (slice(15, 71), slice(10, 67))
-    assert int((to_size(image, mask, 57)[1] == 2).sum()) == 1 and to_size(image, mask, 57)[0].max() == .5
+    assert _body_box(image, mask) == (slice(15, 71), slice(10, 67))
+    assert int((fit_slice(image, mask, 57)[1] == 2).sum()) == 1 and fit_slice(image, mask, 57)[0].max() == .5
 
 
 @pytest.mark.data
@@ -226,7 +226,7 @@ def test_the_crop_of_the_real_slices(data_dir):
     black = {}
     for r in rows.to_dict("records"):
         v, m = read_pair(r, rows.attrs["root"])
-        box = body_box(v, m)
+        box = _body_box(v, m)
         assert (m[box] > 0).sum() == (m > 0).sum() and (v[box] > .01).sum() == (v > .01).sum(), r["scan_id"]
         black[r["scan_id"]] = ((m > 0) & (v == 0)).sum() / max(1, (m > 0).sum())
     assert max(black, key=black.get) == "039" and black["039"] > .25
@@ -234,22 +234,22 @@ def test_the_crop_of_the_real_slices(data_dir):
 
 def test_two_lungs_stay_two():
     image = np.zeros((50, 50)); image[5:20, 5:45] = 1; image[30:45, 5:45] = .6
-    assert body_box(image) == (slice(5, 45), slice(5, 45))
+    assert _body_box(image) == (slice(5, 45), slice(5, 45))
 
 
 def test_six_views():
     image, mask = torch.rand(2, 1, 12, 12), torch.randint(0, 4, (2, 12, 12))
-    x, y = six_views(image, mask)
+    x, y = augmented_six(image, mask)
     assert x.shape == (12, 1, 12, 12) and y.shape == (12, 12, 12) and y.dtype == mask.dtype
     for k in range(4): assert torch.equal(torch.rot90(x[2 * k:2 * k + 2], k, (-2, -1)), image) and torch.equal(torch.rot90(y[2 * k:2 * k + 2], k, (-2, -1)), mask)
-    assert (y[8:10, :3] == 0).all() and (x[8:10, 0, :, :3] == 0).all() and len(SIX) == 6
+    assert (y[8:10, :3] == 0).all() and (x[8:10, 0, :, :3] == 0).all() and len(SIX_VIEWS) == 6
 
 
 def test_six_views_by_hand():
     "Classes 0 and 3 side by side: an average would make 1 and 2; one pixel, followed through both scales"
     image, mask = torch.zeros(1, 1, 9, 9), torch.zeros(1, 9, 9).long()
     image[0, 0, 3:6, 3:6], mask[0, 3:6, 3:6] = .5, 3
-    x, y = six_views(image, mask)
+    x, y = augmented_six(image, mask)
     assert y.unique().tolist() == [0, 3] and y[4].nonzero().tolist() == [[4, 4]]                            # pixel q shows 2q: of −1 … 1 only the middle
     assert y[5].nonzero().tolist() == [[i, j] for i in range(2, 7) for j in range(2, 7)]                    # q shows q/1.5: ±2 shows ±1.33, still inside
     assert ((x[5] > 0) & (x[5] < .5)).any() and x[5, 0, 4, 4] == .5                                         # the image is interpolated
@@ -258,10 +258,10 @@ def test_six_views_by_hand():
 def test_a_stack_is_no_volume():
     p = make_phantom("covid", 1, (20, 32, 32))
     mixed = np.random.default_rng(0).permutation(np.stack([make_phantom("cap", s, (16, 32, 32)).scan.voxels[8] for s in range(12)]))
-    assert strangers(p.scan.voxels) < .5 < .9 < strangers(mixed)
-    assert require_volume(p.scan) is p.scan
+    assert _neighbour_dissimilarity(p.scan.voxels) < .5 < .9 < _neighbour_dissimilarity(mixed)
+    assert _require_volume(p.scan) is p.scan
     stack = Scan(mixed, (1., 1., 1.), scan_id="tr_im")
-    with pytest.raises(GeometryError, match="tr_im"): require_volume(stack)
+    with pytest.raises(GeometryError, match="tr_im"): _require_volume(stack)
     with pytest.raises(GeometryError): segment_scan(nn.Conv2d(1, 4, 1), stack, 32)
 
 
@@ -269,7 +269,7 @@ def test_a_stack_is_no_volume():
 def test_the_real_stack_is_no_volume(data_dir):
     rows = open_cohort(data_dir / "medseg100")
     pairs = [read_pair(r, rows.attrs["root"]) for r in rows.to_dict("records")]
-    assert len(pairs) == 60 and strangers(np.stack([v for v, _ in pairs])) > .9
+    assert len(pairs) == 60 and _neighbour_dissimilarity(np.stack([v for v, _ in pairs])) > .9
     assert {int(k) for _, m in pairs for k in np.unique(m)} == {0, 1, 2, 3}
 
 
@@ -287,10 +287,10 @@ def test_scan_and_back():
     assert got.shape == p.scan.shape and got.dtype == np.uint8 and set(np.unique(got)) <= {0, 3}
     assert 2 * ((got == 3) & direct).sum() / ((got == 3).sum() + direct.sum()) > .97
     assert model.training and not model[1].training                                   # modes as they were
-    ml = class_ml(got, p.scan)
+    ml = class_volumes_ml(got, p.scan)
     assert abs(ml["effusion"] - (got == 3).sum() * np.prod(p.scan.spacing) / 1000) < 1e-6 and ml["ggo"] == 0
     with pytest.raises(UnitsError): segment_scan(model, p.scan.replace(units="uint8"), 32)
-    with pytest.raises(GeometryError): class_ml(got, p.scan.replace(geometry_known=False))
+    with pytest.raises(GeometryError): class_volumes_ml(got, p.scan.replace(geometry_known=False))
 
 
 @pytest.mark.slow

@@ -9,15 +9,15 @@ from torch import nn
 from covid_ct.io.read import read_mask, write_mask
 from covid_ct.preprocess.resample import Prep, prepare
 from covid_ct.models.blocks import count_parameters
-from covid_ct.inference.sliding_window import BLENDS, _Alive, blend, cover, dry_run, labels, probabilities, segment, slabs, sliding, sliding_bytes, target
-from covid_ct.models.unet import Bottlenecks, ConvDown, ConvUp, DoubleConv, LinearUp, PoolDown, UNet, layer, vb_net
+from covid_ct.inference.sliding_window import _BLENDS, _Alive, _blend_weights, _window_starts, dry_run, likeliest_class, class_probabilities, segment_masks, _slabs, sliding_window, _sliding_bytes, segmentation_target
+from covid_ct.models.unet import Bottlenecks, ConvDown, ConvUp, DoubleConv, LinearUp, PoolDown, UNet, layer_class, vb_net
 from covid_ct.phantom.chest import make_phantom
 from covid_ct.scan import GeometryError, UnitsError
 
 
 def dense(dims=3, cin=1, classes=2, seed=0, kernel=3):
     torch.manual_seed(seed)
-    return nn.Sequential(layer("Conv", dims, cin, 4, kernel, padding=kernel // 2), nn.ReLU(), layer("Conv", dims, 4, classes, kernel, padding=kernel // 2)).eval()
+    return nn.Sequential(layer_class("Conv", dims, cin, 4, kernel, padding=kernel // 2), nn.ReLU(), layer_class("Conv", dims, 4, classes, kernel, padding=kernel // 2)).eval()
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -89,7 +89,7 @@ def test_bad_images():
 
 # --- windows ---
 
-@pytest.mark.parametrize("kind", BLENDS)
+@pytest.mark.parametrize("kind", _BLENDS)
 def test_weights_sum_to_one(kind):
     for n in (1, 7, 16, 31, 64):
         for window in (1, 4, 16, 31):
@@ -97,7 +97,7 @@ def test_weights_sum_to_one(kind):
                 for align in (1, 4):
                     if align > window: continue
                     seen = np.zeros(n)
-                    for a, b, w in blend(n, window, overlap, kind, align):
+                    for a, b, w in _blend_weights(n, window, overlap, kind, align):
                         assert 0 <= a < b <= n and b - a <= window and (window >= n or a % align == 0)
                         seen[a:b] += w
                     np.testing.assert_allclose(seen, 1, atol=1e-12)
@@ -105,14 +105,14 @@ def test_weights_sum_to_one(kind):
 
 def test_windows_that_do_not_work():
     for kw, word in ((dict(window=0), "0 voxels"), (dict(window=4, overlap=1.), "overlap 1.0"), (dict(window=8, overlap=.5, margin=3), "no window"), (dict(window=4, kind="cosine"), "cosine")):
-        with pytest.raises(GeometryError, match=word): blend(**{**dict(n=40), **kw})
+        with pytest.raises(GeometryError, match=word): _blend_weights(**{**dict(n=40), **kw})
 
 
 def slow_sliding(model, x, window, overlap, kind):
     "One window after the other, weights in a volume of their own, in float64"
     total, weight = None, torch.zeros(x.shape[1:], dtype=torch.float64)
-    spans = [cover(n, w, overlap) for n, w in zip(x.shape[1:], window)]
-    g = lambda k: np.asarray(BLENDS[kind]((2 * np.arange(k) - (k - 1)) / k), float)
+    spans = [_window_starts(n, w, overlap) for n, w in zip(x.shape[1:], window)]
+    g = lambda k: np.asarray(_BLENDS[kind]((2 * np.arange(k) - (k - 1)) / k), float)
     for z in spans[0]:
         for y in spans[1]:
             for v in spans[2]:
@@ -124,11 +124,11 @@ def slow_sliding(model, x, window, overlap, kind):
     return total / weight
 
 
-@pytest.mark.parametrize("kind", BLENDS)
+@pytest.mark.parametrize("kind", _BLENDS)
 @pytest.mark.parametrize("overlap", [0, .5, .6])
 def test_slow_twin(kind, overlap):
     net, x = dense(cin=2), torch.rand(2, 23, 18, 9)
-    got = sliding(net, x, (8, 7, 12), overlap, kind)
+    got = sliding_window(net, x, (8, 7, 12), overlap, kind)
     assert torch.allclose(got.double(), slow_sliding(net, x, (8, 7, 12), overlap, kind), atol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_monai(overlap):
     from monai.inferers import sliding_window_inference
     net, x = dense(), torch.rand(1, 30, 25, 21)
     with torch.no_grad(): peer = sliding_window_inference(x[None], (12, 10, 8), 4, net, overlap=overlap, mode="constant")[0]
-    assert torch.allclose(sliding(net, x, (12, 10, 8), overlap, "constant"), peer, atol=1e-5)
+    assert torch.allclose(sliding_window(net, x, (12, 10, 8), overlap, "constant"), peer, atol=1e-5)
 
 
 @pytest.mark.parametrize("make", [lambda: (dense(), 2), lambda: (UNet(3, 1, 2, widths=(3, 4)).eval(), 9)], ids=["two convolutions", "U-Net"])
@@ -145,36 +145,36 @@ def test_equals_the_whole(make):
     "With a margin of what the network sees, on the network's own grid"
     torch.manual_seed(3); (net, reach), x = make(), torch.rand(1, 33, 31, 26)
     with torch.no_grad(): whole = net(x[None])[0]
-    for kind in BLENDS: assert (sliding(net, x, (26, 24, 24), .8, kind, margin=reach) - whole).abs().max() < 1e-5
-    assert (sliding(net, x, (26, 24, 24), .8, "constant") - whole).abs().max() > 1e-3
+    for kind in _BLENDS: assert (sliding_window(net, x, (26, 24, 24), .8, kind, margin=reach) - whole).abs().max() < 1e-5
+    assert (sliding_window(net, x, (26, 24, 24), .8, "constant") - whole).abs().max() > 1e-3
 
 
 def test_one_window_is_the_whole():
     net, x = UNet(3, 1, 2, widths=(2, 3)).eval(), torch.rand(1, 9, 10, 11)
-    with torch.no_grad(): assert torch.allclose(sliding(net, x, (64, 64, 64)), net(x[None])[0], atol=1e-6)
+    with torch.no_grad(): assert torch.allclose(sliding_window(net, x, (64, 64, 64)), net(x[None])[0], atol=1e-6)
 
 
 def test_slices_too():
     net, x = dense(2), torch.rand(1, 40, 33)
     with torch.no_grad(): whole = net(x[None])[0]
-    assert torch.allclose(sliding(net, x, (16, 16), margin=2), whole, atol=1e-5)
-    with pytest.raises(ValueError): sliding(net, x, (16, 16, 16))
+    assert torch.allclose(sliding_window(net, x, (16, 16), margin=2), whole, atol=1e-5)
+    with pytest.raises(ValueError): sliding_window(net, x, (16, 16, 16))
 
 
 def test_slabs_come_in_order_and_finish_is_applied():
     net, x = dense(classes=3), torch.rand(1, 21, 9, 8)
-    parts = [(s, z.clone()) for s, z in slabs(net, x, (6, 9, 8))]
+    parts = [(s, z.clone()) for s, z in _slabs(net, x, (6, 9, 8))]
     assert [s.start for s, _ in parts] == [0] + [s.stop for s, _ in parts][:-1] and parts[-1][0].stop == 21
     whole = torch.cat([z for _, z in parts], 1)
-    assert torch.equal(whole, sliding(net, x, (6, 9, 8)))
-    assert torch.equal(sliding(net, x, (6, 9, 8), finish=labels), whole.argmax(0).byte())
-    assert torch.allclose(sliding(net, x, (6, 9, 8), finish=probabilities).sum(0), torch.ones(21, 9, 8), atol=1e-6)
+    assert torch.equal(whole, sliding_window(net, x, (6, 9, 8)))
+    assert torch.equal(sliding_window(net, x, (6, 9, 8), finish=likeliest_class), whole.argmax(0).byte())
+    assert torch.allclose(sliding_window(net, x, (6, 9, 8), finish=class_probabilities).sum(0), torch.ones(21, 9, 8), atol=1e-6)
 
 
 def test_mode_and_memory_map(tmp_path):
     net, x = UNet(3, 1, 2, widths=(2, 3)).train(), np.random.default_rng(0).random((1, 12, 9, 8), "f4")
     np.save(tmp_path / "v.npy", x)
-    a, b = sliding(net, x, (8, 8, 8)), sliding(net, np.load(tmp_path / "v.npy", mmap_mode="r"), (8, 8, 8))
+    a, b = sliding_window(net, x, (8, 8, 8)), sliding_window(net, np.load(tmp_path / "v.npy", mmap_mode="r"), (8, 8, 8))
     assert torch.equal(a, b) and net.training and all(m.training for m in net.modules())
 
 
@@ -195,17 +195,17 @@ def test_dry_run_touches_nothing():
 def test_sliding_bytes_are_those_that_lived():
     "The prediction holds the tensors that really lived, and not twice as many"
     net, x = UNet(3, 1, 3, widths=(4, 8)).eval(), torch.rand(1, 48, 40, 40)
-    for finish in (lambda z: z, labels):
-        need = sliding_bytes(net, x.shape, (16, 16, 16), finish)["total"]
-        with _Alive() as alive: sliding(net, x, (16, 16, 16), finish=finish)
+    for finish in (lambda z: z, likeliest_class):
+        need = _sliding_bytes(net, x.shape, (16, 16, 16), finish)["total"]
+        with _Alive() as alive: sliding_window(net, x, (16, 16, 16), finish=finish)
         assert .5 * need <= alive.peak <= 1.05 * need, (alive.peak, need)
 
 
 def test_limit():
     net, x = dense(), torch.rand(1, 32, 32, 32)
-    need = sliding_bytes(net, x.shape, (16, 16, 16), labels)["total"]
-    sliding(net, x, (16, 16, 16), finish=labels, limit=need)
-    with pytest.raises(GeometryError, match="limit"): sliding(net, x, (16, 16, 16), finish=labels, limit=need - 1)
+    need = _sliding_bytes(net, x.shape, (16, 16, 16), likeliest_class)["total"]
+    sliding_window(net, x, (16, 16, 16), finish=likeliest_class, limit=need)
+    with pytest.raises(GeometryError, match="limit"): sliding_window(net, x, (16, 16, 16), finish=likeliest_class, limit=need - 1)
 
 
 # --- masks ---
@@ -222,17 +222,17 @@ class Threshold(nn.Module):
 def test_segment_on_the_grid_of_the_scan():
     p = make_phantom("covid", 3, (24, 32, 32), severity=.2)
     ready = prepare(p.scan, Prep(size=(24, 32, 32)))
-    got = segment(Threshold(), ready, (16, 16, 16))
+    got = segment_masks(Threshold(), ready, (16, 16, 16))
     assert set(got) == {"lungs", "infection"} and all(m.shape == p.scan.shape and m.dtype == bool for m in got.values())
     assert (got["lungs"] == (ready.voxels > .1)).mean() > .999 and not (got["infection"] & ~got["lungs"]).any()
 
 
 def test_target():
     p = make_phantom("covid", 3, (24, 32, 32), severity=.2); ready = prepare(p.scan, Prep(size=(24, 32, 32)))
-    t = target(ready, p.lungs, p.infection)
+    t = segmentation_target(ready, p.lungs, p.infection)
     assert t.dtype == np.int64 and ((t > 0) == p.lungs).all() and ((t == 2) == (p.infection & p.lungs)).all()
-    with pytest.raises(GeometryError, match="differ in shape"): target(ready, p.lungs, p.infection[1:])
-    with pytest.raises(GeometryError): target(ready, p.lungs[1:], p.infection[1:])
+    with pytest.raises(GeometryError, match="differ in shape"): segmentation_target(ready, p.lungs, p.infection[1:])
+    with pytest.raises(GeometryError): segmentation_target(ready, p.lungs[1:], p.infection[1:])
 
 
 def test_a_mask_of_another_tool_takes_the_place(tmp_path):

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 from covid_ct.models import zoo
-from covid_ct.models.cost import Field, costs, effective_field, effective_width, receptive_field, seconds
+from covid_ct.models.cost import ReceptiveField, predicted_costs, _effective_field, _effective_width, _receptive_field, time_calls
 from covid_ct.models.resnet3d import ResNet3d, resnet_stages
 from covid_ct.inference.sliding_window import dry_run
-from covid_ct.models.zoo import ROWS, Row, build, check_row, describe, register
+from covid_ct.models.zoo import ROWS, ZooRow, build, check_row, describe, register
 from covid_ct.scan import DataError
 from covid_ct.train.recipes import RecipeError, change, recipe
 
 SMALL = dict(stages=resnet_stages(8, (1, 1), (1, 2)), depth=8)
-MINE = Row("mine", "nobody", "lesson", (1, 64, 224, 224), ResNet3d, SMALL, (1, 8, 32, 32))
+MINE = ZooRow("mine", "nobody", "lesson", (1, 64, 224, 224), ResNet3d, SMALL, (1, 8, 32, 32))
 LESSONS = Path(zoo.__file__).parents[2] / "nbs" / "lessons"
 
 
@@ -88,21 +88,21 @@ def test_a_trial_leaves_the_random_stream():
 # ---- receptive fields
 def test_fields_by_hand():
     def seq(*layers):
-        net = nn.Sequential(*layers).eval(); net.outputs = lambda x: dict(features=net(x)); return receptive_field(net, torch.rand(1, 1, 32, 32))
+        net = nn.Sequential(*layers).eval(); net.outputs = lambda x: dict(features=net(x)); return _receptive_field(net, torch.rand(1, 1, 32, 32))
     c = lambda k, s=1: nn.Conv2d(1, 1, k, s, k//2)
-    assert seq(c(3)) == Field((3, 3), (1, 1)) and seq(c(3, 2), c(3)) == Field((7, 7), (2, 2)) and seq(c(1, 2), c(5)) == Field((9, 9), (2, 2))
-    assert seq(nn.Conv2d(1, 1, (3, 7), (1, 2)), nn.ReLU(), nn.MaxPool2d(2)) == Field((4, 9), (2, 4))
-    assert seq(c(3, 2), nn.ConvTranspose2d(1, 1, 2, 2)) == Field((3, 3), (1, 1)) and seq(c(3, 2), nn.ConvTranspose2d(1, 1, 2, 2), c(3)) == Field((5, 5), (1, 1))
-    assert seq(c(3), nn.BatchNorm2d(1), nn.Sigmoid()) == Field((3, 3), (1, 1))
+    assert seq(c(3)) == ReceptiveField((3, 3), (1, 1)) and seq(c(3, 2), c(3)) == ReceptiveField((7, 7), (2, 2)) and seq(c(1, 2), c(5)) == ReceptiveField((9, 9), (2, 2))
+    assert seq(nn.Conv2d(1, 1, (3, 7), (1, 2)), nn.ReLU(), nn.MaxPool2d(2)) == ReceptiveField((4, 9), (2, 4))
+    assert seq(c(3, 2), nn.ConvTranspose2d(1, 1, 2, 2)) == ReceptiveField((3, 3), (1, 1)) and seq(c(3, 2), nn.ConvTranspose2d(1, 1, 2, 2), c(3)) == ReceptiveField((5, 5), (1, 1))
+    assert seq(c(3), nn.BatchNorm2d(1), nn.Sigmoid()) == ReceptiveField((3, 3), (1, 1))
     assert seq(nn.Flatten(), nn.Linear(1024, 4)).everywhere
-    assert seq(nn.Conv2d(1, 1, 3, dilation=2), nn.AvgPool2d(3, 1)) == Field((7, 7), (1, 1)) and seq(c(3), nn.GroupNorm(1, 1), c(3)) == Field((5, 5), (1, 1), True)
+    assert seq(nn.Conv2d(1, 1, 3, dilation=2), nn.AvgPool2d(3, 1)) == ReceptiveField((7, 7), (1, 1)) and seq(c(3), nn.GroupNorm(1, 1), c(3)) == ReceptiveField((5, 5), (1, 1), True)
 
 
 @pytest.mark.parametrize("name,kw,size", [("darnet-none", dict(depth=24, width=4, blocks=(1, 1), strides=(1, 2)), (24, 40, 40)), ("wa-66-m", dict(depth=64, width=4, blocks=(1,), hidden=8), (64,) * 3),
                                           ("rn34", dict(width=4, blocks=(1, 1), strides=(1, 2)), (60, 60, 60)), ("raunet-unet", dict(widths=(4, 8, 16)), (64, 64)), ("raunet-a", dict(widths=(4, 8), cardinality=2), (40, 40))])
 def test_field_is_the_support_of_the_gradient(name, kw, size):
     net, x = build(name, **kw), torch.rand(1, 1, *size)
-    said = receptive_field(net, x)
+    said = _receptive_field(net, x)
     for p in net.double().eval().parameters(): p.data.abs_()
     v = x.double().detach().clone().requires_grad_(); f = net.outputs(v)["features"]; widest = torch.zeros(len(size), dtype=torch.long)
     for shift in range(4):
@@ -114,25 +114,25 @@ def test_field_is_the_support_of_the_gradient(name, kw, size):
 def test_attention_is_noticed():
     for name, seen in (("darnet", True), ("darnet-ca", True), ("darnet-none", False), ("raunet", True), ("raunet-a", False), ("pa-66-m", True), ("sa-66", True), ("wa-66", False), ("attention-rn34", False)):
         net = build(name, **ROWS[name].small).eval()
-        assert receptive_field(net, torch.rand(1, *ROWS[name].small_size)).everywhere is seen, name
+        assert _receptive_field(net, torch.rand(1, *ROWS[name].small_size)).everywhere is seen, name
 
 
 def test_effective_field():
     class One(nn.Module):
         def __init__(self, k): super().__init__(); self.c = nn.Conv2d(1, 1, k, padding=k//2, bias=False).requires_grad_(False); nn.init.ones_(self.c.weight)
         def outputs(self, x): return dict(features=self.c(x))
-    net, x = One(5).train(), torch.rand(2, 1, 21, 21); e = effective_field(net, x)
+    net, x = One(5).train(), torch.rand(2, 1, 21, 21); e = _effective_field(net, x)
     assert net.training and not x.requires_grad and e.shape == (21, 21) and int((e > 0).sum()) == 25 and e[10, 10] > 0
-    assert effective_width(e) == pytest.approx([4*2**.5] * 2)                    # five places alike: variance (25-1)/12 = 2
+    assert _effective_width(e) == pytest.approx([4*2**.5] * 2)                    # five places alike: variance (25-1)/12 = 2
     point = torch.zeros(9, 9); point[4, 4] = 3
-    assert effective_width(point) == (0, 0)
+    assert _effective_width(point) == (0, 0)
     two = torch.zeros(9, 1); two[1] = two[7] = 1
-    assert effective_width(two) == pytest.approx((12, 0))                          # two points six apart: deviation 3
+    assert _effective_width(two) == pytest.approx((12, 0))                          # two points six apart: deviation 3
 
 
 # ---- operations, bytes, seconds
 def test_operations_equal_their_sum():
-    kw = dict(depth=8, width=4); found = costs("darnet-none", 1, (1, 8, 32, 32), **kw)["forward"]; total = 0
+    kw = dict(depth=8, width=4); found = predicted_costs("darnet-none", 1, (1, 8, 32, 32), **kw)["forward"]; total = 0
     net = build("darnet-none", **kw).eval()
     def add(m, i, o): nonlocal total; total += 2 * o.numel() * (m.weight[0].numel() if isinstance(m, nn.Conv3d) else m.in_features)
     for m in net.modules():
@@ -142,18 +142,18 @@ def test_operations_equal_their_sum():
 
 
 def test_costs_grow_as_they_should():
-    kw = dict(depth=8, width=4); one, two = (costs("darnet-none", b, (1, 8, 32, 32), **kw) for b in (2, 4))
+    kw = dict(depth=8, width=4); one, two = (predicted_costs("darnet-none", b, (1, 8, 32, 32), **kw) for b in (2, 4))
     assert two["forward"] == 2*one["forward"] and two["forward_bytes"] == pytest.approx(2*one["forward_bytes"], rel=.01) and two["weight_bytes"] == one["weight_bytes"]
     assert 2.5 < one["step"]/one["forward"] <= 3 and one["step_bytes"] > 2*one["forward_bytes"]
     net = build("darnet-none", **kw)
     assert one["forward_bytes"] == dry_run(net, (2, 1, 8, 32, 32))[1] and one["weight_bytes"] == 16*sum(p.numel() for p in net.parameters())
-    cut = costs("raunet", 2, (1, 33, 33), **ROWS["raunet"].small)
+    cut = predicted_costs("raunet", 2, (1, 33, 33), **ROWS["raunet"].small)
     assert cut["step"]/cut["forward"] > 3.1                                      # attention is computed again on the way back
 
 
 def test_seconds():
     calls = []
-    told = seconds({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    told = time_calls({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
     assert "".join(calls) == "ab"*4 and set(told) == {"a", "b"} and all(0 <= v < 1 for v in told.values())
 
 
@@ -162,7 +162,7 @@ def test_seconds():
 def test_prediction_holds_on_a_gpu(name):
     "At the size of the paper: the GPU's own count, less the weights, is the prediction plus scratch"
     if not torch.cuda.is_available(): pytest.skip("no GPU")
-    said, net, x = costs(name), build(name).cuda(), torch.rand(1, *ROWS[name].input_size, device="cuda")
+    said, net, x = predicted_costs(name), build(name).cuda(), torch.rand(1, *ROWS[name].input_size, device="cuda")
     for train, key in ((False, "forward_bytes"), (True, "step_bytes")):
         net.train(train).zero_grad(set_to_none=True); torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
         with torch.set_grad_enabled(train):

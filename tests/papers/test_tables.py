@@ -8,14 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from covid_ct.papers.checklist import AUTHOR, FILLED, ITEMS, PARTLY, claim
-from covid_ct.papers.published import PAPERS, PublishedError, published, tables_of
+from covid_ct.papers.checklist import AUTHOR, _FILLED, _ITEMS, _PARTLY, fill_checklist
+from covid_ct.papers.published import PUBLISHED, PublishedError, published, tables_of
 from covid_ct.evaluate.statistics import holm
-from covid_ct.papers.report import FORMATS, confusion_panels, roc_panels, rows_of, write_report
-from covid_ct.models.dual_sampling import GROUPS, ratio_group
+from covid_ct.papers.report import _FORMATS, _confusion_panels, _roc_panels, _rows_with_runs, write_report
+from covid_ct.models.dual_sampling import RATIO_GROUPS, ratio_group
 from covid_ct.models.zoo import ROWS, build
-from covid_ct.papers.runs import READ, Model, TableError, estimate, find_runs, found, seats, take, tests as paired
-from covid_ct.papers.tables import changed_files, cohort_of, count, file_table, paper_table, shown, size, tex_text, to_latex, to_markdown, weight_counts
+from covid_ct.papers.runs import METRIC_READERS, RunPredictions, TableError, estimate, find_runs, open_runs, row_requirements, select, paired_tests as paired
+from covid_ct.papers.tables import changed_files, cohort_of_runs, _count_cell, file_table, paper_table, printed_table, _network_size, _tex_text, to_latex, to_markdown, _weight_counts
 from covid_ct.train.recipes import change, recipe, to_dict
 from covid_ct.train.run_folder import RunError, write_tensors
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
@@ -77,7 +77,7 @@ REST, THREE = "COVID-19 against the rest", "three classes"
 
 def test_published():
     "Values that a reader can look up, and nothing twice"
-    t = pd.concat(published(p) for p in PAPERS)
+    t = pd.concat(published(p) for p in PUBLISHED)
     at = t.set_index(["paper", "table", "part", "row", "metric"])
     assert not at.index.duplicated().any()
     for key, printed in {("darnet", "IV", THREE, "DARNet (w/o DA)", "sensitivity"): "91.70±3.58", ("darnet", "II", REST, "[15]", "accuracy"): "93.57", ("dual_sampling", "III", "test set, > 0.030", "Attention RN34 + DS", "specificity"): "0.650±0.037",
@@ -91,9 +91,9 @@ def test_published():
 
 def test_every_row_has_a_network():
     "A seat names a row of the zoo; rows of other groups have none"
-    without = {(r.paper, r.row) for p in PAPERS for r in published(p).itertuples() if not seats(p, r.row, r.part) and r.metric not in ("scans", "patients", "age", "female", "male")}
+    without = {(r.paper, r.row) for p in PUBLISHED for r in published(p).itertuples() if not row_requirements(p, r.row, r.part) and r.metric not in ("scans", "patients", "age", "female", "male")}
     assert {row for p, row in without if p == "darnet"} == {"[11]", "[14]", "[15]", "[28]"} and {p for p, _ in without} == {"darnet", "prior_attention"}
-    assert all(n in ROWS for p in PAPERS for r in published(p).itertuples() for n, _ in seats(p, r.row, r.part))
+    assert all(n in ROWS for p in PUBLISHED for r in published(p).itertuples() for n, _ in row_requirements(p, r.row, r.part))
 
 
 # ---------------------------------------------------------------- runs
@@ -101,7 +101,7 @@ def test_every_row_has_a_network():
 def test_find_runs(tmp_path, darnet):
     make_run(darnet / "half", "darnet", status="running")
     runs = find_runs(darnet)
-    assert [r.name for r in runs] == ["both/0", "both/1", "both/2", "none/0", "none/1", "none/2"] and found(runs) is not None
+    assert [r.name for r in runs] == ["both/0", "both/1", "both/2", "none/0", "none/1", "none/2"] and open_runs(runs) is not None
     assert [r.name for r in find_runs(darnet / "both" / "0")] == ["0"] and [r.name for r in find_runs(darnet / "both" / "0", darnet / "none")] == ["both/0", "none/0", "none/1", "none/2"]
     with pytest.raises(TableError, match="1 runs, none of them finished"): find_runs(darnet / "half")
     with pytest.raises(TableError): find_runs(tmp_path / "nowhere")
@@ -135,24 +135,24 @@ def test_held_out_and_shared(tmp_path):
     for k in range(3): make_run(tmp_path / f"fold{k}", "pa-66-m", fold=0, table=answers(classes, seed=k, prefix=f"own{k}"))
     for s in range(2): make_run(tmp_path / f"all{s}", "pa-66-m", seed=s, table=answers(classes, seed=s))
     runs = find_runs(tmp_path)
-    held, shared = (take(runs, "prior_attention", "PA-66-M", p)[0] for p in ("held-out", "shared"))
+    held, shared = (select(runs, "prior_attention", "PA-66-M", p)[0] for p in ("held-out", "shared"))
     assert len(held) == 3 and all(m.table.scan_id[0].startswith("own") for m in held) and len(shared) == 2
     six, two = (paper_table("prior_attention", t, tmp_path, n=20) for t in ("Fig. 6", "II"))
     assert cell(six, "PA-66-M", "accuracy").models == 2 and cell(two, "PA-66-M", "AUC").models == 3
     for k in range(3): (tmp_path / f"fold{k}" / "config.json").unlink()
-    assert take(find_runs(tmp_path), "prior_attention", "PA-66-M", "held-out")[1] == "no run of pa-66-m"          # no validation answers in these
+    assert select(find_runs(tmp_path), "prior_attention", "PA-66-M", "held-out")[1] == "no run of pa-66-m"          # no validation answers in these
     make_run(tmp_path / "cv0", "sa-66-m", fold=0)
     make_run(tmp_path / "cv1", "sa-66-m", fold=1)
-    valid = take(find_runs(tmp_path), "prior_attention", "SA-66-M", "held-out")[0]
+    valid = select(find_runs(tmp_path), "prior_attention", "SA-66-M", "held-out")[0]
     assert len(valid) == 2 and set(valid[0].table.part) == {"valid"}
 
 
 def test_a_study_writes_test_csv(tmp_path):
     t = answers(("healthy", "cap", "covid"))
     make_run(tmp_path / "run", "darnet", table=t.assign(part="valid"))
-    assert take(find_runs(tmp_path), "darnet", "DARNet")[1] == "no run of darnet"
+    assert select(find_runs(tmp_path), "darnet", "DARNet")[1] == "no run of darnet"
     t.drop(columns="part").to_csv(tmp_path / "run" / "test.csv", index=False)
-    (model,), _ = take(find_runs(tmp_path), "darnet", "DARNet")
+    (model,), _ = select(find_runs(tmp_path), "darnet", "DARNet")
     assert len(model.table) == len(t) and list(model.files) == ["run/test.csv"]
 
 
@@ -181,7 +181,7 @@ def test_prior_against_sklearn(tmp_path):
     p = pd.read_csv(tmp_path / "r" / "predictions.csv").query("part=='test'")
     classes = ["healthy", "ild", "covid"]
     y, got = p.label.map(classes.index), p[[f"prob_{c}" for c in classes]].to_numpy().argmax(1)
-    m = {k: float(v[0]) for k, v in READ["prior_attention"](p).items()}
+    m = {k: float(v[0]) for k, v in METRIC_READERS["prior_attention"](p).items()}
     for i, name in enumerate(("Non-Pneu", "ILD", "COVID-19")):
         want = dict(precision=precision_score(y == i, got == i), recall=recall_score(y == i, got == i), F1=f1_score(y == i, got == i), accuracy=accuracy_score(y == i, got == i), called_ILD=(got[y == i] == 1).mean())
         assert all(np.isclose(m[name, k], v) for k, v in want.items())
@@ -243,7 +243,7 @@ def test_pooled_folds_and_groups(dual):
     at = cell(t, "RN34 + US", "AUC", "TV set")
     assert np.isclose(at.ours, roc_auc_score(both.label == "covid", both.prob_covid)) and np.isnan(at.sd) and at.models == 1 and at.scans == len(both)
     three, c = paper_table("dual_sampling", "III", runs, cohort, n=20), pd.read_csv(cohort)
-    for g in GROUPS:
+    for g in RATIO_GROUPS:
         part = f"test set, {g}"
         ids = set(c[(ratio_group(c.infection_ratio) == g) & (c.fold == -1)].scan_id)
         assert cell(three, "Total", "scans", part).ours == len(ids) == cell(three, "RN34 + US", "AUC", part).scans
@@ -266,8 +266,8 @@ def test_counts(tmp_path, darnet):
     assert cell(t, "In total", "scans", "in total").ours == len(every) and {"both/split.csv", "none/split.csv"} < set(t.attrs["files"])
     split.assign(fold=0).to_csv(darnet / "none" / "split.csv", index=False)
     with pytest.raises(TableError, match="different splits"): paper_table("darnet", "I", darnet)
-    people = cohort_of([r for r in find_runs(darnet) if r.name.startswith("both")])
-    assert count(people, "TV set", "COVID-19", "age")[1] == "no column age: give a cohort"
+    people = cohort_of_runs([r for r in find_runs(darnet) if r.name.startswith("both")])
+    assert _count_cell(people, "TV set", "COVID-19", "age")[1] == "no column age: give a cohort"
 
 
 def test_sizes(tmp_path, darnet):
@@ -276,11 +276,11 @@ def test_sizes(tmp_path, darnet):
     assert np.isclose(cell(t, "DARNet", "parameters").ours, 35.237163) and cell(t, "DARNet", "parameters").files == "both/0/config.json" and cell(t, "DARNet (w/o CA)", "parameters").note == "no run of darnet-da"
     net = build("sa-66-m", depth=32, width=4, blocks=(1, 1, 1, 1), hidden=16)
     write_tensors(tmp_path / "w.safetensors", net.state_dict())
-    got = weight_counts(tmp_path / "w.safetensors")
+    got = _weight_counts(tmp_path / "w.safetensors")
     assert got["parameters"] == sum(p.numel() for p in net.parameters()) + sum(b.numel() for k, b in net.named_buffers() if "running" in k)
     assert got["convolutions"] == sum(isinstance(m, torch.nn.Conv3d) for m in net.modules())
     make_run(tmp_path / "pa", "pa-66-m")
-    assert "no checkpoints/best.safetensors" in size(find_runs(tmp_path / "pa")[0], "prior_attention", "parameters")[2]
+    assert "no checkpoints/best.safetensors" in _network_size(find_runs(tmp_path / "pa")[0], "prior_attention", "parameters")[2]
 
 
 # ---------------------------------------------------------------- intervals and tests
@@ -288,7 +288,7 @@ def test_sizes(tmp_path, darnet):
 def test_interval_is_over_patients():
     "Two copies of each scan of a patient: the interval stays; as patients of their own it shrinks"
     t = answers(("cap", "covid"), 60, 1.0)
-    key, width = ("", "accuracy"), lambda *ts: (lambda i: i.high - i.low)(estimate([Model((0, k, ""), u, {}) for k, u in enumerate(ts)], READ["dual_sampling"], 400)[key][2])
+    key, width = ("", "accuracy"), lambda *ts: (lambda i: i.high - i.low)(estimate([RunPredictions((0, k, ""), u, {}) for k, u in enumerate(ts)], METRIC_READERS["dual_sampling"], 400)[key][2])
     twice = pd.concat([t, t], ignore_index=True)
     alone = twice.assign(patient_id=[f"{i}" for i in range(len(twice))])
     assert np.isclose(width(twice), width(t)) and np.isclose(width(t, t, t), width(t)) and width(alone) < .75 * width(t)
@@ -298,14 +298,14 @@ def test_swap_by_patients_is_exact():
     "With two patients there are four swaps: enumerated by hand, the random ones agree; the models' test is Student's"
     a, b = (pd.DataFrame(dict(scan_id=list("wxyz"), patient_id=list("1122"), label=["covid", "cap"] * 2, prob_covid=p)).assign(prob_cap=lambda t: 1 - t.prob_covid) for p in ([.9, .1, .9, .1], [.9, .6, .3, .1]))
     key = ("", "accuracy")
-    assert paired([Model((0, 0, ""), a, {})], [Model((0, 0, ""), b, {})], READ["dual_sampling"], 4000)[key][1] == pytest.approx(.5, abs=.03)     # |d| = 1/2 in two of four swaps, 0 in two
+    assert paired([RunPredictions((0, 0, ""), a, {})], [RunPredictions((0, 0, ""), b, {})], METRIC_READERS["dual_sampling"], 4000)[key][1] == pytest.approx(.5, abs=.03)     # |d| = 1/2 in two of four swaps, 0 in two
     rng = np.random.default_rng(0)
     shifts = [answers(("cap", "covid"), 30, s, k) for k, s in enumerate(rng.uniform(1, 2, 4))], [answers(("cap", "covid"), 30, .5, 9 + k) for k in range(4)]
-    ms = [[Model((0, k, ""), t, {}) for k, t in enumerate(ts)] for ts in shifts]
+    ms = [[RunPredictions((0, k, ""), t, {}) for k, t in enumerate(ts)] for ts in shifts]
     d = np.array([roc_auc_score(x.label == "covid", x.prob_covid) - roc_auc_score(y.label == "covid", y.prob_covid) for x, y in zip(*shifts)])
     from scipy.stats import ttest_1samp
-    assert paired(*ms, READ["dual_sampling"], 50)["", "AUC"][0] == pytest.approx(ttest_1samp(d, 0).pvalue)
-    assert paired(ms[0], [m._replace(key=(1, *m.key[1:])) for m in ms[1]], READ["dual_sampling"], 9) == {}                       # other seeds: not a pair
+    assert paired(*ms, METRIC_READERS["dual_sampling"], 50)["", "AUC"][0] == pytest.approx(ttest_1samp(d, 0).pvalue)
+    assert paired(ms[0], [m._replace(key=(1, *m.key[1:])) for m in ms[1]], METRIC_READERS["dual_sampling"], 9) == {}                       # other seeds: not a pair
 
 
 def test_swap_keeps_its_level():
@@ -313,7 +313,7 @@ def test_swap_keeps_its_level():
     low = 0
     for s in range(200):
         a, b = (answers(("cap", "covid"), 24, 1, 1000 + 2 * s + j) for j in range(2))
-        low += paired([Model((0, 0, ""), a, {})], [Model((0, 0, ""), b, {})], READ["dual_sampling"], 99, seed=s)["", "AUC"][1] < .05
+        low += paired([RunPredictions((0, 0, ""), a, {})], [RunPredictions((0, 0, ""), b, {})], METRIC_READERS["dual_sampling"], 99, seed=s)["", "AUC"][1] < .05
     assert 2 <= low <= 20
 
 
@@ -323,9 +323,9 @@ def test_holm_over_rows(dual):
     t = paper_table("dual_sampling", "II", runs, cohort, n=99)
     part = t[(t.part == "test set") & (t.metric == "AUC")].set_index("row")
     assert np.isnan(part.p_patients["RN34 + US"]) and part.p_patients.notna().sum() == 3 and part.p_models.notna().sum() == 3
-    ref, _ = take(find_runs(runs), "dual_sampling", "RN34 + US")
-    ratio = cohort_of(find_runs(runs), cohort).ratio
-    raw = [paired(take(find_runs(runs), "dual_sampling", row, ratio=ratio)[0], ref, READ["dual_sampling"], 99)["", "AUC"][1] for row in part.index[1:]]
+    ref, _ = select(find_runs(runs), "dual_sampling", "RN34 + US")
+    ratio = cohort_of_runs(find_runs(runs), cohort).ratio
+    raw = [paired(select(find_runs(runs), "dual_sampling", row, ratio=ratio)[0], ref, METRIC_READERS["dual_sampling"], 99)["", "AUC"][1] for row in part.index[1:]]
     assert np.allclose(part.p_patients.iloc[1:], holm(raw))
 
 
@@ -348,7 +348,7 @@ def test_no_difference_without_patients(tmp_path, trained_on, word):
     assert mine.ours.notna().all() and t.difference.isna().all() and mine.note.str.contains(word).all()
     size = cell(paper_table("darnet", "III", tmp_path), "DARNet", "parameters")
     assert np.isfinite(size.difference) and not size.note                                   # a size is a size
-    assert "difference" in shown(t) and (shown(t)["difference"] == "").all()
+    assert "difference" in printed_table(t) and (printed_table(t)["difference"] == "").all()
 
 
 # ---------------------------------------------------------------- traces
@@ -432,7 +432,7 @@ def test_a_name_in_an_old_file_is_not_believed(tmp_path):
 
 def test_latex_escapes_everything():
     raw = r"50 % of a_b & {c} #1 $x$ ~ ^ \n < > ± … −"
-    safe = tex_text(raw)
+    safe = _tex_text(raw)
     bare = re.sub(r"\\[&%$#_{}]|\\textbackslash\{\}|\\textasciitilde\{\}|\\textasciicircum\{\}|\\ldots\{\}|\$[<>-]\$|\$\\pm\$", "", safe)
     assert not set(bare) & set("&%$#_{}~^\\<>±…−") and all(ord(c) < 128 for c in safe)
     table = to_latex(pd.DataFrame({"a_b": ["1 & 2"], "c": ["x"]}), "50 %")
@@ -446,11 +446,11 @@ def test_markdown_keeps_its_columns():
 
 
 def test_shown_has_the_papers_digits(darnet):
-    s = shown(paper_table("darnet", "IV", darnet, n=10))
+    s = printed_table(paper_table("darnet", "IV", darnet, n=10))
     at = s[(s.row == "DARNet") & (s.metric == "AUC")].iloc[0]
     assert at.theirs == "0.9950 ± 0.0020" and re.fullmatch(r"0\.\d{4} ± 0\.\d{4}", at.ours) and re.fullmatch(r"[+-]0\.\d{4}", at["difference"]) and at["scans / patients / models"] == "60 / 40 / 3"
     assert re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", s[(s.row == "DARNet") & (s.metric == "accuracy, %")].iloc[0].ours)
-    ages = shown(paper_table("dual_sampling", "I", darnet))
+    ages = printed_table(paper_table("dual_sampling", "I", darnet))
     assert ages[ages.metric == "age, years"].theirs.iloc[0] == "50.0 (14-89)"
 
 
@@ -473,7 +473,7 @@ def test_nothing_is_written_on_a_mistake(darnet, tmp_path):
     out = tmp_path / "out"
     for call, error, word in ((("raunet", darnet, out), TableError, "no run of this system"), (("darnet", darnet, out, ["pdf"]), TableError, "pdf"), (("resnet", darnet, out), PublishedError, "resnet"), (("darnet", tmp_path / "x", out), TableError, "none of them finished")):
         with pytest.raises(error, match=word): write_report(*call)
-    assert not out.exists() and set(FORMATS) == {"html", "md", "tex", "csv"}
+    assert not out.exists() and set(_FORMATS) == {"html", "md", "tex", "csv"}
 
 
 class Tags(HTMLParser):
@@ -490,17 +490,17 @@ def test_hostile_names_stay_text(tmp_path):
     write_report("darnet", tmp_path / "runs", tmp_path / "out", n=10)
     tags = Tags()
     tags.feed((tmp_path / "out" / "report.html").read_text("utf-8"))
-    assert all(a["src"].startswith("data:image/png") for k, a in tags.seen if k == "img") and "i" not in {k for k, _ in tags.seen} and evil in claim(tmp_path / "runs").said[38]
+    assert all(a["src"].startswith("data:image/png") for k, a in tags.seen if k == "img") and "i" not in {k for k, _ in tags.seen} and evil in fill_checklist(tmp_path / "runs").said[38]
 
 
 def test_figures_tell_the_tables_numbers(darnet):
-    rows = rows_of("darnet", find_runs(darnet))
+    rows = _rows_with_runs("darnet", find_runs(darnet))
     assert list(rows) == ["DARNet (w/o DA and CA)", "DARNet"]
-    fig = roc_panels(rows, n=20)
+    fig = _roc_panels(rows, n=20)
     t = paper_table("darnet", "IV", darnet, n=10)
     legend = [[float(x.get_text().split()[-1]) for x in ax.get_legend().get_texts()] for ax in fig.axes]
     assert len(fig.axes) == 3 and np.allclose(np.mean(legend, 0), [cell(t, r, "AUC", REST).ours for r in rows], atol=.001)
-    panels = confusion_panels(rows)
+    panels = _confusion_panels(rows)
     share = [sum(int(x.get_text().split()[0]) for i, x in enumerate(ax.texts) if i in (0, 4, 8)) / sum(int(x.get_text().split()[0]) for x in ax.texts) for ax in panels.axes]
     assert np.allclose(100 * np.array(share), [cell(t, r, "accuracy", REST).ours for r in rows]) and "answers right" in panels.alt
 
@@ -521,9 +521,9 @@ def test_page_in_a_browser(browser, darnet, tmp_path):
 
 def test_claim(tmp_path, darnet):
     "44 items, each with a state; what is filled says something, what is not asks for something"
-    t = claim(darnet, n=20)
-    assert list(t.item) == list(range(1, 45)) and [tuple(x) for x in t[["section", "topic"]].to_numpy()] == ITEMS and set(t.state) == {FILLED, PARTLY, AUTHOR}
-    assert (t.said[t.state != AUTHOR] != "").all() and (t.missing[t.state != FILLED] != "").all() and (t.missing[t.state == FILLED] == "").all()
+    t = fill_checklist(darnet, n=20)
+    assert list(t.item) == list(range(1, 45)) and [tuple(x) for x in t[["section", "topic"]].to_numpy()] == _ITEMS and set(t.state) == {_FILLED, _PARTLY, AUTHOR}
+    assert (t.said[t.state != AUTHOR] != "").all() and (t.missing[t.state != _FILLED] != "").all() and (t.missing[t.state == _FILLED] == "").all()
     said = t.set_index("item").said
     assert "6 trainings" in said[25] and "darnet-none" in said[22] and "darnet" in said[22] and "torch 2" in said[23] and "accuracy" not in said[38] and re.search(r"sensitivity 0\.\d+ \(0\.\d+ … ", said[38])
     wrong = sum((p[[f"prob_{c}" for c in ("healthy", "cap", "covid")]].idxmax(axis=1).str[5:] != p.label).sum() for f in darnet.rglob("predictions.csv") for p in [pd.read_csv(f).query("part=='test'")])
@@ -532,13 +532,13 @@ def test_claim(tmp_path, darnet):
 
 def test_claim_of_all_systems(tmp_path, dual):
     runs, cohort = dual
-    t = claim(runs, cohort, n=10).set_index("item")
-    assert "two networks" in t.said[27] and t.state[20] == FILLED and "test: 60 scans of 40 patients" in t.said[19]
+    t = fill_checklist(runs, cohort, n=10).set_index("item")
+    assert "two networks" in t.said[27] and t.state[20] == _FILLED and "test: 60 scans of 40 patients" in t.said[19]
     make_run(tmp_path / "seg", "raunet", trained_on="phantoms", table=pd.concat([counts(), counts(part="test", seed=5)]))
-    t = claim(tmp_path / "seg", n=10).set_index("item")
-    assert t.state[39] == AUTHOR and "Dice" in t.said[37] and t.state[14] == FILLED
+    t = fill_checklist(tmp_path / "seg", n=10).set_index("item")
+    assert t.state[39] == AUTHOR and "Dice" in t.said[37] and t.state[14] == _FILLED
     make_run(tmp_path / "pa", "pa-66-m")
-    assert "sensitivity" in claim(tmp_path / "pa", n=10).set_index("item").said[38]
+    assert "sensitivity" in fill_checklist(tmp_path / "pa", n=10).set_index("item").said[38]
 
 
 # ---------------------------------------------------------------- real answers

@@ -2,8 +2,8 @@
 import numpy as np, pytest
 from scipy import ndimage as ndi
 from scipy.stats import wasserstein_distance
-from covid_ct.phantom.anatomy import field, new_chest, stream
-from covid_ct.phantom.chest import ARRAYS, LABELS, SHORTCUTS, SWITCHES, make_phantom, phantom_cohort, phantom_of
+from covid_ct.phantom.anatomy import noise_field, new_chest, random_stream
+from covid_ct.phantom.chest import PHANTOM_MASKS, PHANTOM_LABELS, _SHORTCUTS, SWITCHES, make_phantom, phantom_cohort, phantom_of
 from covid_ct.scan import DataError
 
 SMALL = (32,64,64)
@@ -22,21 +22,21 @@ KNOWN = { # shares of the volume by 150 HU, then of the lungs: lesions, lobes, a
 }
 STREAM = [1381391841, 962964187, 2015218773]
 
-@pytest.mark.parametrize('label', LABELS)
+@pytest.mark.parametrize('label', PHANTOM_LABELS)
 def test_same_seed_same_phantom(label):
     a,b = make_phantom(label, 3, SMALL), make_phantom(label, 3, SMALL)
-    assert (a.scan.voxels==b.scan.voxels).all() and all((getattr(a,n)==getattr(b,n)).all() for n in ARRAYS)
+    assert (a.scan.voxels==b.scan.voxels).all() and all((getattr(a,n)==getattr(b,n)).all() for n in PHANTOM_MASKS)
     assert (make_phantom(label, 4, SMALL).scan.voxels!=a.scan.voxels).any()
 
-@pytest.mark.parametrize('label', LABELS)
+@pytest.mark.parametrize('label', PHANTOM_LABELS)
 def test_fingerprint_of_every_platform(label):
     assert np.abs(fingerprint(make_phantom(label, 3, SMALL, severity=.2))-KNOWN[label]).max()<=.003
 
 def test_random_streams_are_those_of_every_platform():
-    assert stream(1,2).integers(2**31, size=3).tolist()==STREAM
-    assert stream(-1).random()==stream(2**32-1).random()
+    assert random_stream(1,2).integers(2**31, size=3).tolist()==STREAM
+    assert random_stream(-1).random()==random_stream(2**32-1).random()
 
-@pytest.mark.parametrize('label', LABELS)
+@pytest.mark.parametrize('label', PHANTOM_LABELS)
 @pytest.mark.parametrize('shape', [(32,64,64),(64,48,56)])
 def test_truth_is_consistent(label, shape):
     p = make_phantom(label, 9, shape)
@@ -50,7 +50,7 @@ def test_truth_is_consistent(label, shape):
 
 def test_every_kind_of_lesion_occurs_at_its_density():
     seen = {k: [] for k in range(1,6)}
-    for label in LABELS[1:]:
+    for label in PHANTOM_LABELS[1:]:
         for s in range(7):
             p = make_phantom(label, s, SMALL, noise=5, severity=.15)
             for k in seen:
@@ -108,7 +108,7 @@ def test_faults_do_what_their_names_say():
     assert sorted(map(bytes,q['shuffled'].scan.voxels))==sorted(map(bytes,v)) and (q['shuffled'].scan.voxels!=v).any()
     assert (q['masked'].scan.voxels[~p.lungs]==-1024).all() and (q['masked'].scan.voxels[p.lungs]==v[p.lungs]).all()
     for name,x in q.items():
-        assert x.scan.spacing==p.scan.spacing and all(getattr(x,n).shape==x.scan.shape for n in ARRAYS), name
+        assert x.scan.spacing==p.scan.spacing and all(getattr(x,n).shape==x.scan.shape for n in PHANTOM_MASKS), name
 
 @pytest.mark.parametrize('kw', [dict(label='flu'), dict(kernel='medium'), dict(switches=('upside down',)), dict(law='mine'), dict(shape=(4,64,64))])
 def test_unknown_names_are_refused(kw):
@@ -128,7 +128,7 @@ def test_cohort():
     p = phantom_of(df.iloc[0], SMALL); assert (p.scan.patient_id,p.scan.scan_id)==tuple(df.loc[0,['patient_id','scan_id']])
     assert (phantom_of(df.iloc[0].to_dict(), SMALL).scan.voxels==p.scan.voxels).all()
 
-@pytest.mark.parametrize('name', list(SHORTCUTS))
+@pytest.mark.parametrize('name', list(_SHORTCUTS))
 def test_shortcut_gives_the_class_away(name):
     column = dict(kernel='kernel', masked='switches', slices='slice_mm', table='table')[name]
     honest,cheat = (phantom_cohort(30, seed=1, shortcuts=s) for s in ((),(name,)))
@@ -136,7 +136,7 @@ def test_shortcut_gives_the_class_away(name):
     assert (honest.groupby('label')[column].nunique(dropna=False)>=honest[column].nunique(dropna=False)-1).all()
 
 def test_field_does_not_depend_on_the_voxels():
-    a,b = field(new_chest((20,20,20)), stream(1), 25), field(new_chest((60,60,60)), stream(1), 25)
+    a,b = noise_field(new_chest((20,20,20)), random_stream(1), 25), noise_field(new_chest((60,60,60)), random_stream(1), 25)
     assert np.abs(a-b[1::3,1::3,1::3]).max()<1e-3
 
 def test_fast_enough():

@@ -3,7 +3,7 @@ import time
 
 import numpy as np
 import pytest
-from covid_ct.phantom.chest import ARRAYS, make_phantom
+from covid_ct.phantom.chest import PHANTOM_MASKS, make_phantom
 from covid_ct.scan import DataError
 from covid_ct.phantom.states import STATES
 from scipy import ndimage as ndi
@@ -125,7 +125,7 @@ def median(p, mask):
 def test_every_state_keeps_the_masks_consistent(state, chest):
     plain, p = chest(state, 1)
     assert (p.scan.voxels != plain.scan.voxels).any()
-    assert all(getattr(p, n).shape == p.scan.shape for n in ARRAYS)
+    assert all(getattr(p, n).shape == p.scan.shape for n in PHANTOM_MASKS)
     assert ((p.lobes > 0) == p.lungs).all()
     outside = p.free_air | p.effusion | p.airways
     assert not (p.lungs & outside).any()
@@ -138,7 +138,7 @@ def test_every_state_keeps_the_masks_consistent(state, chest):
 def test_a_state_is_drawn_again_from_the_same_seed(state):
     a, b = (make_phantom("covid", 3, SMALL, states=(state,)) for _ in range(2))
     assert (a.scan.voxels == b.scan.voxels).all()
-    assert all((getattr(a, n) == getattr(b, n)).all() for n in ARRAYS)
+    assert all((getattr(a, n) == getattr(b, n)).all() for n in PHANTOM_MASKS)
     assert (make_phantom("covid", 4, SMALL, states=(state,)).scan.voxels != a.scan.voxels).any()
 
 
@@ -349,7 +349,7 @@ def test_a_second_scan_shows_the_same_operation():
 
 def test_thick_slices_carry_the_masks_along():
     p = make_phantom("cap", 2, SMALL, slice_mm=10., states=("effusion", "pneumothorax"))
-    assert all(getattr(p, n).shape == p.scan.shape for n in ARRAYS)
+    assert all(getattr(p, n).shape == p.scan.shape for n in PHANTOM_MASKS)
     assert p.effusion.any() and p.free_air.any()
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from covid_ct.preprocess.lungs import (airways, choose_lungs, closed, costal_gaps, dice, fill_lung, grown, hu_warnings, inside_body, lung_mask,
-                                 lung_volume_l, mask_warnings, regions, trachea, two_sides, wide_parts, working_copy)
+from covid_ct.preprocess.lungs import (_airways, _choose_lungs, _closed, _costal_gaps, dice, _fill_lung, _grown, hu_warnings, _inside_body, lung_mask,
+                                 lung_volume_l, mask_warnings, _regions, _trachea, two_sides, _wide_parts, _working_copy)
 from covid_ct.phantom.chest import make_phantom
 from covid_ct.scan import NotAChestError, ReadError, Scan, UnitsError
 
@@ -36,26 +36,26 @@ def test_growing_by_a_ball_is_a_distance(mm, spacing):
     ndimage = pytest.importorskip("scipy.ndimage")
     m = np.random.default_rng(1).random((9, 14, 15)) > .985
     assert m.any()
-    assert (grown(m, mm, spacing) == (ndimage.distance_transform_edt(~m, sampling=spacing) <= mm + 1e-6)).all()
-    assert not grown(m & False, mm, spacing).any()
+    assert (_grown(m, mm, spacing) == (ndimage.distance_transform_edt(~m, sampling=spacing) <= mm + 1e-6)).all()
+    assert not _grown(m & False, mm, spacing).any()
 
 
 def test_closing_fills_a_gap_and_no_more():
     m = np.zeros((12, 40, 40), bool)
     m[2:10, 5:35, 5:35] = True
     m[4:8, 18:23, 5:35] = False  # a canal 5 mm wide
-    assert (closed(m, 3.0, (1.0, 1.0, 1.0)) >= m).all() and closed(m, 3.0, (1.0, 1.0, 1.0))[5, 20, 15]
-    assert not closed(m, 1.5, (1.0, 1.0, 1.0))[5, 20, 15]
-    assert not closed(m & False, 3.0, (1.0, 1.0, 1.0)).any()
+    assert (_closed(m, 3.0, (1.0, 1.0, 1.0)) >= m).all() and _closed(m, 3.0, (1.0, 1.0, 1.0))[5, 20, 15]
+    assert not _closed(m, 1.5, (1.0, 1.0, 1.0))[5, 20, 15]
+    assert not _closed(m & False, 3.0, (1.0, 1.0, 1.0)).any()
 
 
 def test_holes_are_filled_but_bays_are_not():
     m = np.zeros((3, 60, 60), bool)
     m[:, 5:55, 5:55] = True
     m[1, 20:45, 20:45] = False
-    assert fill_lung(m, (5.0, 1.0, 1.0))[1, 32, 32]
+    assert _fill_lung(m, (5.0, 1.0, 1.0))[1, 32, 32]
     m[:, 20:45, 45:] = False
-    assert not fill_lung(m, (5.0, 1.0, 1.0))[1, 32, 52]
+    assert not _fill_lung(m, (5.0, 1.0, 1.0))[1, 32, 52]
 
 
 def test_two_sides_and_one():
@@ -76,27 +76,27 @@ def test_the_liver_behind_a_thin_recess_is_no_gap():
     r = np.hypot(y - 60, x - 60)
     ring = np.repeat(((r < 50) & (r > 40) & (x > 40))[None], 6, 0)
     s = Scan(np.full(ring.shape, 50, "f4") + np.arange(120), (5.0, 2.0, 2.0))
-    assert not costal_gaps([ring], s)[0][:, r < 36].any()
+    assert not _costal_gaps([ring], s)[0][:, r < 36].any()
     bite = np.repeat(((r < 50) & (x > 30))[None], 6, 0)
     hole = np.repeat((np.hypot(y - 60, x - 110) < 8)[None], 6, 0)
-    gap = costal_gaps([bite & ~hole], s)[0]
+    gap = _costal_gaps([bite & ~hole], s)[0]
     assert not (gap & np.repeat((r > 52)[None], 6, 0)).any() and (gap & hole & bite).sum() > .3 * (hole & bite).sum()
-    assert (fill_lung(bite & ~hole | gap, s.spacing) & hole & bite).sum() > .5 * (hole & bite).sum()
+    assert (_fill_lung(bite & ~hole | gap, s.spacing) & hole & bite).sum() > .5 * (hole & bite).sum()
     bone = s.replace(voxels=np.full(ring.shape, 600, "f4") + np.arange(120))
-    assert not costal_gaps([bite & ~hole], bone)[0].any()
+    assert not _costal_gaps([bite & ~hole], bone)[0].any()
 
 
 def test_trachea_and_bronchi_are_found_and_do_not_leak(healthy):
-    copy = working_copy(healthy.scan)
-    inside = inside_body(copy); air = inside & (copy.voxels < -400)
-    seed = trachea(air, inside, copy.spacing)
-    tubes = airways(copy.voxels, seed, copy.spacing)
-    truth = working_copy(changed(healthy, healthy.airways.astype("f4"))).voxels > .3
+    copy = _working_copy(healthy.scan)
+    inside = _inside_body(copy); air = inside & (copy.voxels < -400)
+    seed = _trachea(air, inside, copy.spacing)
+    tubes = _airways(copy.voxels, seed, copy.spacing)
+    truth = _working_copy(changed(healthy, healthy.airways.astype("f4"))).voxels > .3
     assert seed.any() and (seed & truth).sum() > .8 * seed.sum()
     assert lung_volume_l(tubes, copy) < .15
-    lungs = choose_lungs(air & ~tubes, copy)
-    assert (wide_parts(tubes, copy.spacing) & healthy.lungs).sum() < .02 * healthy.lungs.sum() and lungs.any()
-    assert not trachea(air & False, inside, copy.spacing).any()
+    lungs = _choose_lungs(air & ~tubes, copy)
+    assert (_wide_parts(tubes, copy.spacing) & healthy.lungs).sum() < .02 * healthy.lungs.sum() and lungs.any()
+    assert not _trachea(air & False, inside, copy.spacing).any()
 
 
 # ── phantoms ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -113,7 +113,7 @@ def test_phantoms(label, seed):
 
 def test_full_resolution_follows_the_scan_and_not_its_copy():
     p = make_phantom("healthy", seed=6, shape=(40, 256, 256))
-    assert working_copy(p.scan).shape != p.scan.shape
+    assert _working_copy(p.scan).shape != p.scan.shape
     assert dice(lung_mask(p.scan), p.lungs) > .96
 
 
@@ -175,9 +175,9 @@ def test_warnings_are_sentences(healthy):
 def test_regions_count_every_voxel():
     m = np.random.default_rng(3).random((5, 9, 9)) > .6
     for in_plane in (False, True):
-        labels, size = regions(m, in_plane)
+        labels, size = _regions(m, in_plane)
         assert size.sum() == m.size and size[0] == (~m).sum() and ((labels > 0) == m).all()
-    assert len(regions(m, True)[1]) >= len(regions(m)[1])
+    assert len(_regions(m, True)[1]) >= len(_regions(m)[1])
 
 
 # ── warnings about a mask ────────────────────────────────────────────────────────────────────────────────────────
@@ -320,8 +320,8 @@ def test_sick_patients(data_dir, name, litres):
     assert mask_warnings(m, scan) == ()
     bone = scan.voxels > 250
     assert (m & ndimage.binary_opening(bone, iterations=2)).sum() < .001 * m.sum()
-    copy = working_copy(scan, 3.)
-    inside = inside_body(copy)
-    seed = trachea(inside & (copy.voxels < -880), inside, copy.spacing)
+    copy = _working_copy(scan, 3.)
+    inside = _inside_body(copy)
+    seed = _trachea(inside & (copy.voxels < -880), inside, copy.spacing)
     z, y, x = np.round((np.argwhere(seed) + .5) * np.divide(scan.shape, copy.shape) - .5).astype(int).T
     assert seed.any() and m[z, y, x].mean() < .02

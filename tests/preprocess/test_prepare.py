@@ -15,8 +15,8 @@ import pytest
 import SimpleITK as sitk
 
 from covid_ct.preprocess import cache as C
-from covid_ct.preprocess.cache import (MASKS, Cache, cache_folder, cache_size, has_mask, make_arrays, pack, prep_of,
-                                 prepare_cohort, prepare_row, row_of, scan_name, sources, staged, sweep, unpack)
+from covid_ct.preprocess.cache import (PREPARED_MASKS, Cache, _cache_folder, cache_size, has_mask, _make_arrays, _pack, prep_of_recipe,
+                                 prepare_cohort, prepare_row, reading_row, _prepared_name, _sources, _staged, _sweep, unpack)
 from covid_ct.cohort.table import write_series
 from covid_ct.io.read import read, to_image, write_mask, write_scan
 from covid_ct.cohort.adapters import open_cohort
@@ -57,20 +57,20 @@ def cohort(): return table()
 
 # ── a run and what it leaves ─────────────────────────────────────────────────────────────────────────────────────
 def test_size_is_predicted_to_the_byte_and_values_are_those_of_prepare(cohort, tmp_path):
-    done = quiet(cohort, PREP, tmp_path, MASKS, jobs=1, load=toy)
+    done = quiet(cohort, PREP, tmp_path, PREPARED_MASKS, jobs=1, load=toy)
     arrays = list(done.folder.glob('*.npy'))
     assert (done.made, done.found, done.exit_code) == (12, 0, 0) and len(arrays) == 36
-    assert sum(f.stat().st_size for f in arrays) == cache_size(cohort, PREP, MASKS)
+    assert sum(f.stat().st_size for f in arrays) == cache_size(cohort, PREP, PREPARED_MASKS)
     notes = [f for f in done.folder.glob('*.json') if f.name != 'recipe.json']
     assert len(notes) == 12
     rest = sorted(f.name for f in done.folder.iterdir() if f not in [*arrays, *notes])
     assert rest == ['failures.csv', 'recipe.json', 'scans.csv']
     assert all(np.load(f, allow_pickle=False).dtype in ('u1', 'u2') for f in arrays)
-    kept, t = Cache(tmp_path, PREP, toy).get(cohort.iloc[5], MASKS), Toy(cohort.iloc[5])
+    kept, t = Cache(tmp_path, PREP, toy).get(cohort.iloc[5], PREPARED_MASKS), Toy(cohort.iloc[5])
     p = prepare(t.scan, PREP)
     assert abs(unpack(kept['image'])-p.voxels).max() <= 1/131070+1e-7 and (kept['lung'] == p.forward(t.lungs)).all() and kept['lung'].dtype == bool
     assert not kept['image'].flags.writeable
-    again = quiet(cohort, PREP, tmp_path, MASKS, jobs=1, load=toy)
+    again = quiet(cohort, PREP, tmp_path, PREPARED_MASKS, jobs=1, load=toy)
     assert (again.made, again.found) == (0, 12) and 'were there' in str(again)
 
 
@@ -90,13 +90,13 @@ def test_failures_of_another_part_of_the_cohort_stay_and_repaired_ones_go(cohort
     folder = quiet(cohort[6:], PREP, tmp_path, jobs=1, load=fails).folder
     read = lambda: pd.read_csv(folder/'failures.csv').scan_id.tolist()
     assert read() == ['S04', 'S07']
-    Cache(tmp_path, PREP, fails).put(cohort.iloc[4], make_arrays(cohort.iloc[4], PREP, load=toy))  # repaired by hand
+    Cache(tmp_path, PREP, fails).put(cohort.iloc[4], _make_arrays(cohort.iloc[4], PREP, load=toy))  # repaired by hand
     assert quiet(cohort[:6], PREP, tmp_path, jobs=1, load=fails).exit_code == 0 and read() == ['S07']
 
 
 def test_a_process_that_is_killed_is_a_typed_error_and_what_is_finished_stays(cohort, tmp_path):
     with pytest.raises(DataError, match='a process was lost .*terminated'): quiet(cohort, PREP, tmp_path, jobs=2, load=dies)
-    folder = cache_folder(tmp_path, PREP, dies)
+    folder = _cache_folder(tmp_path, PREP, dies)
     assert all(Cache(tmp_path, PREP, dies).get(r) is not None for _, r in cohort.iterrows() if list(folder.glob(f'{r.scan_id}-*.npy')))
     rest = quiet(cohort.drop(index=5), PREP, tmp_path, jobs=2, load=dies)
     assert rest.made+rest.found == 11 and not list(folder.glob('.*'))
@@ -124,7 +124,7 @@ def test_refusals(cohort, tmp_path):
     with pytest.raises(CohortError, match="'vgg' names no preprocessing"): quiet(cohort, 'vgg', tmp_path)
     with pytest.raises(CohortError): quiet(tmp_path/'none.csv', PREP, tmp_path)
     recipe = type('Recipe', (), dict(prep='darnet_tiny'))
-    assert prep_of(recipe) is prep_of('darnet_tiny') is prep_of(PREPS['darnet_tiny'])
+    assert prep_of_recipe(recipe) is prep_of_recipe('darnet_tiny') is prep_of_recipe(PREPS['darnet_tiny'])
     assert not list(tmp_path.iterdir())
 
 
@@ -165,7 +165,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_nothing_that_counts(tmp_path):
            "def save(f, a, **k):\n    calls.append(1)\n    if len(calls) == 3: f.write(b'\\x93NUMPY half'); f.flush(); os.kill(os.getpid(), 9)\n    whole(f, a, **k)\nnp.save = save\n"
     p = start(csv, tmp_path/'killed', 1, half+RUN)
     assert p.wait() == -signal.SIGKILL
-    folder = cache_folder(tmp_path/'killed', PREP)
+    folder = _cache_folder(tmp_path/'killed', PREP)
     assert len(list(folder.glob('*.npy'))) == 2 and len(list(folder.glob('.part-*'))) == 1  # two whole scans, one stage of the dead
     quiet(csv, PREP, tmp_path/'killed', jobs=1); quiet(csv, PREP, tmp_path/'whole', jobs=1)
     assert contents(tmp_path/'killed') == contents(tmp_path/'whole') and not list(folder.glob('.*'))
@@ -173,9 +173,9 @@ def test_a_kill_in_the_middle_of_a_write_leaves_nothing_that_counts(tmp_path):
 
 def test_masks_and_image_of_a_scan_appear_together(cohort, tmp_path, monkeypatch):
     cache, seen, save = Cache(tmp_path, PREP, toy), [], C._save
-    def watched(path, array): seen.append(len(list(tmp_path.rglob(f'{scan_name(cohort.iloc[0])}*')))); save(path, array)
+    def watched(path, array): seen.append(len(list(tmp_path.rglob(f'{_prepared_name(cohort.iloc[0])}*')))); save(path, array)
     monkeypatch.setattr(C, '_save', watched)
-    cache.arrays(cohort.iloc[0], MASKS)
+    cache.arrays(cohort.iloc[0], PREPARED_MASKS)
     assert seen == [0, 0, 0] and len(list(tmp_path.rglob('*.npy'))) == 3
 
 
@@ -188,13 +188,13 @@ def test_two_processes_at_once_do_not_disturb_each_other(tmp_path):
 
 
 def test_only_stages_of_the_dead_are_swept(tmp_path):
-    with staged(tmp_path) as mine:
+    with _staged(tmp_path) as mine:
         dead = tmp_path/'.part-dead'; dead.mkdir(); (dead/'lock').touch(); (dead/'half.npy').write_bytes(b'1')
-        assert sweep(tmp_path) == 1 and mine.is_dir() and not dead.exists()
+        assert _sweep(tmp_path) == 1 and mine.is_dir() and not dead.exists()
         os.utime(mine, (0, 0))
-        assert sweep(tmp_path) == 1 and not mine.exists()  # a day old: dead, even where locks cannot be asked
+        assert _sweep(tmp_path) == 1 and not mine.exists()  # a day old: dead, even where locks cannot be asked
     young = tmp_path/'.new-young'; young.mkdir()
-    assert sweep(tmp_path) == 0 and sweep(tmp_path/'nowhere') == 0 and young.exists()
+    assert _sweep(tmp_path) == 0 and _sweep(tmp_path/'nowhere') == 0 and young.exists()
 
 
 # ── clusters ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -211,7 +211,7 @@ def test_dask_prepares_the_same_bytes(tmp_path):
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 def test_keys_follow_recipe_function_and_arguments(tmp_path):
     other = [Prep(size=SIZE, window=(-1000., 400.)), Prep(size=(6, 12, 12)), Prep(size=SIZE, crop=100.)]
-    folders = {cache_folder(tmp_path, p, toy) for p in (PREP, *other)} | {cache_folder(tmp_path, PREP, f) for f in (fails, partial(toy), partial(toy, shape=3))}
+    folders = {_cache_folder(tmp_path, p, toy) for p in (PREP, *other)} | {_cache_folder(tmp_path, PREP, f) for f in (fails, partial(toy), partial(toy, shape=3))}
     assert len(folders) == 7
 
 
@@ -222,27 +222,27 @@ MODULES = ('scan', 'data.preprocess', 'data.io', 'data.dicom', 'data.lungs', 'da
 def test_keys_follow_the_code_that_voxels_depend_on(module, tmp_path, monkeypatch):
     "Every module that reading, finding lungs and preparing stand on: one changed line, and the old cache is not found"
     real, file = C._code, sys.modules['covid_ct.'+module].__file__
-    before = cache_folder(tmp_path, PREP)
+    before = _cache_folder(tmp_path, PREP)
     monkeypatch.setattr(C, '_code', lambda f: real(f)+'changed' if f == file else real(f))
-    assert cache_folder(tmp_path, PREP) != before
+    assert _cache_folder(tmp_path, PREP) != before
 
 
 def test_code_is_what_runs_not_its_comments(tmp_path):
     a, b, c = (tmp_path/f'{k}.py' for k in 'abc')
     a.write_text('# one\nx = 1\n\ny = 2\n'); b.write_text('x = 1\n# two\ny = 2\n'); c.write_text('x = 1\ny = 3\n')
     assert C._code(a) == C._code(b) != C._code(c)
-    assert not {'covid_ct.batches.augment', 'covid_ct.batches.loaders', 'covid_ct.plot'} & set(sources('covid_ct.cohort.table')) and 'numpy' not in sources('covid_ct.scan')
+    assert not {'covid_ct.batches.augment', 'covid_ct.batches.loaders', 'covid_ct.plot'} & set(_sources('covid_ct.cohort.table')) and 'numpy' not in _sources('covid_ct.scan')
 
 
 def test_names_follow_the_files_and_how_they_are_read(tmp_path):
     r = table(2).iloc[0]; f = tmp_path/'s.nii.gz'; write_scan(Toy(r).scan, f)
     row = {**r, 'path': str(f)}
-    name = scan_name(row)
-    assert scan_name({**row, 'fold': 2, 'centre': 'B'}) == name  # what does not decide voxels
-    assert name not in {scan_name({**row, 'units': 'HU'}), scan_name({**row, 'slice': 2}), scan_name({**row, 'lung_mask': str(f)})}
-    os.utime(f, (1, 1)); assert scan_name(row) != name
-    series = write_series(Toy(r).scan, tmp_path/'s'); row = {**r, 'path': str(series)}; name = scan_name(row)
-    (series/'IM3').unlink(); assert scan_name(row) != name
+    name = _prepared_name(row)
+    assert _prepared_name({**row, 'fold': 2, 'centre': 'B'}) == name  # what does not decide voxels
+    assert name not in {_prepared_name({**row, 'units': 'HU'}), _prepared_name({**row, 'slice': 2}), _prepared_name({**row, 'lung_mask': str(f)})}
+    os.utime(f, (1, 1)); assert _prepared_name(row) != name
+    series = write_series(Toy(r).scan, tmp_path/'s'); row = {**r, 'path': str(series)}; name = _prepared_name(row)
+    (series/'IM3').unlink(); assert _prepared_name(row) != name
 
 
 def test_recipe_json_says_what_the_name_means(cohort, tmp_path):
@@ -257,14 +257,14 @@ def test_file_and_phantom_are_one_scan(tmp_path):
     p = make_phantom('covid', seed=5, shape=(24, 48, 48))
     write_scan(p.scan, tmp_path/'s.nii.gz'); write_series(p.scan, tmp_path/'s')
     rows = [pd.Series(dict(patient_id='P', scan_id='S', label='covid', path=str(tmp_path/f))) for f in ('s.nii.gz', 's')]
-    a, b = (make_arrays(r, PREP)['image'].astype(int) for r in rows)
-    c = pack(prepare(p.scan, PREP).voxels).astype(int)
+    a, b = (_make_arrays(r, PREP)['image'].astype(int) for r in rows)
+    c = _pack(prepare(p.scan, PREP).voxels).astype(int)
     assert abs(a-c).max() <= 1 and abs(b-c).max() <= 1
 
 
 def test_rows_and_masks(cohort, tmp_path):
     df = cohort.assign(path='a/b.nii.gz'); df.attrs['root'] = '/data'
-    assert row_of(df, 3).path == '/data/a/b.nii.gz' and row_of(df, 3, tmp_path).path == str(tmp_path/'a/b.nii.gz') and df.path[3] == 'a/b.nii.gz'
+    assert reading_row(df, 3).path == '/data/a/b.nii.gz' and reading_row(df, 3, tmp_path).path == str(tmp_path/'a/b.nii.gz') and df.path[3] == 'a/b.nii.gz'
     assert has_mask(dict(scan_id='S', label='cap', infection_mask='x.nii.gz'), 'infection') and not has_mask(dict(scan_id='S', label='healthy'), 'infection')
     bare = dict(scan_id='S', label='covid', lung_mask=float('nan'), infection_mask=float('nan'))
     assert not has_mask(bare, 'lung')  # the built-in method finds them
@@ -308,7 +308,7 @@ def masked(tmp_path):
 
 @pytest.mark.parametrize('prep', [KEEP, CROP])
 def test_a_named_lung_mask_masks_and_crops(masked, tmp_path, prep):
-    done = quiet(masked, prep, tmp_path/'out', MASKS, jobs=1, lungs=whole)
+    done = quiet(masked, prep, tmp_path/'out', PREPARED_MASKS, jobs=1, lungs=whole)
     assert done.exit_code == 0
     assert done.scans.lungs.tolist() == ['own', 'own', 'built-in', 'built-in']
     assert 'lung masks: 2 built-in and 2 own' in str(done)
@@ -318,23 +318,23 @@ def test_a_named_lung_mask_masks_and_crops(masked, tmp_path, prep):
         scan = Toy(masked.iloc[i]).scan
         mask = half(scan) if i < 2 else whole(scan)
         ready = prepare(scan, prep, mask)
-        got = cache.get(row_of(masked, i), MASKS)
+        got = cache.get(reading_row(masked, i), PREPARED_MASKS)
         assert np.abs(unpack(got['image'])-ready.voxels).max() < 1e-4
         assert (got['lung'] == ready.forward(mask)).all()
         assert (got['infection'] == ready.forward(Toy(masked.iloc[i]).infection)).all()
-        assert cache.about(row_of(masked, i))['lungs'] == done.scans.lungs[i]
+        assert cache.about(reading_row(masked, i))['lungs'] == done.scans.lungs[i]
 
 
 @pytest.mark.parametrize('column', ['lung_mask', 'infection_mask'])
 def test_another_mask_of_the_same_name_is_another_scan(masked, tmp_path, column):
-    quiet(masked, KEEP, tmp_path/'out', MASKS, jobs=1, lungs=whole)
+    quiet(masked, KEEP, tmp_path/'out', PREPARED_MASKS, jobs=1, lungs=whole)
     scan = Toy(masked.iloc[1]).scan
     new = np.zeros(scan.shape, bool)
     new[2:5, 3:9, 2:12] = True
     write_mask(new, scan, tmp_path/'data'/masked[column][1], overwrite=True)
-    again = quiet(masked, KEEP, tmp_path/'out', MASKS, jobs=1, lungs=whole)
+    again = quiet(masked, KEEP, tmp_path/'out', PREPARED_MASKS, jobs=1, lungs=whole)
     assert (again.made, again.found) == (1, 3)
-    got = Cache(tmp_path/'out', KEEP, lungs=whole).get(row_of(masked, 1), MASKS)
+    got = Cache(tmp_path/'out', KEEP, lungs=whole).get(reading_row(masked, 1), PREPARED_MASKS)
     assert (got[column.split('_')[0]] == prepare(scan, PREP).forward(new)).all()
 
 
@@ -358,7 +358,7 @@ def test_a_lung_mask_that_cannot_be_used_is_an_error_with_its_name(masked, tmp_p
     spoil, kind, words = BAD[fault]
     file = tmp_path/'data'/masked.lung_mask[0]
     spoil(Toy(masked.iloc[0]).scan, file)
-    with pytest.raises(kind, match=words) as e: prepare_row(row_of(masked, 0), prep, lungs=whole)
+    with pytest.raises(kind, match=words) as e: prepare_row(reading_row(masked, 0), prep, lungs=whole)
     assert e.value.source == str(file) and e.value.remedy
     done = quiet(masked, prep, tmp_path/'out', jobs=1, lungs=whole)
     (scan_id, _, said, remedy), = done.failures.values
@@ -368,7 +368,7 @@ def test_a_lung_mask_that_cannot_be_used_is_an_error_with_its_name(masked, tmp_p
 
 def test_a_spoilt_infection_mask_is_an_error_with_its_name(masked, tmp_path):
     wrong_grid(Toy(masked.iloc[2]).scan, tmp_path/'data'/masked.infection_mask[2])
-    done = quiet(masked, PREP, tmp_path/'out', MASKS, jobs=1, lungs=whole)
+    done = quiet(masked, PREP, tmp_path/'out', PREPARED_MASKS, jobs=1, lungs=whole)
     (_, kind, said, _), = done.failures.values
     assert kind == 'GeometryError' and said.startswith(masked.infection_mask[2])
 
@@ -384,7 +384,7 @@ def test_without_a_need_for_lungs_none_are_read_or_found(masked, tmp_path):
 def test_lungs_are_found_once_for_crop_and_mask(masked):
     asked = []
     def counted(scan): asked.append(1); return whole(scan)
-    arrays, about = prepare_row(row_of(masked, 3), KEEP, ('lung',), lungs=counted)
+    arrays, about = prepare_row(reading_row(masked, 3), KEEP, ('lung',), lungs=counted)
     assert len(asked) == 1 and about['lungs'] == 'built-in' and arrays['lung'].all()
 
 
@@ -455,10 +455,10 @@ def test_a_copy_with_the_same_content_and_times_is_the_same_scan(tmp_path):
     assert quiet(cohort, PREP, tmp_path/'out', jobs=1).found == 1
     assert stamp == {f: f.stat().st_mtime_ns for f in done.folder.glob('*.npy')}
     hashed = []
-    real = C.content_of
-    C.content_of = lambda row: hashed.append(1) or real(row)
+    real = C._content_of
+    C._content_of = lambda row: hashed.append(1) or real(row)
     try: assert quiet(cohort, PREP, tmp_path/'out', jobs=1).found == 1 and not hashed
-    finally: C.content_of = real
+    finally: C._content_of = real
 
 
 def test_a_note_that_is_lost_or_damaged_counts_as_no_scan(cohort, tmp_path):
@@ -474,7 +474,7 @@ def test_the_code_of_the_phantom_is_not_that_of_a_patient(tmp_path, monkeypatch)
     real = C._code
     def folders():
         made = phantom_of, partial(phantom_of, shape=(8, 8, 8))
-        return cache_folder(tmp_path, PREP), *(cache_folder(tmp_path, PREP, f) for f in made)
+        return _cache_folder(tmp_path, PREP), *(_cache_folder(tmp_path, PREP, f) for f in made)
     before = folders()
     changed = {sys.modules[f'covid_ct.{m}'].__file__ for m in ('phantom', 'anatomy')}
     monkeypatch.setattr(C, '_code', lambda f: real(f)+'changed' if f in changed else real(f))
@@ -497,7 +497,7 @@ def test_cc_ccii_goes_through_the_recipe_of_the_paper(cc_ccii, tmp_path):
     assert done.exit_code == 0 and done.made == len(df) >= 3
     assert set(done.scans.units) == {'uint8'} and set(done.scans.lungs) == {'none'}
     assert done.scans.remarks.str.contains('8-bit grey values, taken as they are').all()
-    row = row_of(df, 0)
+    row = reading_row(df, 0)
     scan = read(row.path, allow_unknown_geometry=True)
     got = unpack(Cache(tmp_path, PREPS['darnet']).get(row)['image'])
     assert got.shape == (64, 224, 224)
@@ -511,4 +511,4 @@ def test_recipes_that_need_hu_name_the_one_that_takes_pictures(cc_ccii, tmp_path
     assert len(done.failures) == len(cc_ccii) and set(done.failures.error) == {'UnitsError'}
     assert done.failures.remedy.str.contains('darnet/paper').all()
     prep = PREPS[recipe('darnet', name).prep]
-    with pytest.raises(UnitsError, match='darnet/paper'): prepare_row(row_of(cc_ccii, 0), prep)
+    with pytest.raises(UnitsError, match='darnet/paper'): prepare_row(reading_row(cc_ccii, 0), prep)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from covid_ct.preprocess import resample as P
-from covid_ct.preprocess.resample import (PREPS, USED_BY, Prep, Prepared, axis_weights, crop_box, faces,
-                                      multiply_axes, network_grid, prepare, resample, sub_grid)
+from covid_ct.preprocess.resample import (PREPS, _USED_BY, Prep, Prepared, _axis_weights, _crop_box, faces,
+                                      _multiply_axes, _network_grid, prepare, resample, sub_grid)
 from covid_ct.scan import GeometryError, Grid, Map, NotAChestError, Scan, UnitsError
 
 
@@ -33,7 +33,7 @@ SIZES = [(n, m) for n in (1, 2, 3, 5, 17, 64, 300, 512) for m in (1, 2, 3, 7, 64
 @pytest.mark.parametrize("n,m", SIZES)
 def test_a_ramp_is_reproduced_exactly_up_to_the_border(n, m):
     f = n / m
-    w, c = axis_weights(n, (f - 1) / 2, f, m), (f - 1) / 2 + f * np.arange(m)
+    w, c = _axis_weights(n, (f - 1) / 2, f, m), (f - 1) / 2 + f * np.arange(m)
     assert np.allclose(w.sum(1), 1, atol=1e-12)
     if n > 1: assert abs(w @ (3 * np.arange(n) - 1000.0) - (3 * c - 1000)).max() <= 1e-9 * 1000
 
@@ -42,9 +42,9 @@ def test_a_ramp_is_reproduced_exactly_up_to_the_border(n, m):
 def test_held_and_area_weights_are_shares(n, m):
     f = n / m
     for kind in ("hold", "area", "nearest"):
-        w = axis_weights(n, (f - 1) / 2, f, m, kind)
+        w = _axis_weights(n, (f - 1) / 2, f, m, kind)
         assert w.min() >= 0 and np.allclose(w.sum(1), 1, atol=1e-12), kind
-    w = axis_weights(n, (f - 1) / 2, f, m, "area")
+    w = _axis_weights(n, (f - 1) / 2, f, m, "area")
     assert np.allclose(w.sum(0) * f, 1)  # every voxel of the scan is given away exactly once
 
 
@@ -85,43 +85,43 @@ def test_fast_equals_slow_loops(size):
 
 def test_the_order_of_axes_and_the_layout_in_memory_do_not_matter():
     v = np.random.default_rng(2).integers(-1000, 1000, (37, 45, 53)).astype("i2")
-    ws = [axis_weights(n, (n / m - 1) / 2, n / m, m) for n, m in zip(v.shape, (60, 11, 20))]
+    ws = [_axis_weights(n, (n / m - 1) / 2, n / m, m) for n, m in zip(v.shape, (60, 11, 20))]
     want = np.einsum("di,hj,wk,ijk->dhw", *ws, v.astype("f8"), optimize=True)
     for u in (v, np.asfortranarray(v), v[:, ::-1, ::-1][:, ::-1, ::-1], v.astype("f4"), v.astype(">i2")):
-        assert abs(multiply_axes(u, ws) - want).max() < 5e-3
-    assert abs(multiply_axes(v.astype("f8"), ws) - want).max() < 1e-9
+        assert abs(_multiply_axes(u, ws) - want).max() < 5e-3
+    assert abs(_multiply_axes(v.astype("f8"), ws) - want).max() < 1e-9
 
 
 @pytest.mark.parametrize("shape,size", [((300, 512, 512), (64, 224, 224)), ((40, 512, 512), (64, 224, 224)), ((8, 14, 14), (300, 512, 512)), ((64, 3, 900), (7, 300, 5))])
 def test_no_block_is_so_large_that_the_linear_algebra_library_would_split_it(shape, size):
     for n, m, other in ((shape[1], size[1], shape[2]), (shape[2], size[2], size[1])):
-        w = axis_weights(n, (n / m - 1) / 2, n / m, m)
+        w = _axis_weights(n, (n / m - 1) / 2, n / m, m)
         blocks = P._blocks(w, other)
         whole = np.zeros_like(w)
         for j, k, b in blocks: whole[j, k] = b
-        assert (whole == w).all() and (max(b.size for *_, b in blocks) * other <= P.SMALL or max(len(b) for *_, b in blocks) <= 4)
+        assert (whole == w).all() and (max(b.size for *_, b in blocks) * other <= P._FEW_PRODUCTS or max(len(b) for *_, b in blocks) <= 4)
 
 
 def test_the_number_of_threads_changes_no_bit(monkeypatch):
     v = np.random.default_rng(4).integers(-1000, 1000, (50, 61, 70)).astype("i2")
-    ws = [axis_weights(n, (n / m - 1) / 2, n / m, m) for n, m in zip(v.shape, (20, 25, 30))]
-    def run(n): monkeypatch.setenv("OMP_NUM_THREADS", n); return multiply_axes(v, ws)
-    assert P.threads() >= 1 and (run("1") == run("3")).all() and (run("1") == run("2,1")).all() and P.threads() == 2
-    monkeypatch.delenv("OMP_NUM_THREADS"); assert P.threads() >= 1
+    ws = [_axis_weights(n, (n / m - 1) / 2, n / m, m) for n, m in zip(v.shape, (20, 25, 30))]
+    def run(n): monkeypatch.setenv("OMP_NUM_THREADS", n); return _multiply_axes(v, ws)
+    assert P._thread_count() >= 1 and (run("1") == run("3")).all() and (run("1") == run("2,1")).all() and P._thread_count() == 2
+    monkeypatch.delenv("OMP_NUM_THREADS"); assert P._thread_count() >= 1
 
 
 def test_an_error_in_a_thread_is_raised(monkeypatch):
     def broken(*a): raise MemoryError("no room")
     monkeypatch.setattr(P, "_slab", broken)
-    with pytest.raises(MemoryError, match="no room"): multiply_axes(np.ones((4, 4, 4)), [np.eye(4)] * 3)
+    with pytest.raises(MemoryError, match="no room"): _multiply_axes(np.ones((4, 4, 4)), [np.eye(4)] * 3)
 
 
 def test_slices_that_become_more_but_smaller_are_made_small_first(monkeypatch):
     v = np.random.default_rng(6).normal(size=(5, 40, 40))
-    ws = [axis_weights(n, (n / m - 1) / 2, n / m, m) for n, m in zip(v.shape, (30, 8, 9))]
+    ws = [_axis_weights(n, (n / m - 1) / 2, n / m, m) for n, m in zip(v.shape, (30, 8, 9))]
     shapes, slab = [], P._slab
     monkeypatch.setattr(P, "_slab", lambda v, *a: (shapes.append(v.shape), slab(v, *a)))
-    assert np.allclose(multiply_axes(v, ws), np.einsum("di,hj,wk,ijk->dhw", *ws, v, optimize=True))
+    assert np.allclose(_multiply_axes(v, ws), np.einsum("di,hj,wk,ijk->dhw", *ws, v, optimize=True))
     assert set(shapes) == {(5, 40, 40), (5, 8, 9)}
 
 
@@ -194,7 +194,7 @@ def test_rows_of_darnet():
     r = PREPS["darnet_release"]
     g = Grid((30, 512, 512), (1.0, 1.0, 1.0))
     s = Scan(np.zeros(g.shape, "u1"), g.spacing, units="uint8", geometry_known=False)
-    assert crop_box(s, r)[1:].tolist() == [[47.5, 463.5]] * 2  # 48 pixels from each side
+    assert _crop_box(s, r)[1:].tolist() == [[47.5, 463.5]] * 2  # 48 pixels from each side
     with pytest.raises(ValueError): Prep(size=None)
     with pytest.raises(ValueError): Prep(crop="body")
     with pytest.raises(ValueError): Prep(window=(150, -1350))
@@ -205,22 +205,22 @@ def test_crops():
     s = scan_on(g, np.zeros(g.shape, "i2"))
     lungs = np.zeros(g.shape, bool)
     lungs[10:20, 30:50, 5:95] = True
-    assert crop_box(s, Prep(crop="lungs", margin=6.0), lungs).tolist() == [[6.5, 22.5], [23.5, 55.5], [-.5, 99.5]]
-    assert crop_box(s, Prep(crop=40.0)).tolist() == [[9.5, 29.5], [29.5, 69.5], [29.5, 69.5]]
-    assert crop_box(s, Prep(crop=(20.0, 40.0, 200.0))).tolist() == [[14.5, 24.5], [29.5, 69.5], [-50.5, 149.5]]
-    with pytest.raises(NotAChestError, match="empty"): crop_box(s, Prep(crop="lungs"), lungs & False)
-    with pytest.raises(GeometryError, match="shape"): crop_box(s, Prep(crop="lungs"), lungs[1:])
-    with pytest.raises(ValueError, match="lung_mask"): crop_box(s, Prep(crop="lungs"))
+    assert _crop_box(s, Prep(crop="lungs", margin=6.0), lungs).tolist() == [[6.5, 22.5], [23.5, 55.5], [-.5, 99.5]]
+    assert _crop_box(s, Prep(crop=40.0)).tolist() == [[9.5, 29.5], [29.5, 69.5], [29.5, 69.5]]
+    assert _crop_box(s, Prep(crop=(20.0, 40.0, 200.0))).tolist() == [[14.5, 24.5], [29.5, 69.5], [-50.5, 149.5]]
+    with pytest.raises(NotAChestError, match="empty"): _crop_box(s, Prep(crop="lungs"), lungs & False)
+    with pytest.raises(GeometryError, match="shape"): _crop_box(s, Prep(crop="lungs"), lungs[1:])
+    with pytest.raises(ValueError, match="lung_mask"): _crop_box(s, Prep(crop="lungs"))
     flat = s.replace(geometry_known=False)
     for prep in (Prep(crop=40.0), Prep(spacing=(2.0, 2.0, 2.0)), Prep(crop="lungs")):
-        with pytest.raises(GeometryError, match="spacing is unknown"): crop_box(flat, prep, lungs)
-    assert crop_box(flat, Prep()).tolist() == faces(g).tolist()
+        with pytest.raises(GeometryError, match="spacing is unknown"): _crop_box(flat, prep, lungs)
+    assert _crop_box(flat, Prep()).tolist() == faces(g).tolist()
 
 
 def test_spacing_size_and_both():
     g = Grid((40, 100, 100), (2.0, 1.0, 1.0))
-    assert network_grid(g, faces(g), Prep(size=None, spacing=(4.0, 2.0, 2.5))).shape == (20, 50, 40)
-    both = network_grid(g, faces(g), Prep(size=(50, 30, 100), spacing=(2.0, 2.0, 1.0)))
+    assert _network_grid(g, faces(g), Prep(size=None, spacing=(4.0, 2.0, 2.5))).shape == (20, 50, 40)
+    both = _network_grid(g, faces(g), Prep(size=(50, 30, 100), spacing=(2.0, 2.0, 1.0)))
     assert both.spacing == (2.0, 2.0, 1.0) and both.shape == (50, 30, 100)
     middle = lambda q: q.to_mm((np.array(q.shape) - 1) / 2)
     assert np.allclose(middle(both), middle(g))
@@ -301,7 +301,7 @@ def test_back_keeps_the_range_and_is_zero_outside_the_crop():
     g = oblique()
     p = prepare(scan_on(g, np.zeros(g.shape, "i2")), Prep(size=(8, 16, 16), crop=(60.0, 24.0, 21.0)))
     ones = p.back(np.ones((3, 5, 5)))
-    box = crop_box(scan_on(g, np.zeros(g.shape, "i2")), p.prep)
+    box = _crop_box(scan_on(g, np.zeros(g.shape, "i2")), p.prep)
     i = np.stack(np.indices(g.shape), -1)
     inside = np.all((i >= box[:, 0]) & (i <= box[:, 1]), axis=-1)
     assert (ones[inside] == 1).all() and (ones[~inside] == 0).all()
@@ -396,8 +396,8 @@ def test_the_other_units_name_what_takes_them_too():
 
 def test_every_row_names_a_recipe_that_uses_it():
     from covid_ct.train.recipes import RECIPES
-    assert set(USED_BY) == set(PREPS)
-    for row, name in USED_BY.items(): assert RECIPES[tuple(name.split("/"))].prep == row
+    assert set(_USED_BY) == set(PREPS)
+    for row, name in _USED_BY.items(): assert RECIPES[tuple(name.split("/"))].prep == row
 
 
 def test_a_prepared_scan_says_whose_lungs_were_used():

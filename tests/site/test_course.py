@@ -12,7 +12,7 @@ import nbformat
 import numpy as np
 import pytest
 from covid_ct import course
-from covid_ct.course import CourseError, check, copy_course, exercise, for_students, lesson_facts, lessons, scores, solution
+from covid_ct.course import CourseError, check, copy_course, exercise, _for_students, _lesson_facts, lessons, scores, solution
 from stage import ROOT, page_name, sources
 
 LESSONS = [p.relative_to(ROOT).as_posix() for p in sources() if p.parent.name == "lessons" and not p.name.startswith("0")]
@@ -34,7 +34,7 @@ def text_of(outputs): return "\n".join("".join(o.get("text", o.get("data", {}).g
 def assert_judged(page, log):
     "Of an execution: each exercise of the page refused its unsolved cell and accepted its solution. `log` is what `COVID_CT_COURSE` names"
     said = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
-    for name, kind in lesson_facts(ROOT / page)["exercises"].items():
+    for name, kind in _lesson_facts(ROOT / page)["exercises"].items():
         of = {by: [s["right"] for s in said if s["by"] == by and s["name"] == name and s["kind"] == kind] for by in ("check", "solution")}
         assert of["check"] and not any(of["check"]), f"{page}: exercise {name} accepts its unsolved cell, or has none"
         assert of["solution"] == [True], f"{page}: exercise {name} has no solution that its judge accepts"
@@ -44,8 +44,8 @@ def assert_judged(page, log):
 def test_an_exercise_is_written_as_agreed(page):
     "Heading, folded judge, a cell for the student, folded reason, folded solution; stored with *not yet* and *right*"
     found, number = cells(page), page.split("/")[-1].split("_")[0]
-    facts = lesson_facts(ROOT / page)
-    assert 2 <= len(facts["exercises"]) <= 6 and set(facts["exercises"].values()) <= set(course.KINDS)
+    facts = _lesson_facts(ROOT / page)
+    assert 2 <= len(facts["exercises"]) <= 6 and set(facts["exercises"].values()) <= set(course._KINDS)
     assert all(name.startswith(number + ".") for name in facts["exercises"])
     assert re.search(r"What you will be able to do|\*\*Goals", "\n".join(s for t, s, _ in found if t == "markdown"))
     for name in facts["exercises"]:
@@ -63,7 +63,7 @@ def test_an_exercise_is_written_as_agreed(page):
 def test_a_lesson_that_judges_wrongly_is_noticed(tmp_path):
     "An unsolved cell that is accepted, a solution that never ran: both stop the run of the lessons"
     page, log = LESSONS[0], tmp_path / "log"
-    facts = lesson_facts(ROOT / page)["exercises"]
+    facts = _lesson_facts(ROOT / page)["exercises"]
     def write(rows): log.write_text("\n".join(json.dumps(r) for r in rows), "utf-8")
     good = [dict(by=by, name=n, kind=k, right=by == "solution") for n, k in facts.items() for by in ("check", "solution")]
     write(good); assert_judged(page, log)
@@ -168,13 +168,13 @@ def test_html_says_it_in_words_and_escapes():
 def test_lessons_need_only_lessons_before_them():
     table = lessons()
     assert all(n < i and n in table.index for i, needs in table.needs.items() for n in needs)
-    with pytest.raises(CourseError, match="does not declare"): lesson_facts(ROOT / "nbs/00a_scan.ipynb")
+    with pytest.raises(CourseError, match="does not declare"): _lesson_facts(ROOT / "nbs/00a_scan.ipynb")
 
 
 def test_copied_lessons_are_whole_and_folded(tmp_path):
     taken = copy_course(tmp_path / "course")
     site = {page_name(p).with_suffix(".html").as_posix() for p in sources()} | {"index.html"}
-    home = re.escape(course.site_link("../../index").removesuffix("index.html"))
+    home = re.escape(course._site_link("../../index").removesuffix("index.html"))
     for path in taken:
         nb = nbformat.read(path, 4); nbformat.validate(nb)
         md = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
@@ -206,8 +206,8 @@ def test_nothing_is_replaced(tmp_path):
 
 def test_copying_twice_changes_nothing():
     "What students get is a fixed point"
-    once = for_students((ROOT / LESSONS[0]).read_text("utf-8"))
-    assert for_students(once) == once
+    once = _for_students((ROOT / LESSONS[0]).read_text("utf-8"))
+    assert _for_students(once) == once
 
 
 def test_lessons_travel_in_the_wheel(tmp_path):

@@ -9,7 +9,7 @@ from bench import gpu
 from covid_ct.models import zoo
 from covid_ct.models.lsh_attention import LSHAttention
 from covid_ct.models.zoo import ROWS
-from covid_ct.train.loop import Engine, fit, load_run, predict
+from covid_ct.train.loop import Engine, fit, load_run, predict_batches
 from covid_ct.train.recipes import change, recipe
 from covid_ct.train.run_folder import read_tensors
 from covid_ct.train.optimize import train_step
@@ -191,7 +191,7 @@ def test_fit_on_a_gpu_resumes_and_is_read_without_one(tmp_path, precision):
     plain = read_tensors(again.folder / "checkpoints" / "state.safetensors")[1]
     assert run.config["hardware"]["device"] == "cuda" and run.config["hardware"]["gpu"] and (run.history.peak_memory_mb > 0).all() and bool(plain["scaler"]) == (precision == "fp16")
     model = load_run(run.folder, model=toy())[0]
-    assert next(model.parameters()).device.type == "cpu" and np.allclose(predict(model, blobs(12, 2)).filter(like="prob_"), run.predictions.filter(like="prob_"), atol=1e-2 if precision != "no" else 1e-4)
+    assert next(model.parameters()).device.type == "cpu" and np.allclose(predict_batches(model, blobs(12, 2)).filter(like="prob_"), run.predictions.filter(like="prob_"), atol=1e-2 if precision != "no" else 1e-4)
 
 
 # the benchmark

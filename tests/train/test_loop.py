@@ -17,12 +17,12 @@ from covid_ct.models.zoo import ROWS
 from covid_ct.scan import DataError
 from covid_ct.train import loop
 from covid_ct.evaluate.metrics import PredictionError
-from covid_ct.train.loop import Engine, TrainError, fit, load_run, make_accelerator, predict, rate
-from covid_ct.train.recipes import RECIPES, Recipe, RecipeError, change, from_dict, recipe, source_table, sourced, to_dict
+from covid_ct.train.loop import Engine, TrainError, fit, load_run, _make_accelerator, predict_batches, learning_rate
+from covid_ct.train.recipes import RECIPES, Recipe, RecipeError, change, from_dict, recipe, source_table, sourced_fields, to_dict
 from covid_ct.scan import SplitError
 from covid_ct.train.run_folder import AuditWarning, RunError, UncheckedWarning, audit_hint, read_tensors, run_split
 from covid_ct.train.study import cross_validate, evaluate, fold_loaders, score_test, train, train_fold, with_folds
-from covid_ct.train.tasks import TaskError, dice, dice_rows, dice_table, segment_rows
+from covid_ct.train.tasks import TaskError, dice_of_counts, dice_rows, dice_table, segment_rows
 from torch import nn
 
 C3 = ("healthy", "cap", "covid")
@@ -82,7 +82,7 @@ def test_it_learns_and_keeps_the_best(whole):
     h = whole.history
     assert h.train_loss.iloc[-1] < h.train_loss.iloc[0] and list(h.epoch) == [1, 2, 3, 4] and np.allclose(h.lr, [1e-2, 1e-2, 1e-3, 1e-3])
     assert whole.best["valid_loss"] == h.valid_loss.min() and same(whole.model.state_dict(), weights(whole.folder, "best")) and not whole.model.training
-    p = predict(whole.model, blobs(9, 2), C3)
+    p = predict_batches(whole.model, blobs(9, 2), C3)
     assert np.allclose(p.filter(like="prob_"), whole.predictions.filter(like="prob_")) and list(p.scan_id) == list(whole.predictions.scan_id)
     y = np.array([C3.index(c) for c in p.label]); ce = -np.log(p.filter(like="prob_").to_numpy()[range(9), y]).mean()
     assert np.isclose(ce, whole.best["valid_loss"], rtol=1e-5)
@@ -145,7 +145,7 @@ def test_nan_names_the_scans(tmp_path):
 def test_iterators_and_empty_sets_are_refused(tmp_path):
     with pytest.raises(TrainError, match="gave no batches"): fit(net(), iter(blobs(9, 1)), blobs(9, 2), R, tmp_path / "a", progress=False)
     with pytest.raises(TrainError, match="valid.*gave no batches"): fit(net(), blobs(9, 1), [], R, tmp_path / "b", progress=False)
-    with pytest.raises(TaskError, match="for the classes"): predict(nn.Sequential(nn.Flatten(), nn.Linear(144, 2)), blobs(3, 1), C3)
+    with pytest.raises(TaskError, match="for the classes"): predict_batches(nn.Sequential(nn.Flatten(), nn.Linear(144, 2)), blobs(3, 1), C3)
 
 
 def test_folders_of_others_stay_untouched(whole, tmp_path):
@@ -232,27 +232,27 @@ def test_outputs_reach_the_loss_and_precisions_alternate(tmp_path, monkeypatch):
 
 def test_fp16_without_a_gpu_is_refused():
     if torch.cuda.is_available(): pytest.skip("this machine has a GPU, where fp16 works")
-    with pytest.raises(TrainError, match="fp16"): make_accelerator("fp16")
-    assert make_accelerator("no").mixed_precision == "no"
+    with pytest.raises(TrainError, match="fp16"): _make_accelerator("fp16")
+    assert _make_accelerator("no").mixed_precision == "no"
 
 
 def test_rate():
     p = recipe("darnet", "paper")
-    assert np.allclose([rate(p, e) for e in (0, 29, 30, 59, 60, 79)], [1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
+    assert np.allclose([learning_rate(p, e) for e in (0, 29, 30, 59, 60, 79)], [1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5])
 
 
 def test_predict_restores_mode_and_knows_unlabelled_scans():
-    m = net().train(); p = predict(m, [dict(image=torch.rand(2, 1, 4, 6, 6), scan_id=["a", "b"])], C3)
+    m = net().train(); p = predict_batches(m, [dict(image=torch.rand(2, 1, 4, 6, 6), scan_id=["a", "b"])], C3)
     assert m.training and list(p.scan_id) == ["a", "b"] and p.label.isna().all() and np.allclose(np.exp(p.logit_cap - p.logit_covid), p.prob_cap / p.prob_covid)
 
 
 def test_frozen_layers_stay_frozen():
     "Whoever answers a question restores every module, not only the top: also the sliding window and the tables of sizes"
     from covid_ct.batches.slices import segment_scan
-    from covid_ct.models.cost import effective_field
+    from covid_ct.models.cost import _effective_field
     from covid_ct.models.prior_attention import size_table
     from covid_ct.models.resnet3d import stage_table
-    from covid_ct.inference.sliding_window import slabs
+    from covid_ct.inference.sliding_window import _slabs
     from covid_ct.models.zoo import build
     from covid_ct.scan import Scan
     def modes(m): return [(n, k.training) for n, k in m.named_modules()]
@@ -265,18 +265,18 @@ def test_frozen_layers_stay_frozen():
     full = nn.Sequential(nn.Conv3d(1, 2, 3, padding=1), nn.BatchNorm3d(2))
     resnet = build("darnet", classes=3, depth=8, width=4, blocks=(1, 1, 1, 1))
     scan = Scan(np.random.default_rng(0).normal(-600, 200, (3, 16, 16)).astype("i2"), (5., 2., 2.))
-    asked(net(), lambda m: predict(m, blobs(6, 1), C3))
+    asked(net(), lambda m: predict_batches(m, blobs(6, 1), C3))
     asked(flat, lambda m: segment_scan(m, scan, 16))
-    asked(full, lambda m: [*slabs(m, np.zeros((1, 8, 8, 8), "f4"), (4, 4, 4))])
+    asked(full, lambda m: [*_slabs(m, np.zeros((1, 8, 8, 8), "f4"), (4, 4, 4))])
     asked(resnet, lambda m: stage_table(m, (8, 32, 32)))
-    asked(resnet, lambda m: effective_field(m, torch.rand(1, 1, 8, 32, 32)))
+    asked(resnet, lambda m: _effective_field(m, torch.rand(1, 1, 8, 32, 32)))
     small = build("pa-66-m", **ROWS["pa-66-m"].small)
     asked(small, size_table)
 
 
 def test_predict_restores_after_an_error():
     m = net().train(); m[1].eval()
-    with pytest.raises(KeyError): predict(m, [dict(picture=1)], C3)
+    with pytest.raises(KeyError): predict_batches(m, [dict(picture=1)], C3)
     assert m.training and not m[1].training and m[3].training
 
 
@@ -286,7 +286,7 @@ def test_predict_restores_after_an_error():
 def test_recipes_are_complete(key):
     r = RECIPES[key]
     assert from_dict(json.loads(json.dumps(to_dict(r)))) == r and (r.system, r.name) == key
-    assert list(source_table(r).index) == sourced() and r.model in ROWS and r.hash == from_dict(to_dict(r)).hash
+    assert list(source_table(r).index) == sourced_fields() and r.model in ROWS and r.hash == from_dict(to_dict(r)).hash
 
 
 def test_recipe_refusals():
@@ -387,7 +387,7 @@ def test_folds(study, tmp_path, monkeypatch):
         p = pd.read_csv(tmp_path / "cv" / f"fold_{k}" / "predictions.csv", dtype=str)
         assert set(p[p.part == "test"].scan_id) == set(held_out(cohort).scan_id) and set(p[p.part == "valid"].scan_id) == set(cohort[cohort.fold == k].scan_id)
         model, _, c = load_run(tmp_path / "cv" / f"fold_{k}"); assert c["fold"] == k and "## Test set" in (tmp_path / "cv" / f"fold_{k}" / "model_card.md").read_text("utf-8")
-    monkeypatch.setattr(loop, "train_epoch", None)                                  # finished folds are not trained again
+    monkeypatch.setattr(loop, "_train_epoch", None)                                  # finished folds are not trained again
     assert cross_validate(cohort, r, tmp_path / "cv", progress=False, load=load).equals(table)
     with pytest.raises(RunError, match="another recipe"): cross_validate(cohort, change(r, lr=.1), tmp_path / "cv", progress=False, load=load)
     with pytest.raises(RunError, match="another split"): cross_validate(split_patients(cohort.drop(columns="fold"), 3, seed=7), r, tmp_path / "cv", progress=False, load=load)
@@ -405,7 +405,7 @@ def test_a_folder_belongs_to_one_fold(study, tmp_path, monkeypatch, finished):
     cohort, r = study
     def stopped(*a, **k): raise KeyboardInterrupt
     with monkeypatch.context() as m:
-        if not finished: m.setattr(loop, "train_epoch", stopped)
+        if not finished: m.setattr(loop, "_train_epoch", stopped)
         run = train_fold(cohort, 0, r, tmp_path / "r", progress=False, load=load)
     assert run.interrupted != finished
     before = snapshot(tmp_path / "r")
@@ -432,11 +432,11 @@ def test_a_split_is_not_taken_up_where_none_was_named(study, tmp_path):
 def test_every_run_carries_its_split(study, tmp_path, monkeypatch, how):
     "It lies in the folder before the first step, names every patient, and evaluation is refused by it"
     cohort, r = study
-    seen, real = [], loop.train_epoch
+    seen, real = [], loop._train_epoch
     def looks(*a, **k):
         seen.extend(len(pd.read_csv(p)) for p in tmp_path.rglob("split.csv"))
         return real(*a, **k)
-    monkeypatch.setattr(loop, "train_epoch", looks)
+    monkeypatch.setattr(loop, "_train_epoch", looks)
     out = tmp_path / "cv" / "fold_0" if how == "cross_validate" else tmp_path / "r"
     kw = dict(progress=False, load=load)
     if how == "train_fold": train_fold(cohort, 0, r, out, **kw)
@@ -460,7 +460,7 @@ def test_the_command_refuses_patients_of_the_training(tmp_path, monkeypatch, cap
     from covid_ct.cli import main
     class Enough(Exception): pass
     def enough(*a, **k): raise Enough
-    monkeypatch.setattr(demo, "known_lungs", enough)
+    monkeypatch.setattr(demo, "_known_lungs", enough)
     monkeypatch.setattr(demo, "recipe", lambda *a: change(recipe(), model_kwargs=dict(classes=3, depth=32, width=2, blocks=(1, 1, 1, 1), strides=(2, 2, 2, 1))))
     with pytest.raises(Enough): demo.run_demo(tmp_path / "d", patients=30, epochs=1, jobs=1)
     assert len(run_split(tmp_path / "d" / "run")) > 30
@@ -574,8 +574,8 @@ def test_the_loop_segments_and_resumes(tmp_path):
     fit(painter(), stop, painted(6, 2), SEG, tmp_path / "c", progress=False)
     again = fit(painter(), Shuffled(painted(20, 1)), painted(6, 2), SEG, tmp_path / "c", resume=True, progress=False)
     assert told(full).equals(told(again)) and same(weights(tmp_path / "b"), weights(tmp_path / "c"))
-    back = predict(load_run(tmp_path / "a", model=painter(3))[0], painted(6, 2), SEG.classes, "segment")
-    assert np.isclose(dice(back), whole.best["valid_dice"])
+    back = predict_batches(load_run(tmp_path / "a", model=painter(3))[0], painted(6, 2), SEG.classes, "segment")
+    assert np.isclose(dice_of_counts(back), whole.best["valid_dice"])
 
 
 def test_step_size_falls_by_steps_across_a_resume(tmp_path):
@@ -596,8 +596,8 @@ def test_counts_and_every_reading_of_dice():
         for c, k in (("a", 1), ("b", 2)):
             n = (m[i] == k).sum() + (f[i] == k).sum()
             assert np.isclose(dice_rows(t, c)[i], 2 * ((m[i] == k) & (f[i] == k)).sum() / n)
-    assert np.isclose(dice(t, "a", pooled=True), 2 * ((m == 1) & (f == 1)).sum() / ((m == 1).sum() + (f == 1).sum()))
-    assert np.isclose(dice(t), np.mean([dice(t, "a"), dice(t, "b")])) and dice(t, background=True) != dice(t)
+    assert np.isclose(dice_of_counts(t, "a", pooled=True), 2 * ((m == 1) & (f == 1)).sum() / ((m == 1).sum() + (f == 1).sum()))
+    assert np.isclose(dice_of_counts(t), np.mean([dice_of_counts(t, "a"), dice_of_counts(t, "b")])) and dice_of_counts(t, background=True) != dice_of_counts(t)
     with pytest.raises(PredictionError, match="patient_id"): dice_table(t)
 
 

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from covid_ct.train.losses import (AttentionLoss, CrossEntropy, Focal, LOSSES, LossError, MultiTask, SegmentationLoss, attention_error, build_loss, inverse_frequency,
-                                   soft_dice, split_label, weighted_mean)
+from covid_ct.train.losses import (AttentionLoss, CrossEntropy, Focal, LOSSES, LossError, MultiTask, SegmentationLoss, attention_error, build_loss, _inverse_frequency,
+                                   soft_dice, _split_label, weighted_mean)
 
 W = (1., 2., 5.)
 
@@ -82,14 +82,14 @@ def test_bad_batches(outputs, label, says):
 
 def test_bad_choices():
     for make in (lambda: Focal(-1.), lambda: Focal(float("nan")), lambda: CrossEntropy((1., -1.)), lambda: CrossEntropy(()), lambda: CrossEntropy((0., 0.)), lambda: build_loss("mse"),
-                 lambda: build_loss("focal", beta=1), lambda: inverse_frequency(["a"], ("a", "b"))):
+                 lambda: build_loss("focal", beta=1), lambda: _inverse_frequency(["a"], ("a", "b"))):
         with pytest.raises(LossError): make()
     with pytest.raises(LossError, match="one weight per class|2 weights"): weighted_mean(torch.ones(1), torch.tensor([2]), (1., 1.))
 
 
 def test_known_values():
     assert math.isclose(value(CrossEntropy(), torch.zeros(5, 3), torch.tensor([0, 1, 2, 0, 1])).item(), math.log(3), rel_tol=1e-6)
-    assert inverse_frequency(list("aabbbbbb"), ("a", "b")) == (2., 8 / 12)
+    assert _inverse_frequency(list("aabbbbbb"), ("a", "b")) == (2., 8 / 12)
 
 
 # ---- segmentation, attention, multi-task
@@ -224,7 +224,7 @@ def test_multi_task_choices():
     out, y = heads(), torch.tensor([0, 1, 2, 0, 1, 2, 0, 1, 2, 1])
     single, _ = MultiTask(scales=(0., 0., 1.))(out, dict(label=y))
     torch.testing.assert_close(single, F.cross_entropy(out["logits"], y))
-    found, kind = split_label(y, negative=1)
+    found, kind = _split_label(y, negative=1)
     assert found.tolist() == [int(k != 1) for k in y] and kind[y == 0].tolist() == [0] * 3 and kind[y == 2].tolist() == [1] * 3
     assert MultiTask()(heads(k=4), dict(label=torch.tensor([3] * 10)))[1]["type"] > 0
     with pytest.raises(LossError, match="detection"): MultiTask()(dict(logits=out["logits"]), dict(label=y))

@@ -4,9 +4,9 @@ import io
 
 import numpy as np
 import pytest
-from covid_ct.widgets.overlay import profile
-from covid_ct.widgets.pack import ESM, greys, to_bytes
-from covid_ct.widgets.viewer import VolumeViewer, paint
+from covid_ct.widgets.overlay import slice_profile
+from covid_ct.widgets.pack import VIEWER_SCRIPT, grey_table, to_bytes
+from covid_ct.widgets.viewer import VolumeViewer, draw_plane
 from covid_ct.widgets.html import HtmlReport
 from covid_ct.scan import Grid, Map, Scan
 from PIL import Image
@@ -78,7 +78,7 @@ def middle(page, plane, dx=0, dy=0):
 @pytest.fixture()
 def esm(opened):
     page = opened("<!doctype html><title>x</title>")
-    page.evaluate("""async (src) => { window.v = (await import(URL.createObjectURL(new Blob([src], { type: 'text/javascript' })))).default; }""", ESM.read_text("utf-8"))
+    page.evaluate("""async (src) => { window.v = (await import(URL.createObjectURL(new Blob([src], { type: 'text/javascript' })))).default; }""", VIEWER_SCRIPT.read_text("utf-8"))
     return page
 
 
@@ -86,7 +86,7 @@ def test_functions_agree_with_python(esm, parts):
     scan, lesion, _ = parts
     b = to_bytes(scan.voxels)
     table = esm.evaluate("() => [...v.greys(-600, 1500, [-1024, 8])].map((c) => c & 255)")
-    assert np.abs(np.array(table) - greys(-600, 1500)).max() == 0
+    assert np.abs(np.array(table) - grey_table(-600, 1500)).max() == 0
     for k, plane in enumerate((b[5], b[::-1, 7], b[::-1, :, 9])):
         got = esm.evaluate("([b, n, k, i]) => [...v.cut(Uint8Array.from(b), n, k, i)]", [b.ravel().tolist(), b.shape, k, (5, 7, 9)[k]])
         assert (np.array(got).reshape(plane.shape) == plane).all()
@@ -126,7 +126,7 @@ def test_canvas_is_what_python_draws(opened, parts, change):
         h, w, _ = px.shape
         size = np.array(scan.grid.size_mm)
         scale = min(w / size[across], h / size[down]) if plane == "axial" else scale
-        want = np.array(paint(viewer._bytes, scan.grid, plane, viewer.index, greys(viewer.level, viewer.window), layers,
+        want = np.array(draw_plane(viewer._bytes, scan.grid, plane, viewer.index, grey_table(viewer.level, viewer.window), layers,
                               dict(zip(viewer.maps, viewer._heat)).get(viewer.map), viewer.alpha, scale)).astype(int)
         y0, x0 = (h - want.shape[0]) // 2, (w - want.shape[1]) // 2
         inner = np.abs(px[y0 + 24:y0 + want.shape[0] - 24, x0 + 24:x0 + want.shape[1] - 24] - want[24:-24, 24:-24]).max(-1)
@@ -292,7 +292,7 @@ def test_profile_in_the_browser_is_pythons(esm, parts):
     v = to_bytes(heat.values, "unit")
     for k, plane in enumerate(("axial", "coronal", "sagittal")):
         got = esm.evaluate("([b, n, k]) => [...v.profile({ values: Uint8Array.from(b), shape: n }, k)]", [v.ravel().tolist(), v.shape, k])
-        assert np.abs(np.array(got) - profile(heat, plane)).max() < 1 / 255
+        assert np.abs(np.array(got) - slice_profile(heat, plane)).max() < 1 / 255
 
 
 def test_side_by_side(opened):

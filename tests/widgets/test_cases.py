@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 import test_lab
 from playwright.sync_api import expect
-from covid_ct.widgets.cases import CaseError, NoteConflict, Notes, Rules, case_table, check_predictions, read_index, read_predictions, roc_points, runs_in, sheets_of, thumb_of, write_index
-from covid_ct.widgets.reading_room import ReadingRoom, pack_case, pick, try_case, volumes_of
+from covid_ct.widgets.cases import CaseError, NoteConflict, Notes, Rules, case_table, _check_predictions, read_index, read_predictions, roc_points, runs_in, thumbnail_sheets, thumbnail_of, write_index
+from covid_ct.widgets.reading_room import ReadingRoom, _pack_case, _pick_cases, _try_case, _volumes_of
 from covid_ct.cohort.table import check_cohort, write_series
 from covid_ct.evaluate.metrics import energy_in
 from covid_ct.phantom.chest import make_phantom
-from covid_ct.inference.cases import as_json, load_networks, look, open_room, told, CaseLoader
+from covid_ct.inference.cases import room_json, _load_networks, _look, open_room, room_text, _CaseLoader
 from covid_ct.scan import DataError, GeometryError, Map, Scan
 from covid_ct.train.recipes import recipe
 from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
@@ -49,7 +49,7 @@ def case_of(p): return {"scan": p.scan, "masks": {"lesions": p.infection, "lungs
 @pytest.fixture()
 def room(phantom, tmp_path):
     p = phantom
-    thumb = thumb_of(p.scan, Map(p.infection.astype("f4"), p.scan.grid), p.infection)
+    thumb = thumbnail_of(p.scan, Map(p.infection.astype("f4"), p.scan.grid), p.infection)
     load = lambda i: case_of(p)
     r = ReadingRoom(case_table([answers(), answers(seed=1)], about()), load, {f"S{i:04}": np.roll(thumb, i, 1) for i in range(50)}, tmp_path / "run" / "cases" / "notes.json", title="Sixty cases")
     r.sent = []
@@ -95,7 +95,7 @@ def test_table_is_what_loops_say():
         assert r.margin == pytest.approx(sorted(m)[2] - sorted(m)[1]) and r.disagree == pytest.approx(max(abs(x - y) for x, y in p))
         assert r.votes == len({int(p[:, j].argmax()) for j in range(2)})
     with pytest.raises(CaseError, match="other scans"): case_table([a, answers(50)])
-    certain = check_predictions(pd.DataFrame({"scan_id": ["a"], "patient_id": ["p"], "label": ["x"], "prob_x": [0.], "prob_y": [1.]}))
+    certain = _check_predictions(pd.DataFrame({"scan_id": ["a"], "patient_id": ["p"], "label": ["x"], "prob_x": [0.], "prob_y": [1.]}))
     assert np.isfinite(case_table(certain).loss[0])
 
 
@@ -122,14 +122,14 @@ def test_thumbnails(phantom):
     p, g = phantom, phantom.scan.grid
     heat = np.zeros(g.shape, "f4")
     heat[5, 10, 10] = 1
-    seen = thumb_of(p.scan, Map(heat, g))
+    seen = thumbnail_of(p.scan, Map(heat, g))
     lone = p.scan.replace(voxels=np.where(np.arange(24)[:, None, None] == 5, p.scan.voxels, 3000))
-    assert (seen == thumb_of(lone, Map(heat, g))).all() and (seen != thumb_of(p.scan)).any()
-    assert ((thumb_of(p.scan, None, p.infection) == (255, 47, 214)).all(-1)).any() and (thumb_of(p.scan, Map(np.zeros(g.shape), g)) == thumb_of(p.scan)).all()
+    assert (seen == thumbnail_of(lone, Map(heat, g))).all() and (seen != thumbnail_of(p.scan)).any()
+    assert ((thumbnail_of(p.scan, None, p.infection) == (255, 47, 214)).all(-1)).any() and (thumbnail_of(p.scan, Map(np.zeros(g.shape), g)) == thumbnail_of(p.scan)).all()
     grey = Scan(np.arange(300, dtype="u1").reshape(1, 20, 15), (5, 1, 4), units="uint8")
-    assert thumb_of(grey).shape == (72, 72, 3)
-    with pytest.raises(GeometryError): thumb_of(p.scan, Map(heat[1:], Scan(heat[1:], (1, 1, 1)).grid))
-    assert [d["count"] for d, _ in sheets_of(np.zeros((801, 72, 72, 3), "u1"))] == [400, 400, 1]
+    assert thumbnail_of(grey).shape == (72, 72, 3)
+    with pytest.raises(GeometryError): thumbnail_of(p.scan, Map(heat[1:], Scan(heat[1:], (1, 1, 1)).grid))
+    assert [d["count"] for d, _ in thumbnail_sheets(np.zeros((801, 72, 72, 3), "u1"))] == [400, 400, 1]
 
 
 def test_index_there_and_back(tmp_path):
@@ -213,16 +213,16 @@ def test_room_refuses(room):
 
 def test_faults_reach_the_reader_without_paths():
     def broken(i): raise DataError("/archive/MUELLER_HANS/ct.nii", "at /archive/MUELLER_HANS/ct.nii ends early", "Copy it.")
-    assert try_case(broken, "a") == ({"fault": "at the file ends early. Copy it."}, [])
-    assert "ZeroDivisionError" in try_case(lambda i: 1 / 0, "a")[0]["fault"] and "cohort" in try_case(None, "a")[0]["fault"]
+    assert _try_case(broken, "a") == ({"fault": "at the file ends early. Copy it."}, [])
+    assert "ZeroDivisionError" in _try_case(lambda i: 1 / 0, "a")[0]["fault"] and "cohort" in _try_case(None, "a")[0]["fault"]
 
 
 def test_page_budget_and_pick(room):
-    whole, used = volumes_of(room, most=6, max_voxels=20_000)
+    whole, used = _volumes_of(room, most=6, max_voxels=20_000)
     assert len(whole) == 6 and used == sum(len(json.dumps(v)) for v in whole.values())
-    some, less = volumes_of(room, most=6, budget=used // 2, max_voxels=20_000)
+    some, less = _volumes_of(room, most=6, budget=used // 2, max_voxels=20_000)
     assert 1 <= len(some) < 6 and less <= used // 2
-    ids = pick(room.rows, 9)
+    ids = _pick_cases(room.rows, 9)
     assert {f for r in room.rows if r["id"] in ids for f in r["flags"]} == {f for r in room.rows for f in r["flags"]}
     page = room.page(most=2, max_voxels=20_000)
     assert "2 of 60 cases carry" in page and "://" not in page.replace("http://www.w3.org", "")
@@ -232,7 +232,7 @@ def test_page_budget_and_pick(room):
 
 def test_hostile_names_stay_text_in_the_page(phantom):
     t = answers(3).replace({"scan_id": {"S0001": EVIL}, "label": {"cap": "covid", "healthy": "covid"}})
-    r = ReadingRoom(case_table(t), lambda i: pack_case(phantom.scan), title=EVIL)
+    r = ReadingRoom(case_table(t), lambda i: _pack_case(phantom.scan), title=EVIL)
     assert EVIL not in r.frame() and r.page().count("</script>") == 2
 
 
@@ -272,7 +272,7 @@ def test_a_run_is_read(a_run, tmp_path):
     assert {"depth gate", "channel gate"} <= set(found["maps"]) and set(found["masks"]) == {"lungs"} and energy_in(found["maps"][f"CAM {r.table.predicted[1]}"].values, found["masks"]["lungs"]) == pytest.approx(1 - r.table.outside_lung[1], abs=1e-6)
     page = r.save(tmp_path / "out.html", most=3, max_voxels=20_000).read_text("utf-8")
     assert "3 of 3 cases carry" in page and not any(s in page for s in ("MUELLER", "19500101", "ST MARY", str(d)))      # nor in a path
-    assert "3 cases" in told(r) and [q["id"] for q in json.loads(as_json(r))] == list("abc")
+    assert "3 cases" in room_text(r) and [q["id"] for q in json.loads(room_json(r))] == list("abc")
     stamp = (d / "run" / "cases" / "index.csv").stat().st_mtime_ns
     open_room(d / "run", cohort, part="valid", progress=False)
     assert (d / "run" / "cases" / "index.csv").stat().st_mtime_ns == stamp              # looked at once
@@ -299,7 +299,7 @@ def test_every_system_shows_its_own_attention(which, phantom):
     system = {"without": "dual_sampling", "self-attention": "prior_attention"}.get(which, which.split()[0])
     net, r, p = build(row, **size).eval(), recipe(system, "tiny"), phantom
     at, lungs = find_centre(p.scan, {"lesions": p.infection}), lambda s: p.lungs
-    found = CaseLoader(None, None, {"run": (net, r)}, None).maps(p.scan, ["covid"], lungs, at)
+    found = _CaseLoader(None, None, {"run": (net, r)}, None).maps(p.scan, ["covid"], lungs, at)
     assert list(found)[-len(kinds):] == kinds if kinds else all(k.endswith("covid") for k in found)
     assert len(found) == len(kinds) + (r.task == "classify") and all(m.grid == p.scan.grid for m in found.values())
     if kinds:
@@ -307,21 +307,21 @@ def test_every_system_shows_its_own_attention(which, phantom):
         every = attention_maps(net, ready, p.scan, at)
         for k in kinds: assert any(np.array_equal(found[k].values, m.values) and m.method == k for m in every.values())
     if which == "raunet": assert found["LSH bucket"].values[at] > .9 and not found["LSH bucket"].values[:at[0] - 1].any()
-    plain = CaseLoader(None, None, {"run": (net, r)}, None).maps(p.scan, ["covid"], lungs) if r.task == "classify" else {}
+    plain = _CaseLoader(None, None, {"run": (net, r)}, None).maps(p.scan, ["covid"], lungs) if r.task == "classify" else {}
     assert not set(plain) & set(kinds)                                             # the numbers of the table come from the maps of the answer alone
-    two = CaseLoader(None, None, {"a": (net, r), "b": (net, r)}, None).maps(p.scan, ["covid"], lungs, at)
+    two = _CaseLoader(None, None, {"a": (net, r), "b": (net, r)}, None).maps(p.scan, ["covid"], lungs, at)
     assert {f"{k}, {n}" for k in kinds for n in "ab"} <= set(two) and len(two) == 2 * len(found)
 
 
 def test_missing_scans_and_weights_leave_the_rest(a_run, tmp_path):
     d, cohort, _ = a_run
     table = case_table(read_predictions(d / "run", "valid"))
-    loader = CaseLoader(cohort.assign(path=["gone", *cohort.path[1:]]), d, {}, table, load_networks({"run": tmp_path})[1])
-    seen, thumbs, faults = look(loader, tmp_path / "cases", progress=False)
+    loader = _CaseLoader(cohort.assign(path=["gone", *cohort.path[1:]]), d, {}, table, _load_networks({"run": tmp_path})[1])
+    seen, thumbs, faults = _look(loader, tmp_path / "cases", progress=False)
     assert list(seen.scan_id) == ["b", "c"] and len(thumbs) == 2 and list(faults) == ["a"] and seen.outside_lung.isna().all()
     r = ReadingRoom(case_table(read_predictions(d / "run", "valid"), seen), loader, (list(seen.scan_id), thumbs))
-    m, b = try_case(r.load, "b")
-    assert "No map of attention" in m["fault"] and len(b) == 2 and "fault" in try_case(r.load, "a")[0]
+    m, b = _try_case(r.load, "b")
+    assert "No map of attention" in m["fault"] and len(b) == 2 and "fault" in _try_case(r.load, "a")[0]
 
 
 # ---------------------------------------------------------------- the page in a browser

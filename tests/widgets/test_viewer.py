@@ -8,9 +8,9 @@ import re
 
 import numpy as np
 import pytest
-from covid_ct.widgets.overlay import compare, overlay, profile
-from covid_ct.widgets.pack import fit_shape, for_script, greys, pack_masks, pack_volume, presets_of, shrink, shrink_grid, tile, to_bytes, to_values, untile
-from covid_ct.widgets.viewer import VolumeViewer, alt_of, letters_of, paint, still
+from covid_ct.widgets.overlay import view_side_by_side, overlay, slice_profile
+from covid_ct.widgets.pack import fit_shape, script_json, grey_table, _pack_masks, _pack_volume, presets_of, _shrink, shrink_grid, tile_slices, to_bytes, _to_values, _untile
+from covid_ct.widgets.viewer import VolumeViewer, _alt_of, _letters_of, draw_plane, still_image
 from covid_ct.scan import DataError, GeometryError, Grid, Map, Scan, VoxelError
 from covid_ct.plot import WINDOWS, window
 from PIL import Image
@@ -40,7 +40,7 @@ def heat(scan, **kw): return Map(np.linspace(0, 1, scan.voxels.size).reshape(sca
 @pytest.mark.parametrize("units, lo, hi", [("HU", -1024, 1016), ("uint8", 0, 255), ("unit", 0, 1)])
 def test_bytes_there_and_back(units, lo, hi):
     x = np.linspace(lo, hi, 1000).reshape(10, 10, 10)
-    back = to_values(to_bytes(x, units), units)
+    back = _to_values(to_bytes(x, units), units)
     assert np.abs(back - x).max() <= (hi - lo) / 255 / 2 + 1e-4
     assert (np.diff(back.ravel()) >= 0).all()
 
@@ -48,40 +48,40 @@ def test_bytes_there_and_back(units, lo, hi):
 def test_windows_agree_with_show():
     for name, (level, width) in presets_of("HU").items():
         if name in WINDOWS: assert WINDOWS[name] == (level, width)
-        assert np.abs(greys(level, width) / 255 - window(to_values(np.arange(256)), level, width)).max() < .003
-    assert list(presets_of("uint8")) == ["full"] and greys(127.5, 255, "uint8").tolist() == list(range(256))
+        assert np.abs(grey_table(level, width) / 255 - window(_to_values(np.arange(256)), level, width)).max() < .003
+    assert list(presets_of("uint8")) == ["full"] and grey_table(127.5, 255, "uint8").tolist() == list(range(256))
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 5), (7, 4, 4), (30, 2, 100), (5, 100, 2)])
 def test_tiles(shape):
     v = np.random.default_rng(1).integers(0, 256, shape).astype("u1")
-    mosaic, cols = tile(v)
-    assert (untile(mosaic, cols, shape) == v).all() and max(mosaic.shape) <= 16383
+    mosaic, cols = tile_slices(v)
+    assert (_untile(mosaic, cols, shape) == v).all() and max(mosaic.shape) <= 16383
 
 
 def test_several_pictures_and_too_wide():
     "More slices than a picture holds make several; a side beyond WebP's limit falls back to gzip"
     v = np.zeros((300, 130, 130), "u1")
     v[170:] = 200
-    parts, _ = pack_volume(v)
+    parts, _ = _pack_volume(v)
     assert len(parts) == 2 and sum(p["shape"][0] for p, _ in parts) == 300
-    slabs = [untile(np.array(Image.open(io.BytesIO(data)).convert("L")), part["cols"], part["shape"]) for part, data in parts]
+    slabs = [_untile(np.array(Image.open(io.BytesIO(data)).convert("L")), part["cols"], part["shape"]) for part, data in parts]
     assert np.abs(np.concatenate(slabs).astype(int) - v).max() < 8
-    (part, _), = pack_volume(np.zeros((1, 2, 16400), "u1"))[0]
+    (part, _), = _pack_volume(np.zeros((1, 2, 16400), "u1"))[0]
     assert part["codec"] == "gzip"
-    with pytest.raises(DataError, match="codec"): pack_volume(v, "jpeg")
+    with pytest.raises(DataError, match="codec"): _pack_volume(v, "jpeg")
 
 
 def test_the_stated_error_is_the_error():
     v = np.random.default_rng(2).normal(120, 20, (8, 64, 64)).clip(0, 255).astype("u1")
-    (part, data), = pack_volume(v)[0]
-    back = untile(np.array(Image.open(io.BytesIO(data)).convert("L")), part["cols"], v.shape).astype(float)
-    assert math.isclose(pack_volume(v)[1], ((back - v)**2).mean(), rel_tol=1e-5)
+    (part, data), = _pack_volume(v)[0]
+    back = _untile(np.array(Image.open(io.BytesIO(data)).convert("L")), part["cols"], v.shape).astype(float)
+    assert math.isclose(_pack_volume(v)[1], ((back - v)**2).mean(), rel_tol=1e-5)
 
 
 def test_masks_are_exact():
     ms = list(np.random.default_rng(3).random((11, 3, 4, 5)) > .5)
-    packed = pack_masks(ms)
+    packed = _pack_masks(ms)
     assert len(packed) == 2
     for j, m in enumerate(ms):
         bits = np.frombuffer(gzip.decompress(packed[j // 8][1]), "u1").reshape(m.shape)
@@ -99,7 +99,7 @@ def test_shrinking_averages_and_stays_in_place():
         assert np.allclose(g.to_mm(c * g.shape - .5), small.to_mm(c * small.shape - .5))
     z, y, x = np.indices(g.shape)
     ramp = (2 * x + y).astype("u1")                                            # linear stays linear: nothing moved
-    lines = shrink(ramp, shape).astype(float)
+    lines = _shrink(ramp, shape).astype(float)
     at = small.to_mm(np.moveaxis(np.indices(small.shape), 0, -1))
     want = g.to_index(at) @ (0, 1, 2)
     assert np.abs(lines - want)[:, 3:-3, 3:-3].max() <= 1.01
@@ -167,14 +167,14 @@ def test_planes_lie_right():
     v = np.full((10, 12, 14), -1000, "i2")
     v[8, 1, 12] = 1000
     scan = Scan(v, (2., 1., 1.))
-    table, at = greys(0, 2000), (8, 1, 12)
-    place = lambda plane: np.unravel_index(np.array(paint(to_bytes(v), scan.grid, plane, at, table, scale=4).convert("L")).argmax(), np.array(paint(to_bytes(v), scan.grid, plane, at, table, scale=4)).shape[:2])
+    table, at = grey_table(0, 2000), (8, 1, 12)
+    place = lambda plane: np.unravel_index(np.array(draw_plane(to_bytes(v), scan.grid, plane, at, table, scale=4).convert("L")).argmax(), np.array(draw_plane(to_bytes(v), scan.grid, plane, at, table, scale=4)).shape[:2])
     for plane, (row, col), size in (("axial", (1.5, 12.5), (12, 14)), ("coronal", (3, 12.5), (20, 14)), ("sagittal", (3, 1.5), (20, 12))):
         got = place(plane)
         assert np.abs(np.array(got) / 4 - (row, col)).max() < 1, plane
-        assert paint(to_bytes(v), scan.grid, plane, at, table, scale=4).size == (4 * size[1], 4 * size[0])
-    assert letters_of(scan.grid) == [["F", "H"], ["A", "P"], ["R", "L"]]
-    assert letters_of(Grid((2, 2, 2), (1, 1, 1), direction=((0, 1, 0), (-1, 0, 0), (0, 0, -1)))) == [["P", "A"], ["F", "H"], ["L", "R"]]
+        assert draw_plane(to_bytes(v), scan.grid, plane, at, table, scale=4).size == (4 * size[1], 4 * size[0])
+    assert _letters_of(scan.grid) == [["F", "H"], ["A", "P"], ["R", "L"]]
+    assert _letters_of(Grid((2, 2, 2), (1, 1, 1), direction=((0, 1, 0), (-1, 0, 0), (0, 0, -1)))) == [["P", "A"], ["F", "H"], ["L", "R"]]
 
 
 def test_drawing_is_a_function_of_the_state(scan, masks):
@@ -192,16 +192,16 @@ def test_drawing_is_a_function_of_the_state(scan, masks):
 
 
 def test_map_fades_out_at_zero(scan):
-    b, table = to_bytes(scan.voxels), greys(-600, 1500)
-    plain = np.array(paint(b, scan.grid, "axial", (3, 4, 5), table, scale=2))
-    none = np.array(paint(b, scan.grid, "axial", (3, 4, 5), table, heat=np.zeros(SHAPE, "u1"), alpha=1., scale=2))
-    full = np.array(paint(b, scan.grid, "axial", (3, 4, 5), table, heat=np.full(SHAPE, 255, "u1"), alpha=1., scale=2))
+    b, table = to_bytes(scan.voxels), grey_table(-600, 1500)
+    plain = np.array(draw_plane(b, scan.grid, "axial", (3, 4, 5), table, scale=2))
+    none = np.array(draw_plane(b, scan.grid, "axial", (3, 4, 5), table, heat=np.zeros(SHAPE, "u1"), alpha=1., scale=2))
+    full = np.array(draw_plane(b, scan.grid, "axial", (3, 4, 5), table, heat=np.full(SHAPE, 255, "u1"), alpha=1., scale=2))
     assert (plain == none).all() and len(np.unique(full.reshape(-1, 3), axis=0)) == 1
 
 
 def test_letters_need_an_orientation(scan):
-    b, table = to_bytes(scan.voxels), greys(-600, 1500)
-    with_, without = (np.array(still(b, scan.grid, (1, 2, 3), table, known=k)) for k in (True, False))
+    b, table = to_bytes(scan.voxels), grey_table(-600, 1500)
+    with_, without = (np.array(still_image(b, scan.grid, (1, 2, 3), table, known=k)) for k in (True, False))
     assert (with_ != without).any()
 
 
@@ -214,7 +214,7 @@ def test_hostile_names_stay_text(scan, masks):
     assert data["state"]["meta"]["title"] == data["state"]["layers"][0] == data["state"]["map"] == EVIL
     frame = v.frame()
     assert frame.count("<img") == 1 and re.search(r'srcdoc="([^"]*)"', frame) and html.unescape(re.search(r'srcdoc="([^"]*)"', frame)[1]) == page
-    assert "onerror=\"" not in frame and "<" not in for_script(EVIL)
+    assert "onerror=\"" not in frame and "<" not in script_json(EVIL)
 
 
 def test_page_is_whole(scan, masks, tmp_path):
@@ -251,37 +251,37 @@ def test_voxels_are_never_state(scan, masks):
     (header, buffers), = sent
     assert header["kind"] == "voxels" and [p["role"] for p in header["parts"]] == ["volume", "masks", "map"] and len(buffers) == 3
     bundle, _ = v._repr_mimebundle_()
-    assert bundle["text/plain"] == alt_of(v) and "data-covid-ct" in bundle["text/html"] and "application/vnd.jupyter.widget-view+json" in bundle
+    assert bundle["text/plain"] == _alt_of(v) and "data-covid-ct" in bundle["text/html"] and "application/vnd.jupyter.widget-view+json" in bundle
 
 
 def test_compare(scan, masks):
-    fig = compare(scan, {"a": heat(scan), "b": heat(scan)}, masks, planes=("axial", "sagittal"))
+    fig = view_side_by_side(scan, {"a": heat(scan), "b": heat(scan)}, masks, planes=("axial", "sagittal"))
     panels = [ax for ax in fig.axes if ax.get_xlabel()]
     assert len(panels) == 6 and {ax.images[1].get_clim() for ax in panels if len(ax.images) > 1} == {(0, 1)} and "a, b" in fig.alt
-    with pytest.raises(DataError, match="no maps"): compare(scan, {})
-    with pytest.raises(DataError, match="unknown plane"): compare(scan, [heat(scan)], planes=("oblique",))
+    with pytest.raises(DataError, match="no maps"): view_side_by_side(scan, {})
+    with pytest.raises(DataError, match="unknown plane"): view_side_by_side(scan, [heat(scan)], planes=("oblique",))
 
 
 # ---------------------------------------------------------------- side by side, and profiles
 def test_profile_is_a_mean_of_slices(scan):
     gate = np.linspace(.1, .9, SHAPE[0])
     flat = Map(np.broadcast_to(gate[:, None, None], SHAPE), scan.grid)
-    assert np.allclose(profile(flat), gate) and np.allclose(profile(flat, "coronal"), gate.mean())
+    assert np.allclose(slice_profile(flat), gate) and np.allclose(slice_profile(flat, "coronal"), gate.mean())
     m = heat(scan)
     for k, plane in enumerate(("axial", "coronal", "sagittal")):
         slow = [np.take(m.values, i, k).mean(dtype=float) for i in range(SHAPE[k])]
-        assert np.allclose(profile(m, plane), slow)
-    with pytest.raises(DataError, match="unknown plane"): profile(m, "oblique")
+        assert np.allclose(slice_profile(m, plane), slow)
+    with pytest.raises(DataError, match="unknown plane"): slice_profile(m, "oblique")
 
 
 def test_side_by_side_state_still_and_words(scan, masks):
     v = overlay(scan, {"A": heat(scan), "B": Map(1 - heat(scan).values, scan.grid)}, masks, title="T", unit="share", side="coronal")
-    assert v.meta["unit"] == "share" and alt_of(v).startswith("Coronal plane of T") and "side by side: the scan, A, B" in alt_of(v)
+    assert v.meta["unit"] == "share" and _alt_of(v).startswith("Coronal plane of T") and "side by side: the scan, A, B" in _alt_of(v)
     im = np.array(Image.open(io.BytesIO(v.poster(402))).convert("RGB")).astype(int)
     four = [im[:, i * 100:i * 100 + 98] for i in range(4)]                          # scan, outlines, A, B
     assert all(np.abs(four[i] - four[j]).mean() > 1 for i in range(4) for j in range(i))
     assert '"side": "coronal"' in v.page()
     v.side = ""
-    assert alt_of(v).startswith("Axial, coronal and sagittal")
+    assert _alt_of(v).startswith("Axial, coronal and sagittal")
     with pytest.raises(DataError): v.side = "all"
     assert v.side == "" and VolumeViewer(scan, side="axial").poster()                # without maps or masks: the scan alone
