@@ -1,4 +1,5 @@
 """Build script. Every value comes from settings.ini, which nbdev reads too."""
+
 import json
 import shlex
 import shutil
@@ -13,21 +14,28 @@ parser = ConfigParser(delimiters=["="], interpolation=None)
 parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 lib = cfg["lib_path"]
-needs = {k: shlex.split(cfg[k + "requirements"]) for k in ("", "docs_", "dev_", "cluster_", "export_")}
+needs = {
+    k: shlex.split(cfg[k + "requirements"]) for k in ("", "docs_", "dev_", "cluster_", "export_")
+}
 
 
 class WithLessons(build_py):
     "The lessons travel inside of the package, without outputs: `covid-ct course` copies them out. A clone has them in nbs/"
+
     def run(self):
         super().run()
-        if self.editable_mode: return
+        if self.editable_mode:
+            return
         out = Path(self.build_lib, lib, "lessons")
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         for page in (here / "nbs" / "lessons").glob("[0-9]*.ipynb"):
             nb = json.loads(page.read_text(encoding="utf-8"))
-            for c in nb["cells"]: c.update(outputs=[]) if c["cell_type"] == "code" else None
-            (out / page.name).write_text(json.dumps(nb, indent=1, ensure_ascii=False), encoding="utf-8")
+            for c in nb["cells"]:
+                c.update(outputs=[]) if c["cell_type"] == "code" else None
+            (out / page.name).write_text(
+                json.dumps(nb, indent=1, ensure_ascii=False), encoding="utf-8"
+            )
 
 
 setup(
@@ -46,8 +54,12 @@ setup(
     package_data={lib: ["static/*"]},
     cmdclass={"build_py": WithLessons},
     install_requires=needs[""],
-    extras_require={"docs": needs["docs_"], "cluster": needs["cluster_"], "export": needs["export_"],
-                    "dev": needs["docs_"] + needs["dev_"] + needs["cluster_"] + needs["export_"]},
+    extras_require={
+        "docs": needs["docs_"],
+        "cluster": needs["cluster_"],
+        "export": needs["export_"],
+        "dev": needs["docs_"] + needs["dev_"] + needs["cluster_"] + needs["export_"],
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{lib}={lib}._modidx:d"],

@@ -3,6 +3,7 @@
 Each module declares `CASES`. A case is run in a process of its own and yields rows.
 A ratio is the peer's number over ours: above 1 we need less time, memory or space.
 Memory is the peak of a process that does the work, above the peak of a process that only prepares it."""
+
 import json
 import os
 import subprocess
@@ -17,12 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [p for p in (str(ROOT / "tests"),) if p not in sys.path]
 
 
-class BenchError(RuntimeError): "A number that cannot be used, or a process that failed"
+class BenchError(RuntimeError):
+    "A number that cannot be used, or a process that failed"
 
 
 @dataclass(frozen=True)
 class Case:
     "Rows that are measured together; `limit` seconds may pass until the next of them"
+
     name: str
     rows: Callable[[], Iterator[dict]]
     limit: float = 120
@@ -45,12 +48,15 @@ def trouble(name: str, error: Exception | str) -> dict:
 
 def peak_mb() -> float:
     "Largest resident memory of this process, in MB (10⁶ bytes)"
-    status = Path("/proc/self/status")             # `ru_maxrss` of Linux starts with the parent's peak
+    status = Path("/proc/self/status")  # `ru_maxrss` of Linux starts with the parent's peak
     if status.exists():
         line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM:"))
         return int(line.split()[1]) * 1024 / 1e6
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1e6 if sys.platform == "darwin" else 1e3
+    )
 
 
 def stage(target: str, work: bool, *args) -> dict:
@@ -58,7 +64,8 @@ def stage(target: str, work: bool, *args) -> dict:
     module, name = target.split(":")
     steps = getattr(import_module(module), name)(*args)
     next(steps)
-    if not work: return dict(peak=peak_mb())
+    if not work:
+        return dict(peak=peak_mb())
     start = time.perf_counter()
     told = next(steps) or {}
     return dict(seconds=time.perf_counter() - start, peak=peak_mb()) | told
@@ -66,11 +73,20 @@ def stage(target: str, work: bool, *args) -> dict:
 
 def alone(target: str, work: bool, *args) -> dict:
     "`stage` in a process of its own. Raises `BenchError` with the last line that a failed one wrote"
-    call = [sys.executable, "-c", "import bench, json, sys; a = json.loads(sys.argv[1]); "
-            "print('\\n' + json.dumps(bench.stage(*a)))", json.dumps([target, work, *args])]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    call = [
+        sys.executable,
+        "-c",
+        "import bench, json, sys; a = json.loads(sys.argv[1]); "
+        "print('\\n' + json.dumps(bench.stage(*a)))",
+        json.dumps([target, work, *args]),
+    ]
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
     r = subprocess.run(call, capture_output=True, text=True, env=env)
-    if r.returncode: raise BenchError((r.stderr.strip().splitlines() or [f"exit {r.returncode}"])[-1])
+    if r.returncode:
+        raise BenchError((r.stderr.strip().splitlines() or [f"exit {r.returncode}"])[-1])
     return json.loads(r.stdout.splitlines()[-1])
 
 

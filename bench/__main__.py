@@ -6,6 +6,7 @@ A row that fails or takes too long is reported, and the others go on.
     python -m bench              all of them
     python -m bench preprocess   only those named
 """
+
 import argparse
 import json
 import os
@@ -26,7 +27,9 @@ import bench
 from bench import trouble
 from covid_ct.scan import write_atomic
 
-PEERS = "covid_ct torch numpy SimpleITK monai torchio captum scikit-learn matplotlib ipyniivue".split()
+PEERS = (
+    "covid_ct torch numpy SimpleITK monai torchio captum scikit-learn matplotlib ipyniivue".split()
+)
 MARK = "row:"
 
 
@@ -34,16 +37,24 @@ def versions():
     "Of Python and of whatever took part"
     out = {"python": platform.python_version()}
     for name in PEERS:
-        try: out[name] = version(name)
-        except PackageNotFoundError: pass
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            pass
     return out
 
 
 def hardware():
     "Enough to compare two results, nothing that names a machine"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
-    return {"cores": os.cpu_count(), "memory_gib": round(memory / 2**30), "processor": platform.machine(),
-            "system": platform.system()}
+    memory = (
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    )
+    return {
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30),
+        "processor": platform.machine(),
+        "system": platform.system(),
+    }
 
 
 def modules():
@@ -55,15 +66,19 @@ def modules():
 def run_case(module, number):
     "In this process: the rows of one case, each printed as it comes"
     case = import_module(f"bench.{module}").CASES[number]
-    for row in case.rows(): print(f"\n{MARK}{json.dumps(row)}", flush=True)
+    for row in case.rows():
+        print(f"\n{MARK}{json.dumps(row)}", flush=True)
 
 
 def end(process):
     "Stop a process and what it started"
     if hasattr(os, "killpg"):
-        try: os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError: pass
-    else: process.kill()
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    else:
+        process.kill()
     process.wait()
 
 
@@ -72,7 +87,8 @@ def lines_of(process):
     lines = queue.Queue()
 
     def read():
-        for line in process.stdout: lines.put(line)
+        for line in process.stdout:
+            lines.put(line)
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
@@ -82,8 +98,14 @@ def lines_of(process):
 def started(module, number, errors):
     "The process of a case"
     command = [sys.executable, "-m", "bench", "--case", module, str(number)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=bench.ROOT,
-                            start_new_session=True)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        cwd=bench.ROOT,
+        start_new_session=True,
+    )
 
 
 def rows_of(module, number, case, until, errors):
@@ -91,14 +113,19 @@ def rows_of(module, number, case, until, errors):
     process = started(module, number, errors)
     lines, begun = lines_of(process), time.monotonic()
     try:
-        while (line := lines.get(timeout=max(.01, min(begun + case.limit, until) - time.monotonic()))) is not None:
-            if not line.startswith(MARK): continue
-            yield json.loads(line[len(MARK):])
+        while (
+            line := lines.get(timeout=max(0.01, min(begun + case.limit, until) - time.monotonic()))
+        ) is not None:
+            if not line.startswith(MARK):
+                continue
+            yield json.loads(line[len(MARK) :])
             begun = time.monotonic()
-        if process.wait(): yield trouble(case.name, last_line(errors) or f"exit {process.returncode}")
+        if process.wait():
+            yield trouble(case.name, last_line(errors) or f"exit {process.returncode}")
     except queue.Empty:
         yield trouble(case.name, f"stopped {time.monotonic() - begun:.0f} s after the row before")
-    finally: end(process)
+    finally:
+        end(process)
 
 
 def last_line(errors):
@@ -110,37 +137,52 @@ def last_line(errors):
 
 def told(row):
     "One row as one line"
-    if "trouble" in row: return f"{row['name'][:70]:<70} not measured: {row['trouble']}"
-    return (f"{row['name'][:70]:<70} {row['ours']:>10.4g} {row['peer']:>10.4g}  {row['unit']:<6} "
-            f"{row['ratio']:>7.2f}")
+    if "trouble" in row:
+        return f"{row['name'][:70]:<70} not measured: {row['trouble']}"
+    return (
+        f"{row['name'][:70]:<70} {row['ours']:>10.4g} {row['peer']:>10.4g}  {row['unit']:<6} "
+        f"{row['ratio']:>7.2f}"
+    )
 
 
 def declared(names):
     "Module, number and case of all cases; a module that cannot be imported is a row of trouble"
     for name in names:
-        try: cases = import_module(f"bench.{name}").CASES
-        except Exception as e: yield name, 0, trouble(name, e)
-        else: yield from ((name, i, case) for i, case in enumerate(cases))
+        try:
+            cases = import_module(f"bench.{name}").CASES
+        except Exception as e:
+            yield name, 0, trouble(name, e)
+        else:
+            yield from ((name, i, case) for i, case in enumerate(cases))
 
 
 def collect(names, until):
     "The rows of all cases of the modules, one process after the other"
     for name, number, case in declared(names):
-        if isinstance(case, dict): yield case
-        elif time.monotonic() > until: yield trouble(case.name, "not run: the time is up")
+        if isinstance(case, dict):
+            yield case
+        elif time.monotonic() > until:
+            yield trouble(case.name, "not run: the time is up")
         else:
-            with tempfile.TemporaryFile() as errors: yield from rows_of(name, number, case, until, errors)
+            with tempfile.TemporaryFile() as errors:
+                yield from rows_of(name, number, case, until, errors)
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument("only", nargs="*", help=f"modules to run: {', '.join(modules())}")
     ap.add_argument("--out", type=Path, default=Path("_bench/results.json"))
-    ap.add_argument("--minutes", type=float, default=18, help="when no further row is begun or waited for")
+    ap.add_argument(
+        "--minutes", type=float, default=18, help="when no further row is begun or waited for"
+    )
     ap.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     a = ap.parse_args()
-    if a.case: return run_case(a.case[0], int(a.case[1]))
-    if unknown := set(a.only) - set(modules()): ap.error(f"no such module: {', '.join(sorted(unknown))}")
+    if a.case:
+        return run_case(a.case[0], int(a.case[1]))
+    if unknown := set(a.only) - set(modules()):
+        ap.error(f"no such module: {', '.join(sorted(unknown))}")
     a.out.parent.mkdir(parents=True, exist_ok=True)
     rows, about = [], {"versions": versions(), "hardware": hardware()}
     print(f"{'what':<70} {'ours':>10} {'peer':>10}  {'unit':<6} {'ratio':>7}")
@@ -153,4 +195,5 @@ def main():
     return 1 if missing == len(rows) else 0
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

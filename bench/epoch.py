@@ -8,6 +8,7 @@ starts, ours is in the page cache). Batches of 4; flip, rotation of ±5°, shift
 batch. MONAI once with its DataLoader and once with its ThreadDataLoader. A second run has a consumer that is busy for a while with every batch, as a
 network on an accelerator is, and counts how long it waits for each but the first. Each side runs in a process of its own. Memory is its peak above that
 of a process that holds the same package with one scan in its cache, so that a cache in memory is counted and the package is not."""
+
 import math
 import os
 import tempfile
@@ -18,21 +19,33 @@ import numpy as np
 
 from bench import Case, measured, row
 
-SIZE, BATCH, SCANS, BUSY = (64, 224, 224), 4, int(os.environ.get("EPOCH_SCANS", 40)), .4
-FEW = BATCH                                         # scans of the process that memory is compared with
+SIZE, BATCH, SCANS, BUSY = (64, 224, 224), 4, int(os.environ.get("EPOCH_SCANS", 40)), 0.4
+FEW = BATCH  # scans of the process that memory is compared with
 
 
 def cohort(n=SCANS):
     import pandas as pd
-    return pd.DataFrame([dict(patient_id=f"P{i:03d}", scan_id=f"S{i:03d}", label=("healthy", "cap", "covid")[i % 3]) for i in range(n)])
+
+    return pd.DataFrame(
+        [
+            dict(
+                patient_id=f"P{i:03d}",
+                scan_id=f"S{i:03d}",
+                label=("healthy", "cap", "covid")[i % 3],
+            )
+            for i in range(n)
+        ]
+    )
 
 
-def never(row): raise AssertionError("prepared during the epoch")
+def never(row):
+    raise AssertionError("prepared during the epoch")
 
 
 def dataset(folder, n=SCANS):
     from covid_ct.batches.loaders import ScanDataset
     from covid_ct.preprocess.resample import Prep
+
     return ScanDataset(cohort(n), Prep(size=SIZE), load=never, cache=folder)
 
 
@@ -48,6 +61,7 @@ def ours(folder, n):
     from covid_ct.batches.augment import AUGMENTS
     from covid_ct.batches.loaders import make_loader
     from covid_ct.batches.samplers import UniformSampler
+
     d = dataset(folder, n)
     loader = make_loader(d, BATCH, UniformSampler(d.cohort), augment=AUGMENTS["darnet"])
     return lambda: (b["image"] for b in loader)
@@ -56,11 +70,28 @@ def ours(folder, n):
 def monai(folder, n, threaded=False):
     from monai.data import CacheDataset, DataLoader, ThreadDataLoader
     from monai.transforms import Compose, Lambda, RandAffine, RandFlip
+
     d, a, z = dataset(folder, n), math.radians(5), (0.0, 0.0)
-    load = lambda i: d[i]["image"]
-    views = [RandFlip(.5, 2), RandAffine(1.0, rotate_range=((-a, a), z, z), translate_range=(z, (-5, 5), (-5, 5)), scale_range=(z, (-.1, .1), (-.1, .1)), padding_mode="zeros")]
-    data = CacheDataset(list(range(n)), Compose([Lambda(load), *views]), progress=False, num_workers=1)
-    loader = (ThreadDataLoader if threaded else DataLoader)(data, batch_size=BATCH, shuffle=True, num_workers=0)
+
+    def load(i):
+        return d[i]["image"]
+
+    views = [
+        RandFlip(0.5, 2),
+        RandAffine(
+            1.0,
+            rotate_range=((-a, a), z, z),
+            translate_range=(z, (-5, 5), (-5, 5)),
+            scale_range=(z, (-0.1, 0.1), (-0.1, 0.1)),
+            padding_mode="zeros",
+        ),
+    ]
+    data = CacheDataset(
+        list(range(n)), Compose([Lambda(load), *views]), progress=False, num_workers=1
+    )
+    loader = (ThreadDataLoader if threaded else DataLoader)(
+        data, batch_size=BATCH, shuffle=True, num_workers=0
+    )
     return lambda: iter(loader)
 
 
@@ -70,23 +101,28 @@ SIDES = {"ours": ours, "monai": monai, "monai_threaded": partial(monai, threaded
 def side(name, folder):
     "An epoch of a few scans; then the best of two whole epochs, and how long a busy consumer waits"
     import warnings
+
     import torch
+
     warnings.filterwarnings("ignore")
-    for x in SIDES[name](folder, FEW)(): torch.as_tensor(x).sum()
+    for x in SIDES[name](folder, FEW)():
+        torch.as_tensor(x).sum()
     yield
     epoch = SIDES[name](folder, SCANS)
     next(iter(epoch()))
     best = math.inf
     for _ in range(2):
         start = time.perf_counter()
-        for x in epoch(): float(torch.as_tensor(x).sum())
+        for x in epoch():
+            float(torch.as_tensor(x).sum())
         best = min(best, time.perf_counter() - start)
     waits, asked = [], time.perf_counter()
     for n, _ in enumerate(epoch()):
         waits.append(time.perf_counter() - asked)
         time.sleep(BUSY)
         asked = time.perf_counter()
-        if n == 10: break
+        if n == 10:
+            break
     yield dict(seconds=best, waits=float(np.mean(waits[1:])))
 
 
@@ -94,56 +130,120 @@ def trained(scans=32, size=(32, 64, 64), epochs=3):
     "Seconds of a whole epoch, ours and MONAI's: reading, views, forward, backward, step. The same phantoms, the same geometry, the same views; epochs in turn"
     import statistics
     from functools import partial
+
     import torch
     import torch.nn.functional as F
-    from covid_ct.batches.augment import AUGMENTS
-    from covid_ct.batches.loaders import ScanDataset, make_loader
-    from covid_ct.preprocess.resample import Prep
-    from covid_ct.batches.samplers import UniformSampler
-    from covid_ct.models.zoo import build
-    from covid_ct.phantom.chest import phantom_cohort, phantom_of
-    from covid_ct.train.loop import _WithOutputs, _make_accelerator, _train_epoch
-    from covid_ct.train.losses import build_loss
     from monai.data import CacheDataset, DataLoader
     from monai.networks.nets import ResNet
     from monai.transforms import Compose, RandAffined, RandFlipd
+
+    from covid_ct.batches.augment import AUGMENTS
+    from covid_ct.batches.loaders import ScanDataset, make_loader
+    from covid_ct.batches.samplers import UniformSampler
+    from covid_ct.models.zoo import build
+    from covid_ct.phantom.chest import phantom_cohort, phantom_of
+    from covid_ct.preprocess.resample import Prep
+    from covid_ct.train.loop import _make_accelerator, _train_epoch, _WithOutputs
+    from covid_ct.train.losses import build_loss
+
     with tempfile.TemporaryDirectory() as folder:
-        d = ScanDataset(phantom_cohort(scans, seed=3, second_scan=0), Prep(size=size), load=partial(phantom_of, shape=size), cache=folder)
-        for i in range(scans): d[i]                                                # prepared before the clock starts
-        net = build("darnet-none", classes=3, depth=size[0], width=16); acc = _make_accelerator("no")
+        d = ScanDataset(
+            phantom_cohort(scans, seed=3, second_scan=0),
+            Prep(size=size),
+            load=partial(phantom_of, shape=size),
+            cache=folder,
+        )
+        for i in range(scans):
+            d[i]  # prepared before the clock starts
+        net = build("darnet-none", classes=3, depth=size[0], width=16)
+        acc = _make_accelerator("no")
         wrapped, opt = acc.prepare(_WithOutputs(net), torch.optim.Adam(net.parameters(), 1e-3))
-        loader, loss = make_loader(d, BATCH, UniformSampler(d.cohort), augment=AUGMENTS["darnet"]), build_loss("cross_entropy")
+        loader, loss = (
+            make_loader(d, BATCH, UniformSampler(d.cohort), augment=AUGMENTS["darnet"]),
+            build_loss("cross_entropy"),
+        )
         a, z = math.radians(5), (0.0, 0.0)
-        views = [RandFlipd("image", prob=.5, spatial_axis=2), RandAffined("image", prob=1., rotate_range=((-a, a), z, z), translate_range=(z, (-5, 5), (-5, 5)), scale_range=(z, (-.1, .1), (-.1, .1)), padding_mode="zeros")]
-        theirs = DataLoader(CacheDataset([{k: torch.as_tensor(d[i][k]) for k in ("image", "label")} for i in range(scans)], Compose(views), progress=False, num_workers=1), batch_size=BATCH, shuffle=True, num_workers=0)
-        peer = ResNet("basic", [2, 2, 2, 2], [16, 32, 64, 128], spatial_dims=3, n_input_channels=1, conv1_t_size=(3, 7, 7), conv1_t_stride=(1, 2, 2), no_max_pool=True, num_classes=3, shortcut_type="B").train()
+        views = [
+            RandFlipd("image", prob=0.5, spatial_axis=2),
+            RandAffined(
+                "image",
+                prob=1.0,
+                rotate_range=((-a, a), z, z),
+                translate_range=(z, (-5, 5), (-5, 5)),
+                scale_range=(z, (-0.1, 0.1), (-0.1, 0.1)),
+                padding_mode="zeros",
+            ),
+        ]
+        theirs = DataLoader(
+            CacheDataset(
+                [{k: torch.as_tensor(d[i][k]) for k in ("image", "label")} for i in range(scans)],
+                Compose(views),
+                progress=False,
+                num_workers=1,
+            ),
+            batch_size=BATCH,
+            shuffle=True,
+            num_workers=0,
+        )
+        peer = ResNet(
+            "basic",
+            [2, 2, 2, 2],
+            [16, 32, 64, 128],
+            spatial_dims=3,
+            n_input_channels=1,
+            conv1_t_size=(3, 7, 7),
+            conv1_t_stride=(1, 2, 2),
+            no_max_pool=True,
+            num_classes=3,
+            shortcut_type="B",
+        ).train()
         bare = torch.optim.Adam(peer.parameters(), 1e-3)
-        def ours(epoch): loader.set_epoch(epoch); _train_epoch(wrapped, loader, loss, opt, acc)
+
+        def ours(epoch):
+            loader.set_epoch(epoch)
+            _train_epoch(wrapped, loader, loss, opt, acc)
+
         def monais(epoch):
             for b in theirs:
-                total = F.cross_entropy(peer(b["image"].as_tensor()), b["label"]); bare.zero_grad(); total.backward(); bare.step()
+                total = F.cross_entropy(peer(b["image"].as_tensor()), b["label"])
+                bare.zero_grad()
+                total.backward()
+                bare.step()
+
         seconds = {}
         for epoch in range(epochs + 1):
-            for f in (ours, monais): start = time.perf_counter(); f(epoch); seconds.setdefault(f, []).append(time.perf_counter() - start)
+            for f in (ours, monais):
+                start = time.perf_counter()
+                f(epoch)
+                seconds.setdefault(f, []).append(time.perf_counter() - start)
     return tuple(statistics.median(seconds[f][1:]) for f in (ours, monais))
 
 
 def cached():
     "Time, waiting and memory beside both loaders of MONAI"
-    peers = {"monai": "MONAI CacheDataset, DataLoader", "monai_threaded": "MONAI CacheDataset, ThreadDataLoader"}
-    said = {"seconds": (f"epoch of {SCANS} cached scans, augmented", "s"), "mb": (f"memory of an epoch of {SCANS} scans", "MB"),
-            "waits": (f"wait for a batch of {BATCH} after {BUSY} s of other work", "s")}
+    peers = {
+        "monai": "MONAI CacheDataset, DataLoader",
+        "monai_threaded": "MONAI CacheDataset, ThreadDataLoader",
+    }
+    said = {
+        "seconds": (f"epoch of {SCANS} cached scans, augmented", "s"),
+        "mb": (f"memory of an epoch of {SCANS} scans", "MB"),
+        "waits": (f"wait for a batch of {BATCH} after {BUSY} s of other work", "s"),
+    }
     with tempfile.TemporaryDirectory() as folder:
         write(folder)
         mine = measured("bench.epoch:side", "ours", folder)
         for peer, name in peers.items():
             theirs = measured("bench.epoch:side", peer, folder)
-            for key, (what, unit) in said.items(): yield row(f"{what}: {name}", mine[key], theirs[key], unit)
+            for key, (what, unit) in said.items():
+                yield row(f"{what}: {name}", mine[key], theirs[key], unit)
 
 
 def training():
     "A whole epoch of training"
-    yield row("whole epoch of training on cached phantoms: MONAI pipeline and ResNet-18", *trained(), "s")
+    yield row(
+        "whole epoch of training on cached phantoms: MONAI pipeline and ResNet-18", *trained(), "s"
+    )
 
 
 CASES = [Case("epoch of cached scans", cached, 240), Case("epoch of training", training, 200)]

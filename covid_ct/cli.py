@@ -6,49 +6,74 @@
 __all__ = ['parser', 'main']
 
 # %% ../nbs/14_cli.ipynb #cd2c124c
-import argparse, json, os, sys
+import argparse
+import json
+import os
+import sys
 from pathlib import Path
+
 from .scan import DataError
-from .widgets.terminal import (Parser, above_zero, as_options, check_outputs, options_of,
-                               plain_streams, whole, writes)
+from covid_ct.widgets.terminal import (
+    Parser,
+    above_zero,
+    as_options,
+    check_outputs,
+    options_of,
+    plain_streams,
+    whole,
+    writes,
+)
 
 # %% ../nbs/14_cli.ipynb #7750b7d0
 def _bars(histogram, units):
     "The line that shows a histogram"
     top = max(histogram['share'])
-    bars = ''.join(' ▁▂▃▄▅▆▇█'[round(8*(s/top)**.5)] for s in histogram['share'])
-    low,high = histogram['edges'][0],histogram['edges'][-1]
+    bars = ''.join(' ▁▂▃▄▅▆▇█'[round(8 * (s / top) ** 0.5)] for s in histogram['share'])
+    low, high = histogram['edges'][0], histogram['edges'][-1]
     return f'{low:g} |{bars}| {high:g} {units}  (heights by square root)'
 
+
 def _show_facts(
-    facts:dict, # from `covid_ct.inference.predict.inspect`
-)->str: # lines for a terminal
+    facts: dict,  # from `covid_ct.inference.predict.inspect`
+) -> str:  # lines for a terminal
     "A summary that a person reads"
-    def size(v): return ' × '.join(f'{x:g}' for x in v)
+
+    def size(v):
+        return ' × '.join(f'{x:g}' for x in v)
+
     lines = []
     if not facts['shape']:
         for s in facts['series']:
             words = f"{s['index']}  {s['slices']} slices  {s['description']}  {s['kernel']}"
             lines.append(('series', words))
     else:
-        mm = size([round(x,3) for x in facts['spacing']])+' mm (z,y,x)'
-        lines += [('shape', f"{size(facts['shape'])} (D,H,W)"), ('units', facts['units']),
-                  ('orientation', facts['orientation']),
-                  ('spacing', mm if facts['geometry_known'] else 'unknown')]
-        if facts['lung_volume_l']: lines.append(('lungs', f"{facts['lung_volume_l']:.2f} L"))
+        mm = size([round(x, 3) for x in facts['spacing']]) + ' mm (z,y,x)'
+        lines += [
+            ('shape', f"{size(facts['shape'])} (D,H,W)"),
+            ('units', facts['units']),
+            ('orientation', facts['orientation']),
+            ('spacing', mm if facts['geometry_known'] else 'unknown'),
+        ]
+        if facts['lung_volume_l']:
+            lines.append(('lungs', f"{facts['lung_volume_l']:.2f} L"))
         lines.append(('values', _bars(facts['histogram'], facts['units'])))
     lines += [('warning', w) for w in facts['warnings']]
-    return '\n'.join(f'{k:<12}{v}' for k,v in lines)
+    return '\n'.join(f'{k:<12}{v}' for k, v in lines)
 
 # %% ../nbs/14_cli.ipynb #7093587b
-def _how(a): return dict(allow_unknown_geometry=a.allow_unknown_geometry, tilt=a.tilt)
+def _how(a):
+    return dict(allow_unknown_geometry=a.allow_unknown_geometry, tilt=a.tilt)
+
 
 def _warn(sentences):
     "Warnings beside an output that says something else"
-    for w in sentences: print(f'warning: {w}', file=sys.stderr)
+    for w in sentences:
+        print(f'warning: {w}', file=sys.stderr)
+
 
 def _inspect(a):
     from covid_ct.inference.predict import inspect
+
     facts = inspect(a.path, a.series, a.report, **_how(a))
     print(json.dumps(facts, indent=1) if a.json else _show_facts(facts))
 
@@ -56,6 +81,7 @@ def _inspect(a):
 def _lungs(a):
     from covid_ct.io.read import read, write_mask
     from covid_ct.preprocess.lungs import hu_warnings, lung_mask, lung_volume_l, mask_warnings
+
     scan = read(a.path, series=a.series, **_how(a))
     mask = lung_mask(scan)
     warnings = [*scan.remarks, *hu_warnings(scan), *mask_warnings(mask, scan)]
@@ -67,32 +93,44 @@ def _lungs(a):
         _warn(warnings)
         print(f'{litres:.2f} L of lung in {Path(a.out).name}')
 
+
 def _segment(a):
-    from covid_ct.io.read import read, write_mask
     from covid_ct.batches.slices import class_volumes_ml, lesion_labels, segment_scan
+    from covid_ct.io.read import read, write_mask
     from covid_ct.train.loop import load_run
+
     model, recipe, _ = load_run(a.run_folder)
-    if recipe.task!='segment':
-        raise DataError(a.run_folder, f'names scans ({recipe.system}), it outlines nothing',
-                        'Give the run folder of a network for slices, or use covid-ct predict.')
+    if recipe.task != 'segment':
+        raise DataError(
+            a.run_folder,
+            f'names scans ({recipe.system}), it outlines nothing',
+            'Give the run folder of a network for slices, or use covid-ct predict.',
+        )
     scan = read(a.path, series=a.series, **_how(a))
     found = segment_scan(model, scan, a.size or recipe.slice_size)
     write_mask(lesion_labels(found), scan, a.out, overwrite=a.overwrite)
-    volumes = '  '.join(f'{k} {v:.1f} mL' for k,v in class_volumes_ml(found, scan).items())
+    volumes = '  '.join(f'{k} {v:.1f} mL' for k, v in class_volumes_ml(found, scan).items())
     print(f'{volumes} in {Path(a.out).name}')
+
 
 def _predict(a):
     from covid_ct.inference.predict import predict_scan
+
     found = predict_scan(a.path, a.run_folder, a.report, a.series, **_how(a))
-    if a.json: print(json.dumps(found, indent=1))
+    if a.json:
+        print(json.dumps(found, indent=1))
     else:
-        for k,p in found['probabilities'].items(): print(f'{k:<10} {p:.3f}')
+        for k, p in found['probabilities'].items():
+            print(f'{k:<10} {p:.3f}')
         page = f' Report: {a.report}' if a.report else ''
         print(f"trained on {found['trained_on']}. Not for clinical use.{page}")
-        for w in found['warnings']: print(f'warning    {w}')
+        for w in found['warnings']:
+            print(f'warning    {w}')
+
 
 def _models(a):
     from covid_ct.models.zoo import ROWS, describe
+
     rows = [describe(name) for name in ROWS]
     if a.json:
         print(json.dumps(rows, indent=1))
@@ -101,37 +139,48 @@ def _models(a):
         size = '×'.join(map(str, r['input_size']))
         print(f"{r['name']:<16}{r['trainable_parameters']:>12,}  {size:<14} {r['paper']}")
 
+
 def _demo(a):
     from covid_ct.demo import run_demo
+
     path = run_demo(a.out, patients=a.patients, epochs=a.epochs, seed=a.seed)
     print(f'report: {path}')
 
 # %% ../nbs/14_cli.ipynb #25254856
 def _cohort(a):
     "The cohort at a path; how its scans are read stands in its columns"
-    if not a.allow_unknown_geometry and a.tilt=='refuse': return a.path
+    if not a.allow_unknown_geometry and a.tilt == 'refuse':
+        return a.path
     from covid_ct.cohort.adapters import open_cohort
+
     cohort = open_cohort(a.path)
     attrs = cohort.attrs | {'name': Path(a.path).name}
-    if a.allow_unknown_geometry: cohort = cohort.assign(geometry='unknown')
-    if a.tilt=='correct': cohort = cohort.assign(tilt='correct')
+    if a.allow_unknown_geometry:
+        cohort = cohort.assign(geometry='unknown')
+    if a.tilt == 'correct':
+        cohort = cohort.assign(tilt='correct')
     cohort.attrs.update(attrs)
     return cohort
 
+
 def _audit(a):
     from covid_ct.audit.audit import audit, run_audit
-    cohort,how = _cohort(a), dict(jobs=a.jobs, progress=not a.json)
+
+    cohort, how = _cohort(a), dict(jobs=a.jobs, progress=not a.json)
     found = run_audit(cohort, **how) if cohort is a.path else audit(cohort, **how)
     if a.report:
         from covid_ct.widgets.gallery import gallery
+
         found.report(a.report, gallery(found).frame() if found.thumbs else '')
     print(found.to_json() if a.json else found.verdict)
     return 0 if found.clean else 1
 
+
 def _prepare(a):
     from covid_ct.preprocess.cache import prepare_cohort
     from covid_ct.train.recipes import recipe
-    system,_,name = a.recipe.partition('/')
+
+    system, _, name = a.recipe.partition('/')
     prep, masks = system, a.masks
     if name:
         chosen = recipe(system, name)
@@ -140,77 +189,121 @@ def _prepare(a):
     print(done)
     return done.exit_code
 
+
 def _fetch(a):
     from covid_ct.cohort.datasets import fetch
+
     print(fetch(a.name, a.out, progress=True))
 
 # %% ../nbs/14_cli.ipynb #3c00a337
 def _recipe(a):
     "The recipe that was named, changed as asked"
     from covid_ct.train.recipes import change, recipe
-    r,new = recipe(*a.recipe.partition('/')[::2]),{}
+
+    r, new = recipe(*a.recipe.partition('/')[::2]), {}
     for word in a.set:
-        k,eq,v = word.partition('=')
+        k, eq, v = word.partition('=')
         if not eq:
             raise DataError('--set', f'{word!r} is not field=value', 'Write lr=1e-4 epochs=20.')
-        try: new[k] = json.loads(v)
-        except ValueError: new[k] = v
+        try:
+            new[k] = json.loads(v)
+        except ValueError:
+            new[k] = v
     return change(r, 'command line', **new) if new else r
+
 
 def _train(a):
     from covid_ct.train.loop import Engine
     from covid_ct.train.study import train
-    engine = Engine(compile=a.compile, recompute=a.recompute, channels_last=a.channels_last,
-                    save_minutes=a.save_minutes, trackers=tuple(a.trackers))
-    done = train(_cohort(a), _recipe(a), a.out, a.fold, engine=engine, workers=a.workers,
-                 split_seed=a.split_seed, about=dict(trained_on=Path(a.path).name), **_cache(a))
+
+    engine = Engine(
+        compile=a.compile,
+        recompute=a.recompute,
+        channels_last=a.channels_last,
+        save_minutes=a.save_minutes,
+        trackers=tuple(a.trackers),
+    )
+    done = train(
+        _cohort(a),
+        _recipe(a),
+        a.out,
+        a.fold,
+        engine=engine,
+        workers=a.workers,
+        split_seed=a.split_seed,
+        about=dict(trained_on=Path(a.path).name),
+        **_cache(a),
+    )
     end = 'stopped after' if done.interrupted else 'finished'
     print(f'{end} {len(done.history)} of {done.recipe.epochs} epochs: {a.out}')
     return 130 if done.interrupted else 0
 
-def _cache(a): return dict(cache=a.cache) if a.cache else {}
+
+def _cache(a):
+    return dict(cache=a.cache) if a.cache else {}
+
 
 def _evaluate(a):
     from covid_ct.train.recipes import from_dict
     from covid_ct.train.run_folder import positive_class, read_config, write_text
     from covid_ct.train.study import evaluate
     from covid_ct.train.tasks import TASKS
+
     r = from_dict(read_config(a.run_folder)['recipe'])
-    found = evaluate(a.run_folder, _cohort(a), unchecked=a.unchecked, workers=a.workers, **_cache(a))
-    if a.out: write_text(a.out, found.to_csv(index=False))
+    found = evaluate(
+        a.run_folder, _cohort(a), unchecked=a.unchecked, workers=a.workers, **_cache(a)
+    )
+    if a.out:
+        write_text(a.out, found.to_csv(index=False))
     _warn(found.attrs['warnings'])
     table = TASKS[r.task].table(found, r.classes, positive_class(r))
-    if a.json: print(table.to_json(orient='records', indent=1))
-    else: print(table.round(3).to_string(index=False))
+    if a.json:
+        print(table.to_json(orient='records', indent=1))
+    else:
+        print(table.round(3).to_string(index=False))
 
 # %% ../nbs/14_cli.ipynb #9af00bf5
 def _study(a):
     from covid_ct.train.studies import read_study, run_study
+
     table = run_study(read_study(Path(a.path)), a.out, a.jobs, not a.json)
-    if a.json: print(table.reset_index().to_json(orient='records', indent=1))
-    else: print(table.round(3).to_string())
+    if a.json:
+        print(table.reset_index().to_json(orient='records', indent=1))
+    else:
+        print(table.round(3).to_string())
+
 
 def _report(a):
     from covid_ct.papers.report import write_report
+
     runs = [a.path, *a.others]
     written = write_report(a.paper, runs, a.out, a.format, a.cohort, a.draws)
-    if a.json: print(json.dumps({k: str(v) for k,v in written.items()}, indent=1))
-    else: print('\n'.join(f'{k:<12}{v}' for k,v in written.items()))
+    if a.json:
+        print(json.dumps({k: str(v) for k, v in written.items()}, indent=1))
+    else:
+        print('\n'.join(f'{k:<12}{v}' for k, v in written.items()))
+
 
 def _cases(a):
-    from covid_ct.inference.cases import room_json, open_room, room_text
+    from covid_ct.inference.cases import open_room, room_json, room_text
+
     runs = [a.path, *a.others] if a.others else a.path
     room = open_room(runs, a.cohort, part=a.part, progress=not a.json)
-    if a.html: room.save(a.html, most=a.most, notes=not a.no_notes)
+    if a.html:
+        room.save(a.html, most=a.most, notes=not a.no_notes)
     print(room_json(room) if a.json else room_text(room))
+
 
 def _export(a):
     from covid_ct.train.export import export_run
+
     differ = export_run(a.path, a.out, a.which)
     print(f'{a.out}: answers differ by at most {differ:.1g} from the network')
 
+
 def _course(a):
     from covid_ct.course import copy_course
+
     written = copy_course(a.out, not a.no_solutions)
     first = next(p for p in written if not p.name.startswith('0'))
     print(f'{len(written)} notebooks in {a.out}. Open the first with: jupyter lab {first}')
@@ -218,54 +311,73 @@ def _course(a):
 # %% ../nbs/14_cli.ipynb #77c41a21
 def _regions(a, scan):
     "Lobes of a mask, or right and left lung; their names; what is odd about a mask that was found"
-    from covid_ct.phantom.anatomy import LOBES
-    from covid_ct.io.read import read_mask
-    from covid_ct.io.labels import convert_lobes
-    from covid_ct.preprocess.lungs import lung_mask, mask_warnings, two_sides
     from covid_ct.evaluate.burden import SIDES
-    if a.lobes: return convert_lobes(read_mask(a.lobes, scan), a.convention, a.lobes), LOBES, ()
+    from covid_ct.io.labels import convert_lobes
+    from covid_ct.io.read import read_mask
+    from covid_ct.phantom.anatomy import LOBES
+    from covid_ct.preprocess.lungs import lung_mask, mask_warnings, two_sides
+
+    if a.lobes:
+        return convert_lobes(read_mask(a.lobes, scan), a.convention, a.lobes), LOBES, ()
     mask = lung_mask(scan)
     sides = two_sides(mask, scan.spacing)
-    if sides.max()<2: sides = sides>0                # lungs that touch: both as one
+    if sides.max() < 2:
+        sides = sides > 0  # lungs that touch: both as one
     return sides, SIDES, mask_warnings(mask, scan)
 
+
 def _burden(a):
-    from covid_ct.io.read import read, read_mask
     from covid_ct.evaluate.burden import burden, burden_report
+    from covid_ct.io.read import read, read_mask
+
     scan = read(a.path, series=a.series, **_how(a))
     lesions = read_mask(a.lesions, scan)
-    if lesions.max()<2: lesions = lesions>0
-    regions,names,warnings = _regions(a, scan)
+    if lesions.max() < 2:
+        lesions = lesions > 0
+    regions, names, warnings = _regions(a, scan)
     table = burden(scan, lesions, regions, names=names)
-    if a.report: burden_report(scan, lesions, regions, a.report, notes=warnings, names=names)
+    if a.report:
+        burden_report(scan, lesions, regions, a.report, notes=warnings, names=names)
     _warn(warnings)
-    if a.json: print(table.round(4).reset_index().to_json(orient='records', indent=1))
-    else: print(table.round(1).to_string())
+    if a.json:
+        print(table.round(4).reset_index().to_json(orient='records', indent=1))
+    else:
+        print(table.round(1).to_string())
 
 # %% ../nbs/14_cli.ipynb #826620d4
 _SCAN = 'volume file (NIfTI, MHA, NRRD, DICOM) or folder (DICOM series, slice images)'
 _COHORT = 'cohort CSV, folder of a public layout, or the tables of CC-CCII'
 
+
 def _reading(p, what='a scan whose files name no spacing: take 1 mm and the usual orientation'):
     "How a scan is read"
     p.add_argument('--allow-unknown-geometry', action='store_true', help=what)
-    p.add_argument('--tilt', choices=('refuse','correct'), default='refuse',
-                   help='a series with a tilted gantry: refuse it, or resample it upright')
+    p.add_argument(
+        '--tilt',
+        choices=('refuse', 'correct'),
+        default='refuse',
+        help='a series with a tilted gantry: refuse it, or resample it upright',
+    )
+
 
 def _mask_out(p, name):
     p.add_argument('out', help=f'file for the mask, as {name}')
     p.add_argument('--overwrite', action='store_true', help='replace the file if it exists')
     writes(p, out='mask')
 
+
 def _page_out(p, option='report', text='page to write'):
     p.add_argument(f'--{option}', help=text)
-    writes(p, **{option:'page'})
+    writes(p, **{option: 'page'})
+
 
 def _folder_out(p, text, **kwargs):
     p.add_argument('--out' if kwargs else 'out', help=text, **kwargs)
     writes(p, out='folder')
 
-def _run_in(p): p.add_argument('--run', dest='run_folder', required=True, help='run folder')
+
+def _run_in(p):
+    p.add_argument('--run', dest='run_folder', required=True, help='run folder')
 
 # %% ../nbs/14_cli.ipynb #5eefcd62
 def _of_scans(add):
@@ -274,49 +386,78 @@ def _of_scans(add):
     _page_out(p, text='also write a page with the viewer')
     p = add('lungs', _lungs, 'write the lung mask in the geometry of the scan', _SCAN)
     _mask_out(p, 'lungs.nii.gz')
-    p = add('segment', _segment, 'outline lesions slice by slice with a trained network', _SCAN,
-            js=False)
+    p = add(
+        'segment',
+        _segment,
+        'outline lesions slice by slice with a trained network',
+        _SCAN,
+        js=False,
+    )
     _mask_out(p, 'lesions.nii.gz')
     _run_in(p)
-    p.add_argument('--size', type=whole(16), help='pixels of a side in the network; default: as it was trained')
+    p.add_argument(
+        '--size', type=whole(16), help='pixels of a side in the network; default: as it was trained'
+    )
     p = add('predict', _predict, 'probabilities and attention of a trained network', _SCAN)
     _run_in(p)
     _page_out(p)
-    p = add('burden', _burden, 'infected volume and CT severity score, lobe by lobe, from masks',
-            _SCAN)
-    p.add_argument('--lesions', required=True,
-                   help='mask of the lesions: 0 and 1, or 1 … 5 for GGO, consolidation, '
-                   'crazy paving, effusion, reticulation')
+    p = add(
+        'burden', _burden, 'infected volume and CT severity score, lobe by lobe, from masks', _SCAN
+    )
+    p.add_argument(
+        '--lesions',
+        required=True,
+        help='mask of the lesions: 0 and 1, or 1 … 5 for GGO, consolidation, '
+        'crazy paving, effusion, reticulation',
+    )
     p.add_argument('--lobes', help='mask of the lobes; without it, right and left lung')
-    p.add_argument('--convention', default='1-5',
-                   help='numbers of the lobes: 1-5, luna16, totalsegmentator')
+    p.add_argument(
+        '--convention', default='1-5', help='numbers of the lobes: 1-5, luna16, totalsegmentator'
+    )
     _page_out(p)
 
 # %% ../nbs/14_cli.ipynb #216e1d6c
 def _jobs(p, default=2):
     p.add_argument('--jobs', type=whole(1), default=default, help='processes')
 
+
 def _stored(p):
     p.add_argument('--cache', help='folder for prepared scans')
     p.add_argument('--workers', type=whole(0), default=0, help='processes that read')
 
+
 def _of_cohorts(add):
     "Commands about many scans"
-    p = add('audit', _audit, 'what is wrong with a data set, and what tells its classes apart '
-            'without pixels', _COHORT)
+    p = add(
+        'audit',
+        _audit,
+        'what is wrong with a data set, and what tells its classes apart without pixels',
+        _COHORT,
+    )
     _page_out(p)
     _jobs(p)
-    p = add('prepare', _prepare, 'preprocess every scan once; goes on where it was stopped',
-            _COHORT, js=False)
+    p = add(
+        'prepare',
+        _prepare,
+        'preprocess every scan once; goes on where it was stopped',
+        _COHORT,
+        js=False,
+    )
     _folder_out(p, 'folder for the prepared scans')
-    p.add_argument('--recipe', default='darnet/paper',
-                   help='recipe, as darnet/paper, or a row of PREPS')
-    p.add_argument('--masks', nargs='*', default=(), choices=('lung','infection'),
-                   help='masks to keep too')
+    p.add_argument(
+        '--recipe', default='darnet/paper', help='recipe, as darnet/paper, or a row of PREPS'
+    )
+    p.add_argument(
+        '--masks', nargs='*', default=(), choices=('lung', 'infection'), help='masks to keep too'
+    )
     _jobs(p)
     _of_training(add)
-    p = add('study', _study, 'networks × seeds × folds from one file; goes on where it was stopped',
-            'TOML file')
+    p = add(
+        'study',
+        _study,
+        'networks × seeds × folds from one file; goes on where it was stopped',
+        'TOML file',
+    )
     _folder_out(p, 'folder', required=True)
     _jobs(p, 1)
     p = add('fetch', _fetch, 'download a public set where its source allows it', None, js=False)
@@ -326,69 +467,117 @@ def _of_cohorts(add):
 # %% ../nbs/14_cli.ipynb #43089154
 def _of_training(add):
     "Commands that make and measure a run"
-    p = add('train', _train, 'train a network by a recipe; goes on where it was stopped', _COHORT,
-            js=False)
+    p = add(
+        'train',
+        _train,
+        'train a network by a recipe; goes on where it was stopped',
+        _COHORT,
+        js=False,
+    )
     _folder_out(p, 'run folder')
     p.add_argument('--recipe', default='darnet/tiny', help='as darnet/paper')
-    p.add_argument('--set', nargs='*', default=(), metavar='FIELD=VALUE',
-                   help='other values, as lr=1e-4 epochs=20')
+    p.add_argument(
+        '--set',
+        nargs='*',
+        default=(),
+        metavar='FIELD=VALUE',
+        help='other values, as lr=1e-4 epochs=20',
+    )
     p.add_argument('--fold', type=whole(0), default=0, help='fold that validates')
-    p.add_argument('--split-seed', type=whole(0), default=0,
-                   help='seed of the split of a cohort that names no folds')
+    p.add_argument(
+        '--split-seed',
+        type=whole(0),
+        default=0,
+        help='seed of the split of a cohort that names no folds',
+    )
     p.add_argument('--compile', action='store_true', help='translate the network first')
     p.add_argument('--recompute', action='store_true', help='less memory, more time')
     p.add_argument('--channels-last', action='store_true', help='order of voxels that GPUs like')
-    p.add_argument('--save-minutes', type=above_zero, default=10.,
-                   help='a state is kept at least this often')
+    p.add_argument(
+        '--save-minutes', type=above_zero, default=10.0, help='a state is kept at least this often'
+    )
     p.add_argument('--trackers', nargs='*', default=(), help='as tensorboard')
     _stored(p)
-    p = add('evaluate', _evaluate, 'answers and metrics of a trained network on other patients',
-            _COHORT)
+    p = add(
+        'evaluate', _evaluate, 'answers and metrics of a trained network on other patients', _COHORT
+    )
     _run_in(p)
     p.add_argument('--out', help='CSV for the answers')
-    p.add_argument('--unchecked', action='store_true',
-                   help='accept patients who cannot be looked up, since the run names no split')
+    p.add_argument(
+        '--unchecked',
+        action='store_true',
+        help='accept patients who cannot be looked up, since the run names no split',
+    )
     writes(p, out='file')
     _stored(p)
 
 # %% ../nbs/14_cli.ipynb #9985e3b3
 def _of_runs(add):
     "Commands about finished runs"
-    p = add('report', _report, 'the tables of a paper, theirs beside ours, with figures, files and '
-            'checklist', 'run folder, or a folder with runs')
+    p = add(
+        'report',
+        _report,
+        'the tables of a paper, theirs beside ours, with figures, files and checklist',
+        'run folder, or a folder with runs',
+    )
     p.add_argument('others', nargs='*', metavar='RUN', help='more of them')
-    p.add_argument('--paper', required=True, help='whose tables',
-                   choices=('darnet','dual_sampling','raunet','prior_attention'))
+    p.add_argument(
+        '--paper',
+        required=True,
+        help='whose tables',
+        choices=('darnet', 'dual_sampling', 'raunet', 'prior_attention'),
+    )
     _folder_out(p, 'folder for the report', required=True)
-    kinds = ('html','md','tex','csv')
+    kinds = ('html', 'md', 'tex', 'csv')
     p.add_argument('--format', nargs='+', default=kinds, choices=kinds, help='default: all')
     p.add_argument('--cohort', help='CSV with what the runs do not know: infection_ratio, age, sex')
-    p.add_argument('--draws', type=whole(1), default=1000,
-                   help='resampled cohorts, and random swaps')
-    p = add('cases', _cases, 'the cases of a run, worst first, to read in a page',
-            'run folder, or folder of a cross-validation')
-    p.add_argument('--cohort',
-                   help='CSV of the scans it was tested on; without it a table without pictures')
+    p.add_argument(
+        '--draws', type=whole(1), default=1000, help='resampled cohorts, and random swaps'
+    )
+    p = add(
+        'cases',
+        _cases,
+        'the cases of a run, worst first, to read in a page',
+        'run folder, or folder of a cross-validation',
+    )
+    p.add_argument(
+        '--cohort', help='CSV of the scans it was tested on; without it a table without pictures'
+    )
     _page_out(p, 'html')
-    p.add_argument('--against', dest='others', nargs='*', default=(), metavar='RUN',
-                   help='more runs on the same scans')
-    p.add_argument('--part', default='test', choices=('test','valid'), help='scans to read')
-    p.add_argument('--most', type=whole(0), default=8,
-                   help='cases that carry a small copy of their scan in the page')
+    p.add_argument(
+        '--against',
+        dest='others',
+        nargs='*',
+        default=(),
+        metavar='RUN',
+        help='more runs on the same scans',
+    )
+    p.add_argument('--part', default='test', choices=('test', 'valid'), help='scans to read')
+    p.add_argument(
+        '--most',
+        type=whole(0),
+        default=8,
+        help='cases that carry a small copy of their scan in the page',
+    )
     p.add_argument('--no-notes', action='store_true', help='leave out what readers wrote')
     p = add('export', _export, 'write a trained network as ONNX', 'run folder', js=False)
     p.add_argument('out', help='file, as model.onnx')
     writes(p, out='model')
-    p.add_argument('--which', choices=('best','last'), default='best', help='weights')
+    p.add_argument('--which', choices=('best', 'last'), default='best', help='weights')
 
 # %% ../nbs/14_cli.ipynb #f6efdbfd
 class _Version(argparse.Action):
     "Print the version, which is looked up only when it is asked for"
-    def __init__(self, *args, **kwargs): super().__init__(*args, nargs=0, **kwargs)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, nargs=0, **kwargs)
+
     def __call__(self, parser, *_):
         from covid_ct import __version__
+
         print(f'{parser.prog} {__version__}')
         parser.exit()
+
 
 def _of_others(add):
     "Commands that need no data"
@@ -397,60 +586,80 @@ def _of_others(add):
     p.add_argument('--patients', type=whole(1), default=240, help='phantom patients')
     p.add_argument('--epochs', type=whole(1), help="default: the recipe's")
     p.add_argument('--seed', type=whole(0), default=0, help='seed of the cohort and the training')
-    p = add('course', _course, 'write the lessons into a folder, ready for JupyterLab', None,
-            js=False)
+    p = add(
+        'course', _course, 'write the lessons into a folder, ready for JupyterLab', None, js=False
+    )
     _folder_out(p, 'folder for the lessons')
     p.add_argument('--no-solutions', action='store_true', help='leave the solutions out')
     add('models', _models, 'every row of the zoo with its exact size', None)
 
-def parser()->Parser:
+
+def parser() -> Parser:
     "All commands and their options; raises `UsageError` for what is none"
-    ap = Parser(prog='covid-ct', description='COVID-19 diagnosis from chest CT, for teaching and '
-                'research; not for clinical use.')
+    ap = Parser(
+        prog='covid-ct',
+        description='COVID-19 diagnosis from chest CT, for teaching and '
+        'research; not for clinical use.',
+    )
     ap.add_argument('--version', action=_Version, help='print the version')
     sub = ap.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
     def add(name, run, text, path, js=True):
         p = sub.add_parser(name, help=text, description=text)
         p.set_defaults(run=run)
-        if path: p.add_argument('path', help=path)
-        if path==_SCAN:
-            p.add_argument('--series', help='which series of a folder: its number, UID or a part '
-                           'of its description')
+        if path:
+            p.add_argument('path', help=path)
+        if path == _SCAN:
+            p.add_argument(
+                '--series',
+                help='which series of a folder: its number, UID or a part of its description',
+            )
             _reading(p)
-        if path==_COHORT:
+        if path == _COHORT:
             _reading(p, 'scans whose files name no spacing: take 1 mm and the usual orientation')
-        if js: p.add_argument('--json', action='store_true', help='print JSON for scripts')
+        if js:
+            p.add_argument('--json', action='store_true', help='print JSON for scripts')
         return p
-    for commands in (_of_scans, _of_cohorts, _of_runs, _of_others): commands(add)
+
+    for commands in (_of_scans, _of_cohorts, _of_runs, _of_others):
+        commands(add)
     return ap
 
 # %% ../nbs/14_cli.ipynb #ac3586c6
 def _run(argv):
     "Read the command line, check what will be written, run the command"
-    ap,args = parser(),None
+    ap, args = parser(), None
     try:
         args = ap.parse_args(argv)
         check_outputs(args)
         return args.run(args) or 0
-    except DataError as e: error = e
-    except BrokenPipeError: raise
-    except OSError as e:                             # a full disk, a folder that went away
-        error = DataError(e.filename or f'covid-ct {args.command}',
-                          f'the system refuses it ({e.strerror or e})',
-                          'Check the path, its rights and the space left.')
+    except DataError as e:
+        error = e
+    except BrokenPipeError:
+        raise
+    except OSError as e:  # a full disk, a folder that went away
+        error = DataError(
+            e.filename or f'covid-ct {args.command}',
+            f'the system refuses it ({e.strerror or e})',
+            'Check the path, its rights and the space left.',
+        )
     known = options_of(ap, args.command) if args else ()
     print('covid-ct:', ' '.join(as_options(str(error), known).split()), file=sys.stderr)
     return 2
 
+
 def main(
-    argv:list|None=None, # arguments, those of the command line by default
-)->int: # 0 done, 1 done with findings, 2 bad input, 130 Ctrl-C, 141 nobody reads the output
+    argv: list | None = None,  # arguments, those of the command line by default
+) -> int:  # 0 done, 1 done with findings, 2 bad input, 130 Ctrl-C, 141 nobody reads the output
     "Run one command"
     plain_streams()
     try:
-        try: return _run(argv)
-        finally: sys.stdout.flush()
-    except KeyboardInterrupt: return 130
-    except BrokenPipeError:                          # as `covid-ct models | head -1`
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # as `covid-ct models | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

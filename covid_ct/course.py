@@ -7,132 +7,199 @@ __all__ = ['CourseError', 'Exercise', 'exercise', 'find_exercise', 'Verdict', 'c
            'lessons', 'copy_course']
 
 # %% ../nbs/15_course.ipynb #32fd6a0e
-import html, json, os, re
+import html
+import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
+
 from .scan import DataError, write_atomic
 
 # %% ../nbs/15_course.ipynb #e51c6904
-_KINDS = dict(predict='say what will come out before you run it', change='change one thing and see what follows',
-             derive='work it out on paper, or in a line of code', extend='build what the lesson does not have')
+_KINDS = dict(
+    predict='say what will come out before you run it',
+    change='change one thing and see what follows',
+    derive='work it out on paper, or in a line of code',
+    extend='build what the lesson does not have',
+)
 
-class CourseError(DataError): "An exercise or a folder of lessons that cannot be used"
+
+class CourseError(DataError):
+    "An exercise or a folder of lessons that cannot be used"
+
 
 @dataclass
 class Exercise:
     "A task of a lesson, its judge, and how far the student has come with it"
-    name:str # lesson and number, `4.1`
-    kind:str # a key of `_KINDS`
-    hints:tuple # of str, the gentlest first
-    judge:Callable # answer → True, False, or a hint that fits this answer
-    attempts:int=0 # answers that were judged
-    solved:bool=False # whether one of them was right
 
-_BOOK = {}                                         # the exercises of this kernel by name, in the order of the lesson
+    name: str  # lesson and number, `4.1`
+    kind: str  # a key of `_KINDS`
+    hints: tuple  # of str, the gentlest first
+    judge: Callable  # answer → True, False, or a hint that fits this answer
+    attempts: int = 0  # answers that were judged
+    solved: bool = False  # whether one of them was right
+
+
+_BOOK = {}  # the exercises of this kernel by name, in the order of the lesson
 
 # %% ../nbs/15_course.ipynb #f7e03d57
 def exercise(
-    name:str, # lesson and number, `4.1`
-    kind:str, # a key of `_KINDS`
-    hints, # str or list of str, at least one, the gentlest first
-)->Callable: # decorator that registers a judge and returns it
+    name: str,  # lesson and number, `4.1`
+    kind: str,  # a key of `_KINDS`
+    hints,  # str or list of str, at least one, the gentlest first
+) -> Callable:  # decorator that registers a judge and returns it
     "Register the judge of an exercise; running the cell again keeps the attempts. Raises `CourseError`"
     hints = (hints,) if isinstance(hints, str) else tuple(hints)
-    if kind not in _KINDS: raise CourseError(f'exercise {name}', f'is of no known kind: {kind!r}', f'Take one of {", ".join(_KINDS)}.')
-    if not hints: raise CourseError(f'exercise {name}', 'has no hint', 'Say at least where to look.')
+    if kind not in _KINDS:
+        raise CourseError(
+            f'exercise {name}',
+            f'is of no known kind: {kind!r}',
+            f'Take one of {", ".join(_KINDS)}.',
+        )
+    if not hints:
+        raise CourseError(f'exercise {name}', 'has no hint', 'Say at least where to look.')
+
     def register(judge):
         old = _BOOK.get(str(name))
-        _BOOK[str(name)] = Exercise(str(name), kind, hints, judge, *((old.attempts, old.solved) if old else ()))
+        _BOOK[str(name)] = Exercise(
+            str(name), kind, hints, judge, *((old.attempts, old.solved) if old else ())
+        )
         return judge
+
     return register
 
 # %% ../nbs/15_course.ipynb #332681b0
 def find_exercise(
-    name:str, # lesson and number
-)->Exercise: # as registered
+    name: str,  # lesson and number
+) -> Exercise:  # as registered
     "An exercise of this notebook; raises `CourseError` that lists those there are"
-    if str(name) in _BOOK: return _BOOK[str(name)]
-    raise CourseError(f'exercise {name}', 'is not known here', f'Known: {", ".join(_BOOK) or "none"}. Run the folded cell above it first.')
+    if str(name) in _BOOK:
+        return _BOOK[str(name)]
+    raise CourseError(
+        f'exercise {name}',
+        'is not known here',
+        f'Known: {", ".join(_BOOK) or "none"}. Run the folded cell above it first.',
+    )
 
 # %% ../nbs/15_course.ipynb #22455630
 @dataclass
 class Verdict:
     "What is said of an answer: true where it is right"
-    name:str # of the exercise
-    kind:str # a key of `_KINDS`
-    right:bool # whether the answer was accepted
-    said:str='' # the hint, or a word on how far one has come
 
-    def __bool__(self)->bool: return self.right
+    name: str  # of the exercise
+    kind: str  # a key of `_KINDS`
+    right: bool  # whether the answer was accepted
+    said: str = ''  # the hint, or a word on how far one has come
+
+    def __bool__(self) -> bool:
+        return self.right
+
     @property
-    def word(self)->str: return 'right' if self.right else 'not yet'
-    def __repr__(self)->str: return f'{self.name} · {self.kind}: {self.word}'+(f'. {self.said}' if self.said else '')
+    def word(self) -> str:
+        return 'right' if self.right else 'not yet'
 
-    def _repr_html_(self)->str:
-        sign,edge = ('✓','#0072b2') if self.right else ('○','#d55e00')
+    def __repr__(self) -> str:
+        return f'{self.name} · {self.kind}: {self.word}' + (f'. {self.said}' if self.said else '')
+
+    def _repr_html_(self) -> str:
+        sign, edge = ('✓', '#0072b2') if self.right else ('○', '#d55e00')
         said = re.sub('`([^`]+)`', r'<code>\1</code>', html.escape(self.said))
-        return (f'<div role="status" style="border-left:.4em solid {edge};padding:.3em .8em;margin:.3em 0">{html.escape(self.name)} · {self.kind}: '
-                f'<strong>{sign} {self.word}</strong>'+(f'<br>{said}' if said else '')+'</div>')
+        return (
+            f'<div role="status" style="border-left:.4em solid {edge};padding:.3em .8em;margin:.3em 0">{html.escape(self.name)} · {self.kind}: '
+            f'<strong>{sign} {self.word}</strong>' + (f'<br>{said}' if said else '') + '</div>'
+        )
 
 # %% ../nbs/15_course.ipynb #87a1bca2
 def _empty(): ...
 
+
 def _unanswered(
-    answer, # anything
-)->bool: # True where the student has not answered yet
+    answer,  # anything
+) -> bool:  # True where the student has not answered yet
     "`...`, `None` and a function without a body, alone or inside of a list, tuple or dict"
-    if hasattr(answer, '__code__'): return answer.__code__.co_code==_empty.__code__.co_code
-    parts = answer.values() if isinstance(answer, dict) else answer if isinstance(answer, (list,tuple)) else ()
+    if hasattr(answer, '__code__'):
+        return answer.__code__.co_code == _empty.__code__.co_code
+    parts = (
+        answer.values()
+        if isinstance(answer, dict)
+        else answer
+        if isinstance(answer, (list, tuple))
+        else ()
+    )
     return answer is ... or answer is None or any(_unanswered(a) for a in parts)
 
 # %% ../nbs/15_course.ipynb #288f236f
 def _judged(
-    one:Exercise, # with its judge
-    answer, # anything but `...` and `None`
-)->tuple: # bool, and a hint that fits this answer or `''`
+    one: Exercise,  # with its judge
+    answer,  # anything but `...` and `None`
+) -> tuple:  # bool, and a hint that fits this answer or `''`
     "Ask the judge; what it cannot use becomes a hint, never a traceback"
     shape = f' of shape {tuple(answer.shape)}' if hasattr(answer, 'shape') else ''
     what = f'Your answer is of type {type(answer).__name__}{shape}'
-    try: said = one.judge(answer)
-    except Exception as e: return False, f'{what}, and trying it ended in {type(e).__name__}: {" ".join(str(e).split())[:200]}'
-    if isinstance(said, str): return False, said
-    if isinstance(said, (bool,np.bool_)): return bool(said), ''
+    try:
+        said = one.judge(answer)
+    except Exception as e:
+        return (
+            False,
+            f'{what}, and trying it ended in {type(e).__name__}: {" ".join(str(e).split())[:200]}',
+        )
+    if isinstance(said, str):
+        return False, said
+    if isinstance(said, (bool, np.bool_)):
+        return bool(said), ''
     return False, f'{what}; another type or shape is asked for.'
 
 # %% ../nbs/15_course.ipynb #47c4d197
 def _note(
-    verdict:Verdict, # what was said
-    by:str, # `check` or `solution`
-    attempts:int=0, # answers so far
-)->None:
+    verdict: Verdict,  # what was said
+    by: str,  # `check` or `solution`
+    attempts: int = 0,  # answers so far
+) -> None:
     "Append a line to the file named in `COVID_CT_COURSE`, where there is one"
-    if not (file := os.environ.get('COVID_CT_COURSE')): return
+    if not (file := os.environ.get('COVID_CT_COURSE')):
+        return
     with open(file, 'a', encoding='utf-8') as f:
-        f.write(json.dumps(dict(by=by, name=verdict.name, kind=verdict.kind, right=verdict.right, attempts=attempts))+'\n')
+        f.write(
+            json.dumps(
+                dict(
+                    by=by,
+                    name=verdict.name,
+                    kind=verdict.kind,
+                    right=verdict.right,
+                    attempts=attempts,
+                )
+            )
+            + '\n'
+        )
 
 # %% ../nbs/15_course.ipynb #6b386d43
 def _hint_for(
-    one:Exercise, # after this attempt
-    fits:str='', # a hint that fits this answer
-)->str: # what the student reads
+    one: Exercise,  # after this attempt
+    fits: str = '',  # a hint that fits this answer
+) -> str:  # what the student reads
     "The next hint: it rises with each attempt, and ends at the solution"
     rising = [*one.hints, 'The solution is folded below.']
-    n = one.attempts-1-bool(fits)
-    return ' '.join(filter(None, [fits, rising[min(max(n, 0), len(rising)-1)] if n>=0 or not fits else '']))
+    n = one.attempts - 1 - bool(fits)
+    return ' '.join(
+        filter(None, [fits, rising[min(max(n, 0), len(rising) - 1)] if n >= 0 or not fits else ''])
+    )
 
 # %% ../nbs/15_course.ipynb #1fdbe00b
 def check(
-    name:str, # of the exercise, `4.1`
-    answer, # the student's
-)->Verdict: # shown where it is the last line of a cell
+    name: str,  # of the exercise, `4.1`
+    answer,  # the student's
+) -> Verdict:  # shown where it is the last line of a cell
     "Judge an answer and count the attempt; `...` and `None` are none. Raises `CourseError` for an unknown exercise"
     one = find_exercise(name)
     tried = not _unanswered(answer)
-    right,fits = _judged(one, answer) if tried else (False,'')
-    one.attempts += tried; one.solved |= right
+    right, fits = _judged(one, answer) if tried else (False, '')
+    one.attempts += tried
+    one.solved |= right
     done = f'{sum(e.solved for e in _BOOK.values())} of {len(_BOOK)} solved.'
     verdict = Verdict(one.name, one.kind, right, done if right else _hint_for(one, fits))
     _note(verdict, 'check', one.attempts)
@@ -140,114 +207,205 @@ def check(
 
 # %% ../nbs/15_course.ipynb #0947a437
 def solution(
-    name:str, # of the exercise
-    answer, # the author's
-)->Verdict: # always right
+    name: str,  # of the exercise
+    answer,  # the author's
+) -> Verdict:  # always right
     "Judge the solution of a lesson; it counts for nobody. Raises `CourseError` where the judge refuses it"
     one = find_exercise(name)
-    right,fits = (False,'it is missing') if _unanswered(answer) else _judged(one, answer)
-    if not right: raise CourseError(f'solution {name}', f'its own judge refuses it: {fits or one.hints[-1]}', 'Mend the solution or the judge.')
+    right, fits = (False, 'it is missing') if _unanswered(answer) else _judged(one, answer)
+    if not right:
+        raise CourseError(
+            f'solution {name}',
+            f'its own judge refuses it: {fits or one.hints[-1]}',
+            'Mend the solution or the judge.',
+        )
     verdict = Verdict(one.name, one.kind, True, 'So the solution says.')
     _note(verdict, 'solution')
     return verdict
 
 # %% ../nbs/15_course.ipynb #c6ad07c7
-def scores()->pd.DataFrame: # one row per exercise of this notebook: `kind attempts solved`
+def scores() -> pd.DataFrame:  # one row per exercise of this notebook: `kind attempts solved`
     "How far the student has come"
-    return pd.DataFrame([(e.name, e.kind, e.attempts, e.solved) for e in _BOOK.values()], columns=['exercise','kind','attempts','solved']).set_index('exercise')
+    return pd.DataFrame(
+        [(e.name, e.kind, e.attempts, e.solved) for e in _BOOK.values()],
+        columns=['exercise', 'kind', 'attempts', 'solved'],
+    ).set_index('exercise')
 
 # %% ../nbs/15_course.ipynb #4872b7d5
 def class_progress(
-    files, # paths, or a dict name → path; one file for each student
-)->pd.DataFrame: # a row for each student, a column for each exercise: attempts until solved, 0 tried in vain, nan not tried
+    files,  # paths, or a dict name → path; one file for each student
+) -> pd.DataFrame:  # a row for each student, a column for each exercise: attempts until solved, 0 tried in vain, nan not tried
     "Who solved what, from the files named in `COVID_CT_COURSE`; raises `CourseError` for a file that is none"
-    files = files if isinstance(files, dict) else {Path(f).stem: f for f in files}; table = {}
-    for who,file in files.items():
-        try: said = [s for line in Path(file).read_text('utf-8').splitlines() if (s := json.loads(line))['by']=='check' and s['attempts']]
-        except (OSError, ValueError, KeyError, TypeError) as e: raise CourseError(file, f'is no record of answers ({type(e).__name__})', 'Give the file that COVID_CT_COURSE named.') from e
+    files = files if isinstance(files, dict) else {Path(f).stem: f for f in files}
+    table = {}
+    for who, file in files.items():
+        try:
+            said = [
+                s
+                for line in Path(file).read_text('utf-8').splitlines()
+                if (s := json.loads(line))['by'] == 'check' and s['attempts']
+            ]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise CourseError(
+                file,
+                f'is no record of answers ({type(e).__name__})',
+                'Give the file that COVID_CT_COURSE named.',
+            ) from e
         row = table[who] = {}
-        for s in said: row[s['name']] = row.get(s['name'], 0) or s['attempts']*s['right']
+        for s in said:
+            row[s['name']] = row.get(s['name'], 0) or s['attempts'] * s['right']
     return pd.DataFrame.from_dict(table, orient='index')
 
 # %% ../nbs/15_course.ipynb #f7a82990
-_TIME = re.compile(r'\*\*Time\*\*\D{0,20}(\d+) min'); _NEED = re.compile(r'\*\*You need\*\*.*'); _TASK = re.compile(r'^### Exercise (\d+\.\d+) · (\w+)', re.M)
+_TIME = re.compile(r'\*\*Time\*\*\D{0,20}(\d+) min')
+_NEED = re.compile(r'\*\*You need\*\*.*')
+_TASK = re.compile(r'^### Exercise (\d+\.\d+) · (\w+)', re.M)
 
-def _lessons_home()->Path: # folder of notebooks
+
+def _lessons_home() -> Path:  # folder of notebooks
     "Where the lessons are; raises `CourseError` where the package came without them"
     import covid_ct
+
     here = Path(covid_ct.__file__).parent
-    for folder in (here/'lessons', here.parent/'nbs'/'lessons'):
-        if any(folder.glob('[0-9]*.ipynb')): return folder
+    for folder in (here / 'lessons', here.parent / 'nbs' / 'lessons'):
+        if any(folder.glob('[0-9]*.ipynb')):
+            return folder
     raise CourseError(here, 'has no lessons beside it', 'Install covid_ct from a wheel or a clone.')
 
 # %% ../nbs/15_course.ipynb #1f0cb402
 def _lesson_facts(
-    path, # notebook of a lesson
-)->dict: # `lesson title about minutes needs exercises file`
+    path,  # notebook of a lesson
+) -> dict:  # `lesson title about minutes needs exercises file`
     "What a lesson says of itself; raises `CourseError` where it does not declare its time"
-    path = Path(path); md = [''.join(c['source']) for c in json.loads(path.read_text('utf-8'))['cells'] if c['cell_type']=='markdown']
-    text = '\n'.join(md); time,need,head = _TIME.search(text),_NEED.search(text),re.match(r'# (?:\d+ · )?(.+)\n+> (.+)', md[0])
-    if not (time and head): raise CourseError(path.name, 'does not declare its title and its time', 'Write "# 1 · Title", "> one line" and "**Time** 45 minutes".')
+    path = Path(path)
+    md = [
+        ''.join(c['source'])
+        for c in json.loads(path.read_text('utf-8'))['cells']
+        if c['cell_type'] == 'markdown'
+    ]
+    text = '\n'.join(md)
+    time, need, head = (
+        _TIME.search(text),
+        _NEED.search(text),
+        re.match(r'# (?:\d+ · )?(.+)\n+> (.+)', md[0]),
+    )
+    if not (time and head):
+        raise CourseError(
+            path.name,
+            'does not declare its title and its time',
+            'Write "# 1 · Title", "> one line" and "**Time** 45 minutes".',
+        )
     needs = sorted({int(n) for n in re.findall(r'\]\((\d+)_\w+\.ipynb', need[0] if need else '')})
-    return dict(lesson=int(path.name.split('_')[0]), title=head[1], about=head[2], minutes=int(time[1]), needs=needs, exercises=dict(_TASK.findall(text)), file=path.name)
+    return dict(
+        lesson=int(path.name.split('_')[0]),
+        title=head[1],
+        about=head[2],
+        minutes=int(time[1]),
+        needs=needs,
+        exercises=dict(_TASK.findall(text)),
+        file=path.name,
+    )
 
 # %% ../nbs/15_course.ipynb #6c9d3d9f
 def lessons(
-    folder=None, # of notebooks; those of this package by default
-)->pd.DataFrame: # one row per lesson in their order: `title about minutes needs exercises file`
+    folder=None,  # of notebooks; those of this package by default
+) -> pd.DataFrame:  # one row per lesson in their order: `title about minutes needs exercises file`
     "The table of the course, from what the lessons declare"
-    files = [p for p in sorted(Path(folder or _lessons_home()).glob('[0-9]*.ipynb')) if not p.name.startswith('0')]
+    files = [
+        p
+        for p in sorted(Path(folder or _lessons_home()).glob('[0-9]*.ipynb'))
+        if not p.name.startswith('0')
+    ]
     return pd.DataFrame([_lesson_facts(p) for p in files]).set_index('lesson').sort_index()
 
 # %% ../nbs/15_course.ipynb #7aadd71f
-_FOLDED = re.compile(r'^:::+ *\{\.callout-\w+[^}\n]*collapse="true"[^}\n]*\}\n#+ ([^\n]+)\n(.*?)^:::+[ \t]*$', re.M|re.S)
+_FOLDED = re.compile(
+    r'^:::+ *\{\.callout-\w+[^}\n]*collapse="true"[^}\n]*\}\n#+ ([^\n]+)\n(.*?)^:::+[ \t]*$',
+    re.M | re.S,
+)
 _AWAY = re.compile(r'\]\(((?:\.\./)+[^)\s#]+)\.ipynb(#[^)\s]*)?\)')
 
+
 def _site_link(
-    path:str, # as in a lesson, without `.ipynb`: `../06_batches/02_samplers`
-)->str: # address on the site
+    path: str,  # as in a lesson, without `.ipynb`: `../06_batches/02_samplers`
+) -> str:  # address on the site
     "Where a page of the house is on the site: nbdev drops the number"
     from covid_ct._modidx import d
-    room,name = path.rpartition('/')[::2]
+
+    room, name = path.rpartition('/')[::2]
     room = room.replace('../../nbs', '').replace('..', '').strip('/')
-    return '/'.join(filter(None, [d['settings']['doc_host'].rstrip('/'), d['settings']['doc_baseurl'].strip('/'), room, re.sub(r'^\d+[a-zA-Z0-9]*_', '', name)+'.html']))
+    return '/'.join(
+        filter(
+            None,
+            [
+                d['settings']['doc_host'].rstrip('/'),
+                d['settings']['doc_baseurl'].strip('/'),
+                room,
+                re.sub(r'^\d+[a-zA-Z0-9]*_', '', name) + '.html',
+            ],
+        )
+    )
 
 # %% ../nbs/15_course.ipynb #616cd0f8
 def _text_for_students(
-    text:str, # of a markdown cell
-)->str: # the same for JupyterLab outside of the house
+    text: str,  # of a markdown cell
+) -> str:  # the same for JupyterLab outside of the house
     "Folded callouts become `<details>`, links to pages that stay at home lead to the site"
-    text = _FOLDED.sub(lambda m: f'<details>\n<summary>{m[1]}</summary>\n\n{m[2].strip()}\n\n</details>', text)
+    text = _FOLDED.sub(
+        lambda m: f'<details>\n<summary>{m[1]}</summary>\n\n{m[2].strip()}\n\n</details>', text
+    )
     text = _AWAY.sub(lambda m: f']({_site_link(m[1])}{m[2] or ""})', text)
     return re.sub(r'(\$\$) *\{#eq-[\w-]+\}', r'\1', text)
 
 # %% ../nbs/15_course.ipynb #401fd7a0
 def _for_students(
-    notebook:str, # text of an `.ipynb` file
-    solutions:bool=True, # keep them, folded
-)->str: # text of the notebook that students get
+    notebook: str,  # text of an `.ipynb` file
+    solutions: bool = True,  # keep them, folded
+) -> str:  # text of the notebook that students get
     "A lesson without outputs, its judges and solutions folded for JupyterLab, its links leading somewhere"
-    nb = json.loads(notebook); cells = []
+    nb = json.loads(notebook)
+    cells = []
     for c in nb['cells']:
         source = ''.join(c['source'])
-        if c['cell_type']=='markdown':
-            if not solutions: source = _FOLDED.sub(lambda m: '' if m[1].startswith('Solution') else m[0], source).strip()
+        if c['cell_type'] == 'markdown':
+            if not solutions:
+                source = _FOLDED.sub(
+                    lambda m: '' if m[1].startswith('Solution') else m[0], source
+                ).strip()
             c['source'] = _text_for_students(source)
-        elif c['cell_type']=='code':
-            if not solutions and source.startswith('#| solution'): continue
-            hidden = dict(source_hidden=True)|(dict(outputs_hidden=True) if source.startswith('#| solution') else {})
-            c.update(outputs=[], execution_count=None, metadata=dict(jupyter=hidden) if re.search(r'^(#\| *code-fold: *true|@exercise\()', source, re.M) else {})
-        if c['source'] or c['cell_type']!='markdown': cells.append(c)
-    return json.dumps({**nb, 'cells': cells}, indent=1, ensure_ascii=False)+'\n'
+        elif c['cell_type'] == 'code':
+            if not solutions and source.startswith('#| solution'):
+                continue
+            hidden = dict(source_hidden=True) | (
+                dict(outputs_hidden=True) if source.startswith('#| solution') else {}
+            )
+            c.update(
+                outputs=[],
+                execution_count=None,
+                metadata=dict(jupyter=hidden)
+                if re.search(r'^(#\| *code-fold: *true|@exercise\()', source, re.M)
+                else {},
+            )
+        if c['source'] or c['cell_type'] != 'markdown':
+            cells.append(c)
+    return json.dumps({**nb, 'cells': cells}, indent=1, ensure_ascii=False) + '\n'
 
 # %% ../nbs/15_course.ipynb #9c7089df
 def copy_course(
-    out, # folder; made if it is not there
-    solutions:bool=True, # with the solutions, folded
-)->list: # of paths, in the order of the lessons
+    out,  # folder; made if it is not there
+    solutions: bool = True,  # with the solutions, folded
+) -> list:  # of paths, in the order of the lessons
     "Write the lessons for students into a folder; raises `CourseError` rather than replace a file"
-    out = Path(out); sources = sorted(_lessons_home().glob('[0-9]*.ipynb'), key=lambda p: int(p.name.split('_')[0]))
-    for target in [out, *(out/p.name for p in sources)]:
-        if target.is_file() or (target!=out and target.exists()): raise CourseError(target, 'is there already, and may hold your answers', 'Move it away, or name another folder.')
+    out = Path(out)
+    sources = sorted(_lessons_home().glob('[0-9]*.ipynb'), key=lambda p: int(p.name.split('_')[0]))
+    for target in [out, *(out / p.name for p in sources)]:
+        if target.is_file() or (target != out and target.exists()):
+            raise CourseError(
+                target,
+                'is there already, and may hold your answers',
+                'Move it away, or name another folder.',
+            )
     out.mkdir(parents=True, exist_ok=True)
-    return [write_atomic(out/p.name, _for_students(p.read_text('utf-8'), solutions)) for p in sources]
+    return [
+        write_atomic(out / p.name, _for_students(p.read_text('utf-8'), solutions)) for p in sources
+    ]

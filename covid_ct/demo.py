@@ -9,219 +9,376 @@ __all__ = ['plain_table', 'attention_energy', 'energy_table', 'run_demo']
 import html
 from collections.abc import Callable
 from pathlib import Path
+
 import joblib
 import numpy as np
 import pandas as pd
-from .widgets.overlay import overlay
-from .preprocess.cache import own_lungs
-from .cohort.table import load_mask, load_row, write_phantom_cohort
+
 from .batches.loaders import ScanDataset
-from .preprocess.resample import PREPS, prepare
-from .preprocess.lungs import lung_mask
 from .cohort.splits import split_patients, test_part
-from .evaluate.metrics import bootstrap, confusion_figure, energy_in, metric_statistic, metrics_table, roc_figure
-from .widgets.html import HtmlReport
+from .cohort.table import load_mask, load_row, write_phantom_cohort
+from covid_ct.evaluate.metrics import (
+    bootstrap,
+    confusion_figure,
+    energy_in,
+    metric_statistic,
+    metrics_table,
+    roc_figure,
+)
 from .explain.cam import baseline_maps, explain
-from .phantom.chest import phantom_cohort
 from .inference.cases import open_room
+from .phantom.chest import phantom_cohort
+from .preprocess.cache import own_lungs
+from .preprocess.lungs import lung_mask
+from .preprocess.resample import PREPS, prepare
 from .scan import CohortError
-from .train.study import train_fold
-from .train.run_folder import history_figure
 from .train.recipes import change, recipe
+from .train.run_folder import history_figure
+from .train.study import train_fold
+from .widgets.html import HtmlReport
+from .widgets.overlay import overlay
 
 # %% ../nbs/13_demo.ipynb #649a3d78
 def _demo_cohort(
-    out, # folder for the scans
-    patients:int=240, # phantom patients, at least 30
-    seed:int=0, # another seed, other patients
-    shape=(48,96,96), # voxels of a scan
-    jobs:int=2, # processes
-)->pd.DataFrame: # cohort on disk with `fold`: −1 test set, 0 … 4
+    out,  # folder for the scans
+    patients: int = 240,  # phantom patients, at least 30
+    seed: int = 0,  # another seed, other patients
+    shape=(48, 96, 96),  # voxels of a scan
+    jobs: int = 2,  # processes
+) -> pd.DataFrame:  # cohort on disk with `fold`: −1 test set, 0 … 4
     "Write phantom patients and split them; raises `CohortError` for too few"
-    if patients<30: raise CohortError('demo', f'{patients} patients are too few for folds and a test set', 'Use 30 or more.')
-    return split_patients(write_phantom_cohort(out, phantom_cohort(patients, seed=seed), shape=shape, jobs=jobs), folds=5, test=1/3, seed=seed)
+    if patients < 30:
+        raise CohortError(
+            'demo', f'{patients} patients are too few for folds and a test set', 'Use 30 or more.'
+        )
+    return split_patients(
+        write_phantom_cohort(out, phantom_cohort(patients, seed=seed), shape=shape, jobs=jobs),
+        folds=5,
+        test=1 / 3,
+        seed=seed,
+    )
 
 # %% ../nbs/13_demo.ipynb #271e1387
 def _plain_features(
-    row, # of a cohort on disk
-    root, # its folder
-)->dict: # name → number
+    row,  # of a cohort on disk
+    root,  # its folder
+) -> dict:  # name → number
     "What can be said of a scan without looking at a pattern"
-    scan = load_row(row, root); v = scan.voxels
-    lungs,ill = (load_mask(row, c, root)>0 for c in ('lung_mask','infection_mask'))
-    return dict(mean_lung_hu=v[lungs].mean(), lung_l=lungs.sum()*scan.grid.voxel_ml/1000, clean_hu=v[lungs&~ill].mean(), clean_std=v[lungs&~ill].std(),
-                fat_share=((v>-150)&(v<-50)).mean(), bone_share=(v>250).mean())
+    scan = load_row(row, root)
+    v = scan.voxels
+    lungs, ill = (load_mask(row, c, root) > 0 for c in ('lung_mask', 'infection_mask'))
+    return dict(
+        mean_lung_hu=v[lungs].mean(),
+        lung_l=lungs.sum() * scan.grid.voxel_ml / 1000,
+        clean_hu=v[lungs & ~ill].mean(),
+        clean_std=v[lungs & ~ill].std(),
+        fat_share=((v > -150) & (v < -50)).mean(),
+        bone_share=(v > 250).mean(),
+    )
 
-_PLAIN = {'mean lung HU':['mean_lung_hu'], 'lesion-free statistics':['lung_l','clean_hu','clean_std','fat_share','bone_share'],
-         'both':['mean_lung_hu','lung_l','clean_hu','clean_std','fat_share','bone_share']}
+
+_PLAIN = {
+    'mean lung HU': ['mean_lung_hu'],
+    'lesion-free statistics': ['lung_l', 'clean_hu', 'clean_std', 'fat_share', 'bone_share'],
+    'both': ['mean_lung_hu', 'lung_l', 'clean_hu', 'clean_std', 'fat_share', 'bone_share'],
+}
+
 
 def _plain_scores(
-    features:pd.DataFrame, # one row per scan, columns of numbers
-    cohort:pd.DataFrame, # the same rows: `label`, `fold`, `patient_id`, `scan_id`
-    columns, # which features to use
-    positive:str='covid', # class to find
-)->pd.DataFrame: # predictions on the test set, as of a network with two classes
+    features: pd.DataFrame,  # one row per scan, columns of numbers
+    cohort: pd.DataFrame,  # the same rows: `label`, `fold`, `patient_id`, `scan_id`
+    columns,  # which features to use
+    positive: str = 'covid',  # class to find
+) -> pd.DataFrame:  # predictions on the test set, as of a network with two classes
     "Logistic regression on summary numbers, trained on the folds, applied to the test set"
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    x,y,test = features[list(columns)].to_numpy(), cohort.label.to_numpy()==positive, cohort.fold.to_numpy()<0
-    p = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(x[~test], y[~test]).predict_proba(x[test])[:,1]
-    return pd.DataFrame(dict(scan_id=cohort.scan_id[test], patient_id=cohort.patient_id[test], label=np.where(y[test], positive, 'other'), prob_other=1-p)).assign(**{f'prob_{positive}':p})
+
+    x, y, test = (
+        features[list(columns)].to_numpy(),
+        cohort.label.to_numpy() == positive,
+        cohort.fold.to_numpy() < 0,
+    )
+    p = (
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        .fit(x[~test], y[~test])
+        .predict_proba(x[test])[:, 1]
+    )
+    return pd.DataFrame(
+        dict(
+            scan_id=cohort.scan_id[test],
+            patient_id=cohort.patient_id[test],
+            label=np.where(y[test], positive, 'other'),
+            prob_other=1 - p,
+        )
+    ).assign(**{f'prob_{positive}': p})
 
 # %% ../nbs/13_demo.ipynb #6147971a
 def plain_table(
-    cohort:pd.DataFrame, # on disk, with `fold`
-    root, # its folder
-    positive:str='covid', # class to find
-)->pd.DataFrame: # index baseline, columns AUC, low, high
+    cohort: pd.DataFrame,  # on disk, with `fold`
+    root,  # its folder
+    positive: str = 'covid',  # class to find
+) -> pd.DataFrame:  # index baseline, columns AUC, low, high
     "AUC of classifiers that see no pattern, with intervals over patients"
-    features = pd.DataFrame([_plain_features(r, root) for _,r in cohort.iterrows()])
-    rows = {k: bootstrap(_plain_scores(features, cohort, c, positive), metric_statistic('AUC', positive)) for k,c in _PLAIN.items()}
-    return pd.DataFrame(rows, index=['AUC','low','high']).T.rename_axis('sees only')
+    features = pd.DataFrame([_plain_features(r, root) for _, r in cohort.iterrows()])
+    rows = {
+        k: bootstrap(
+            _plain_scores(features, cohort, c, positive), metric_statistic('AUC', positive)
+        )
+        for k, c in _PLAIN.items()
+    }
+    return pd.DataFrame(rows, index=['AUC', 'low', 'high']).T.rename_axis('sees only')
 
 # %% ../nbs/13_demo.ipynb #0e4b584c
 def _fill_cache(
-    cohort:pd.DataFrame, # on disk
-    recipe, # its `prep`, `classes` and `masks`
-    root, # folder of the scans
-    cache, # folder for prepared scans
-    jobs:int=2, # processes
-)->dict: # what data sets of this cohort need: `root` and `cache`
+    cohort: pd.DataFrame,  # on disk
+    recipe,  # its `prep`, `classes` and `masks`
+    root,  # folder of the scans
+    cache,  # folder for prepared scans
+    jobs: int = 2,  # processes
+) -> dict:  # what data sets of this cohort need: `root` and `cache`
     "Prepare every scan once; raises `CohortError` naming the first that cannot be"
-    data = ScanDataset(cohort, PREPS[recipe.prep], recipe.classes, root=root, cache=cache, masks=recipe.masks)
+    data = ScanDataset(
+        cohort, PREPS[recipe.prep], recipe.classes, root=root, cache=cache, masks=recipe.masks
+    )
     failed = data.fill(jobs=jobs).failures
-    if len(failed): raise CohortError(failed.scan_id[0], failed.fault[0], failed.remedy[0] or 'Repair or exclude the scan.')
+    if len(failed):
+        raise CohortError(
+            failed.scan_id[0], failed.fault[0], failed.remedy[0] or 'Repair or exclude the scan.'
+        )
     return dict(root=root, cache=cache)
 
 # %% ../nbs/13_demo.ipynb #0f3267b0
-def _lungs_of(row, root): return lung_mask(load_row(row, root))
+def _lungs_of(row, root):
+    return lung_mask(load_row(row, root))
+
 
 def _known_lungs(
-    cohort:pd.DataFrame, # scans on disk
-    root, # their folder
-    jobs:int=2, # processes
-)->Callable: # function from a scan to its lungs, bool `(D,H,W)`
+    cohort: pd.DataFrame,  # scans on disk
+    root,  # their folder
+    jobs: int = 2,  # processes
+) -> Callable:  # function from a scan to its lungs, bool `(D,H,W)`
     "Lungs of a cohort, found once; those of any other scan are found when they are asked for"
-    found = dict(zip(cohort.scan_id, joblib.Parallel(jobs)(joblib.delayed(_lungs_of)(r, root) for _,r in cohort.iterrows())))
-    def lungs(scan): return found[scan.scan_id] if scan.scan_id in found else lung_mask(scan)
+    found = dict(
+        zip(
+            cohort.scan_id,
+            joblib.Parallel(jobs)(joblib.delayed(_lungs_of)(r, root) for _, r in cohort.iterrows()),
+            strict=False,
+        )
+    )
+
+    def lungs(scan):
+        return found[scan.scan_id] if scan.scan_id in found else lung_mask(scan)
+
     return lungs
 
 # %% ../nbs/13_demo.ipynb #74416205
 def attention_energy(
-    model, # trained network
-    cohort:pd.DataFrame, # scans on disk
-    root, # their folder
-    recipe, # its `prep` and `classes`
-    label:str='covid', # class whose scans are explained
-    lungs=lung_mask, # function that finds the lungs of a scan
-)->pd.DataFrame: # one row per scan: ids, and energy inside the lesions of CAM, lungs, centre
+    model,  # trained network
+    cohort: pd.DataFrame,  # scans on disk
+    root,  # their folder
+    recipe,  # its `prep` and `classes`
+    label: str = 'covid',  # class whose scans are explained
+    lungs=lung_mask,  # function that finds the lungs of a scan
+) -> pd.DataFrame:  # one row per scan: ids, and energy inside the lesions of CAM, lungs, centre
     "How much of a map lies inside the true lesions, beside two maps that never saw a network"
     rows = []
-    for _,row in cohort[cohort.label==label].iterrows():
-        scan,ill = load_row(row, root),load_mask(row, 'infection_mask', root)>0
-        own = own_lungs(row, scan, root) # as in training
+    for _, row in cohort[cohort.label == label].iterrows():
+        scan, ill = load_row(row, root), load_mask(row, 'infection_mask', root) > 0
+        own = own_lungs(row, scan, root)  # as in training
         ready = prepare(scan, PREPS[recipe.prep], lungs=lungs if own is None else own)
-        maps = dict(CAM=explain(model, ready, scan, label, classes=recipe.classes), **baseline_maps(scan, load_mask(row, 'lung_mask', root)>0))
-        rows.append(dict(scan_id=row.scan_id, patient_id=row.patient_id, **{k: np.nan_to_num(energy_in(m.values, ill)) for k,m in maps.items()}))
+        maps = dict(
+            CAM=explain(model, ready, scan, label, classes=recipe.classes),
+            **baseline_maps(scan, load_mask(row, 'lung_mask', root) > 0),
+        )
+        rows.append(
+            dict(
+                scan_id=row.scan_id,
+                patient_id=row.patient_id,
+                **{k: np.nan_to_num(energy_in(m.values, ill)) for k, m in maps.items()},
+            )
+        )
     return pd.DataFrame(rows)
 
+
 def energy_table(
-    energy:pd.DataFrame, # from `attention_energy`
-)->pd.DataFrame: # index map, columns share, low, high
+    energy: pd.DataFrame,  # from `attention_energy`
+) -> pd.DataFrame:  # index map, columns share, low, high
     "Mean share of energy inside the lesions, with intervals over patients; the last rows are paired differences"
-    mean = lambda f: (lambda t,w: w@f(t)/w.sum(1))
-    rows = {'CAM':lambda t: t.CAM, 'lung mask':lambda t: t.lungs, 'centre Gaussian':lambda t: t.centre,
-            'CAM − lung mask':lambda t: t.CAM-t.lungs, 'CAM − centre Gaussian':lambda t: t.CAM-t.centre}
-    return pd.DataFrame({k: bootstrap(energy, mean(f)) for k,f in rows.items()}, index=['share','low','high']).T.rename_axis('map')
+
+    def mean(f):
+        return lambda t, w: w @ f(t) / w.sum(1)
+
+    rows = {
+        'CAM': lambda t: t.CAM,
+        'lung mask': lambda t: t.lungs,
+        'centre Gaussian': lambda t: t.centre,
+        'CAM − lung mask': lambda t: t.CAM - t.lungs,
+        'CAM − centre Gaussian': lambda t: t.CAM - t.centre,
+    }
+    return pd.DataFrame(
+        {k: bootstrap(energy, mean(f)) for k, f in rows.items()}, index=['share', 'low', 'high']
+    ).T.rename_axis('map')
 
 # %% ../nbs/13_demo.ipynb #08a608a7
 def _pick_cases(
-    predictions:pd.DataFrame, # of the test set
-    classes, # labels in the order of the network's outputs
-    positive:str='covid', # preferred for the right case
-)->dict: # 'right', 'wrong', 'doubtful' → row, or None where there is none
+    predictions: pd.DataFrame,  # of the test set
+    classes,  # labels in the order of the network's outputs
+    positive: str = 'covid',  # preferred for the right case
+) -> dict:  # 'right', 'wrong', 'doubtful' → row, or None where there is none
     "One case that is right, one wrong, one in doubt"
     prob = predictions[[f'prob_{c}' for c in classes]].to_numpy()
-    top,margin = prob.max(1),-np.diff(np.sort(prob, 1)[:,-2:], axis=1)[:,0]
-    right = np.array(classes)[prob.argmax(1)]==predictions.label.to_numpy()
-    def best(mask, score): return predictions.iloc[int(np.flatnonzero(mask)[np.argmax(score[mask])])] if mask.any() else None
-    first = right & (predictions.label==positive).to_numpy()
+    top, margin = prob.max(1), -np.diff(np.sort(prob, 1)[:, -2:], axis=1)[:, 0]
+    right = np.array(classes)[prob.argmax(1)] == predictions.label.to_numpy()
+
+    def best(mask, score):
+        return (
+            predictions.iloc[int(np.flatnonzero(mask)[np.argmax(score[mask])])]
+            if mask.any()
+            else None
+        )
+
+    first = right & (predictions.label == positive).to_numpy()
     wrong = best(~right, top)
-    left = np.ones(len(right),bool) if wrong is None else (predictions.scan_id!=wrong.scan_id).to_numpy()
-    return dict(right=best(first if first.any() else right, top), wrong=wrong, doubtful=best(left, margin))
+    left = (
+        np.ones(len(right), bool)
+        if wrong is None
+        else (predictions.scan_id != wrong.scan_id).to_numpy()
+    )
+    return dict(
+        right=best(first if first.any() else right, top), wrong=wrong, doubtful=best(left, margin)
+    )
 
 # %% ../nbs/13_demo.ipynb #ec6c59c7
 _SAID = dict(right='Right and sure', wrong='Wrong and sure', doubtful='In doubt')
 
+
 def _case_view(
-    report:HtmlReport, # grows by one case
-    name:str, # a key of `_SAID`
-    case, # row of predictions, or None
-    cohort:pd.DataFrame, # scans on disk
-    root, # their folder
-    run, # from `train_fold`
-)->HtmlReport: # the same report
+    report: HtmlReport,  # grows by one case
+    name: str,  # a key of `_SAID`
+    case,  # row of predictions, or None
+    cohort: pd.DataFrame,  # scans on disk
+    root,  # their folder
+    run,  # from `train_fold`
+) -> HtmlReport:  # the same report
     "Add one case with its probabilities and the viewer"
     recipe = run.recipe
     report.section(_SAID[name])
-    if case is None: return report.text('There is no such case in this test set.')
-    row = cohort[cohort.scan_id==case.scan_id].iloc[0]
-    scan,ill = load_row(row, root),load_mask(row, 'infection_mask', root)>0
-    prob = {c: float(case[f'prob_{c}']) for c in recipe.classes}; said = max(prob, key=prob.get)
-    own = own_lungs(row, scan, root) # as in training
+    if case is None:
+        return report.text('There is no such case in this test set.')
+    row = cohort[cohort.scan_id == case.scan_id].iloc[0]
+    scan, ill = load_row(row, root), load_mask(row, 'infection_mask', root) > 0
+    prob = {c: float(case[f'prob_{c}']) for c in recipe.classes}
+    said = max(prob, key=prob.get)
+    own = own_lungs(row, scan, root)  # as in training
     ready = prepare(scan, PREPS[recipe.prep], lungs=lung_mask if own is None else own)
     heat = explain(run.model, ready, scan, said, classes=recipe.classes)
-    report.text(f'Scan `{row.scan_id}`: in truth **{row.label}**, predicted **{said}** ('+', '.join(f'{c} {p:.2f}' for c,p in prob.items())+f'). {row.infection_ratio:.1%} of the lungs are diseased. '
-                f'Colour: what argues for {said}. Magenta: the true lesions.')
-    return report.html(overlay(scan, maps=[heat], masks={'lesions':ill} if ill.any() else None).frame())
+    report.text(
+        f'Scan `{row.scan_id}`: in truth **{row.label}**, predicted **{said}** ('
+        + ', '.join(f'{c} {p:.2f}' for c, p in prob.items())
+        + f'). {row.infection_ratio:.1%} of the lungs are diseased. '
+        f'Colour: what argues for {said}. Magenta: the true lesions.'
+    )
+    return report.html(
+        overlay(scan, maps=[heat], masks={'lesions': ill} if ill.any() else None).frame()
+    )
 
 # %% ../nbs/13_demo.ipynb #adc70b39
 _ROOM = 'Three are not enough to learn from. The reading room has all {} scans of the test set to sort and to filter, worst first, and some of them with their maps.'
 
+
 def _write_report(
-    out, # HTML file
-    cohort:pd.DataFrame, # on disk, with `fold`
-    root, # folder of the scans
-    run, # from `train_fold`
-    plain:pd.DataFrame, # from `plain_table`
-    energy:pd.DataFrame, # from `attention_energy`
-    room:str='', # page in the same folder that shows every case; '': there is none
-)->Path: # the file
+    out,  # HTML file
+    cohort: pd.DataFrame,  # on disk, with `fold`
+    root,  # folder of the scans
+    run,  # from `train_fold`
+    plain: pd.DataFrame,  # from `plain_table`
+    energy: pd.DataFrame,  # from `attention_energy`
+    room: str = '',  # page in the same folder that shows every case; '': there is none
+) -> Path:  # the file
     "The demo's report"
-    predictions,recipe = run.predictions[run.predictions.part=='test'],run.recipe
+    predictions, recipe = run.predictions[run.predictions.part == 'test'], run.recipe
     table = metrics_table(predictions, recipe.classes)
-    value = table[(table.metric=='AUC')].iloc[0]; e = energy_table(energy); test = cohort[cohort.fold<0]
-    r = HtmlReport('DARNet tiny on phantom patients', 'A small network, trained on this machine a moment ago, tested on patients it never saw.')
-    r.note('**Phantoms, not patients.** The scans are drawn by a program, and the numbers say nothing about people. For teaching and research, not for clinical use.')
-    r.facts({'AUC, COVID against the rest':f'{value.value:.3f}', '95 % interval over patients':f'{value.low:.3f} … {value.high:.3f}',
-             'scans / patients in the test set':f'{len(test)} / {test.patient_id.nunique()}', 'of the attention lies in true lesions':f"{e.share['CAM']:.0%}"})
-    r.section('How good is it?', 'Two readings: COVID-19 against everything else, and the mean over the three classes. Intervals resample patients, not scans.')
-    r.table(table.drop(columns='note'), f'Test set: {len(test)} scans of {test.patient_id.nunique()} patients')
-    for fig in (roc_figure(predictions, 'covid', recipe.classes), confusion_figure(predictions, recipe.classes), history_figure(run)): r.figure(fig, fig.alt)
-    r.section('Compared with what?', 'AUC for COVID-19 of classifiers that see no pattern, only summary numbers of the scan. The network has to be better than these.').table(plain)
-    r.section('Does it look at the disease?', "Share of a map's energy inside the lesions, over the COVID-19 scans of the test set. The lung mask's share is the infection ratio itself.").table(e)
-    for name,case in _pick_cases(predictions, recipe.classes).items(): _case_view(r, name, case, cohort, root, run)
-    if room: r.section('Every case', _ROOM.format(len(test))).html(f'<p><a href="{html.escape(room)}">Open the reading room</a></p>')
-    n = cohort.groupby(cohort.fold.map(lambda f: 'test' if f<0 else 'validation' if f==0 else 'training')).agg(scans=('scan_id','size'), patients=('patient_id','nunique'))
-    r.section('How it was made').table(n.rename_axis('part')).text(f'Recipe `{recipe.system}/{recipe.name}`, {recipe.epochs} epochs, batch {recipe.batch_size}, seed {recipe.seed}.')
+    value = table[(table.metric == 'AUC')].iloc[0]
+    e = energy_table(energy)
+    test = cohort[cohort.fold < 0]
+    r = HtmlReport(
+        'DARNet tiny on phantom patients',
+        'A small network, trained on this machine a moment ago, tested on patients it never saw.',
+    )
+    r.note(
+        '**Phantoms, not patients.** The scans are drawn by a program, and the numbers say nothing about people. For teaching and research, not for clinical use.'
+    )
+    r.facts(
+        {
+            'AUC, COVID against the rest': f'{value.value:.3f}',
+            '95 % interval over patients': f'{value.low:.3f} … {value.high:.3f}',
+            'scans / patients in the test set': f'{len(test)} / {test.patient_id.nunique()}',
+            'of the attention lies in true lesions': f"{e.share['CAM']:.0%}",
+        }
+    )
+    r.section(
+        'How good is it?',
+        'Two readings: COVID-19 against everything else, and the mean over the three classes. Intervals resample patients, not scans.',
+    )
+    r.table(
+        table.drop(columns='note'),
+        f'Test set: {len(test)} scans of {test.patient_id.nunique()} patients',
+    )
+    for fig in (
+        roc_figure(predictions, 'covid', recipe.classes),
+        confusion_figure(predictions, recipe.classes),
+        history_figure(run),
+    ):
+        r.figure(fig, fig.alt)
+    r.section(
+        'Compared with what?',
+        'AUC for COVID-19 of classifiers that see no pattern, only summary numbers of the scan. The network has to be better than these.',
+    ).table(plain)
+    r.section(
+        'Does it look at the disease?',
+        "Share of a map's energy inside the lesions, over the COVID-19 scans of the test set. The lung mask's share is the infection ratio itself.",
+    ).table(e)
+    for name, case in _pick_cases(predictions, recipe.classes).items():
+        _case_view(r, name, case, cohort, root, run)
+    if room:
+        r.section('Every case', _ROOM.format(len(test))).html(
+            f'<p><a href="{html.escape(room)}">Open the reading room</a></p>'
+        )
+    n = cohort.groupby(
+        cohort.fold.map(lambda f: 'test' if f < 0 else 'validation' if f == 0 else 'training')
+    ).agg(scans=('scan_id', 'size'), patients=('patient_id', 'nunique'))
+    r.section('How it was made').table(n.rename_axis('part')).text(
+        f'Recipe `{recipe.system}/{recipe.name}`, {recipe.epochs} epochs, batch {recipe.batch_size}, seed {recipe.seed}.'
+    )
     return r.write(out)
 
 # %% ../nbs/13_demo.ipynb #000fcccd
 def run_demo(
-    out='_demo', # folder for scans, cache, run and report
-    patients:int=240, # phantom patients
-    epochs:int|None=None, # passes over the training set; None: the recipe's
-    seed:int=0, # of cohort and training
-    jobs:int=2, # processes that write and prepare scans
-)->Path: # the report; beside it lies `cases.html`, the reading room
+    out='_demo',  # folder for scans, cache, run and report
+    patients: int = 240,  # phantom patients
+    epochs: int | None = None,  # passes over the training set; None: the recipe's
+    seed: int = 0,  # of cohort and training
+    jobs: int = 2,  # processes that write and prepare scans
+) -> Path:  # the report; beside it lies `cases.html`, the reading room
     "The main job: phantom cohort → DARNet tiny → test set → CAM against the lesions → reading room → report"
-    out = Path(out); scans = out/'scans'
-    r = change(recipe('darnet','tiny'), 'asked for by the caller', seed=seed, **(dict(epochs=epochs) if epochs else {}))
+    out = Path(out)
+    scans = out / 'scans'
+    r = change(
+        recipe('darnet', 'tiny'),
+        'asked for by the caller',
+        seed=seed,
+        **(dict(epochs=epochs) if epochs else {}),
+    )
     cohort = _demo_cohort(scans, patients, seed, jobs=jobs)
-    where = _fill_cache(cohort, r, scans, out/'cache', jobs)
-    run = train_fold(cohort, 0, r, out/'run', about=dict(trained_on='phantoms of covid_ct'), **where)
+    where = _fill_cache(cohort, r, scans, out / 'cache', jobs)
+    run = train_fold(
+        cohort, 0, r, out / 'run', about=dict(trained_on='phantoms of covid_ct'), **where
+    )
     lungs = _known_lungs(test_part(cohort), scans, jobs)
     energy = attention_energy(run.model, test_part(cohort), scans, r, lungs=lungs)
-    room = open_room(out/'run', cohort, scans, lungs=lungs).save(out/'cases.html')
-    return _write_report(out/'report.html', cohort, scans, run, plain_table(cohort, scans), energy, room.name)
+    room = open_room(out / 'run', cohort, scans, lungs=lungs).save(out / 'cases.html')
+    return _write_report(
+        out / 'report.html', cohort, scans, run, plain_table(cohort, scans), energy, room.name
+    )

@@ -8,252 +8,457 @@ __all__ = ['WINDOWS', 'PLANES', 'COLOURS', 'window', 'Picture', 'set_alt_text', 
 
 # %% ../nbs/00b_plot.ipynb #7bf5ce5a
 import io
+
 import numpy as np
-from PIL import Image, PngImagePlugin
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from .scan import DataError, GeometryError, VoxelError, Grid, Scan, check_same_grid
+from PIL import Image, PngImagePlugin
+
+from .scan import DataError, GeometryError, Grid, Scan, VoxelError, check_same_grid
 
 # %% ../nbs/00b_plot.ipynb #2f48d4b7
-WINDOWS = {'lung':(-600,1500), 'mediastinum':(40,400), 'bone':(400,1800), 'wide':(0,2000)} # name: level and width in HU
+WINDOWS = {
+    'lung': (-600, 1500),
+    'mediastinum': (40, 400),
+    'bone': (400, 1800),
+    'wide': (0, 2000),
+}  # name: level and width in HU
+
 
 def window(
-    hu, # CT numbers in HU, any shape
-    level:float=-600., # HU shown as middle grey
-    width:float=1500., # HU from black to white, positive
-)->np.ndarray: # grey values in [0,1]
+    hu,  # CT numbers in HU, any shape
+    level: float = -600.0,  # HU shown as middle grey
+    width: float = 1500.0,  # HU from black to white, positive
+) -> np.ndarray:  # grey values in [0,1]
     "Map Hounsfield units to grey values"
-    if not width>0: raise DataError('window', f'the width is {width}', 'Give a positive width in HU.')
-    return np.clip((np.asarray(hu, 'f4')-(level-width/2))/width, 0, 1)
+    if not width > 0:
+        raise DataError('window', f'the width is {width}', 'Give a positive width in HU.')
+    return np.clip((np.asarray(hu, 'f4') - (level - width / 2)) / width, 0, 1)
+
 
 def _windowed(
-    scan:Scan, # what is drawn
-    name, # a name of `WINDOWS` or (level, width) in HU; ignored without HU
-)->tuple: # level, width, and the words that state them
+    scan: Scan,  # what is drawn
+    name,  # a name of `WINDOWS` or (level, width) in HU; ignored without HU
+) -> tuple:  # level, width, and the words that state them
     "The window of a picture; a scan without HU is shown as it is stored"
-    if scan.units!='HU': return (.5, 1., 'stored greys 0–1') if scan.units=='unit' else (127.5, 255., 'stored greys 0–255')
-    if isinstance(name, str) and name not in WINDOWS: raise DataError('window', f'unknown name {name!r}', f'Use one of {", ".join(WINDOWS)}, or (level, width).')
-    level,width = WINDOWS[name] if isinstance(name, str) else name
-    return level, width, f'{name+" " if isinstance(name,str) else ""}window, level {level:g}, width {width:g} HU'
+    if scan.units != 'HU':
+        return (
+            (0.5, 1.0, 'stored greys 0–1')
+            if scan.units == 'unit'
+            else (127.5, 255.0, 'stored greys 0–255')
+        )
+    if isinstance(name, str) and name not in WINDOWS:
+        raise DataError(
+            'window',
+            f'unknown name {name!r}',
+            f'Use one of {", ".join(WINDOWS)}, or (level, width).',
+        )
+    level, width = WINDOWS[name] if isinstance(name, str) else name
+    return (
+        level,
+        width,
+        f'{name + " " if isinstance(name, str) else ""}window, level {level:g}, width {width:g} HU',
+    )
 
 # %% ../nbs/00b_plot.ipynb #7a3c2133
 class Picture(Figure):
     "A matplotlib figure that shows itself once, without pyplot, and carries its alt text"
-    alt,colours = '',192 # alt text; size of the palette of the PNG, 0 for all colours
-    def __init__(self,
-                 **options, # of matplotlib's `Figure`: `figsize`, `layout` …
-                ): super().__init__(**options)
-    def _repr_mimebundle_(self, include=None, exclude=None)->dict:
-        return {'image/png':to_png(self), 'text/plain':self.alt or 'figure without alt text'}
+
+    alt, colours = '', 192  # alt text; size of the palette of the PNG, 0 for all colours
+
+    def __init__(
+        self,
+        **options,  # of matplotlib's `Figure`: `figsize`, `layout` …
+    ):
+        super().__init__(**options)
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
+        return {'image/png': to_png(self), 'text/plain': self.alt or 'figure without alt text'}
+
 
 def set_alt_text(
-    fig:Figure, # figure to describe
-    alt:str, # what a reader sees in it, one or two sentences
-)->Figure: # the same figure, with `.alt`
+    fig: Figure,  # figure to describe
+    alt: str,  # what a reader sees in it, one or two sentences
+) -> Figure:  # the same figure, with `.alt`
     "Attach alt text to a figure. Raises `DataError` for an empty one"
-    if not alt.strip(): raise DataError('describe', 'the alt text is empty', 'Say in one sentence what a reader sees.')
-    fig.alt = ' '.join(alt.split()); return fig
+    if not alt.strip():
+        raise DataError(
+            'describe', 'the alt text is empty', 'Say in one sentence what a reader sees.'
+        )
+    fig.alt = ' '.join(alt.split())
+    return fig
+
 
 def to_png(
-    fig:Figure, # figure to render
-    dpi:int=80, # dots per inch
-    colours=None, # size of the palette; 0 keeps every colour, `None` asks the figure
-)->bytes: # a PNG file
+    fig: Figure,  # figure to render
+    dpi: int = 80,  # dots per inch
+    colours=None,  # size of the palette; 0 keeps every colour, `None` asks the figure
+) -> bytes:  # a PNG file
     "Render a figure to a small PNG with its alt text inside"
-    colours = getattr(fig,'colours',192) if colours is None else colours
-    buf,out,info = io.BytesIO(), io.BytesIO(), PngImagePlugin.PngInfo()
-    fig.savefig(buf, format='png', dpi=dpi, facecolor='white'); buf.seek(0)
+    colours = getattr(fig, 'colours', 192) if colours is None else colours
+    buf, out, info = io.BytesIO(), io.BytesIO(), PngImagePlugin.PngInfo()
+    fig.savefig(buf, format='png', dpi=dpi, facecolor='white')
+    buf.seek(0)
     im = Image.open(buf).convert('RGB')
-    if colours: im = im.quantize(colours, dither=Image.Dither.NONE)
-    info.add_itxt('Description', getattr(fig,'alt',''))
-    im.save(out, 'png', optimize=True, pnginfo=info); return out.getvalue()
+    if colours:
+        im = im.quantize(colours, dither=Image.Dither.NONE)
+    info.add_itxt('Description', getattr(fig, 'alt', ''))
+    im.save(out, 'png', optimize=True, pnginfo=info)
+    return out.getvalue()
 
 # %% ../nbs/00b_plot.ipynb #cf0efcd4
-PLANES = {'axial':(0,'RLAP'), 'coronal':(1,'RLHF'), 'sagittal':(2,'APHF')} # axis that is cut; letters left, right, top, bottom
-COLOURS = ('#ff2fd6','#00d5ff','#ffd60a','#ffffff','#7cff6b','#ff8c42') # outlines in order: truth, prediction, others
-_STYLES = ('solid','dashed','dotted','dashdot')
+PLANES = {
+    'axial': (0, 'RLAP'),
+    'coronal': (1, 'RLHF'),
+    'sagittal': (2, 'APHF'),
+}  # axis that is cut; letters left, right, top, bottom
+COLOURS = (
+    '#ff2fd6',
+    '#00d5ff',
+    '#ffd60a',
+    '#ffffff',
+    '#7cff6b',
+    '#ff8c42',
+)  # outlines in order: truth, prediction, others
+_STYLES = ('solid', 'dashed', 'dotted', 'dashdot')
+
 
 def cut_plane(
-    volume, # `(D,H,W)` array
-    grid:Grid, # where it lies
-    plane:str, # a key of `PLANES`
-    index:int, # voxel along the axis that is cut
-)->tuple: # picture `(rows, columns)` with the head or the front on top, and its extent in mm
+    volume,  # `(D,H,W)` array
+    grid: Grid,  # where it lies
+    plane: str,  # a key of `PLANES`
+    index: int,  # voxel along the axis that is cut
+) -> tuple:  # picture `(rows, columns)` with the head or the front on top, and its extent in mm
     "One plane of a volume, ready for `imshow` with equal aspect"
     axis = PLANES[plane][0]
     im = np.take(np.asarray(volume), index, axis)
-    rows,cols = [s for k,s in enumerate(grid.spacing) if k!=axis]
-    if axis: im = im[::-1]                       # z grows upwards on the page, y downwards
-    return im, (0, im.shape[1]*cols, im.shape[0]*rows, 0)
+    rows, cols = [s for k, s in enumerate(grid.spacing) if k != axis]
+    if axis:
+        im = im[::-1]  # z grows upwards on the page, y downwards
+    return im, (0, im.shape[1] * cols, im.shape[0] * rows, 0)
 
 # %% ../nbs/00b_plot.ipynb #ce8c6033
 def _on_grid(
-    scan:Scan, # what is drawn
-    layer, # array, or anything with a `.grid`, as a `Map`
-    name:str='layer', # what to name in the error
-)->np.ndarray: # `(D,H,W)`
+    scan: Scan,  # what is drawn
+    layer,  # array, or anything with a `.grid`, as a `Map`
+    name: str = 'layer',  # what to name in the error
+) -> np.ndarray:  # `(D,H,W)`
     "The array of a layer. Raises `GeometryError` unless it lies on the grid of the scan"
-    if hasattr(layer, 'grid'): check_same_grid(scan, layer, name)
+    if hasattr(layer, 'grid'):
+        check_same_grid(scan, layer, name)
     v = np.asarray(getattr(layer, 'values', getattr(layer, 'voxels', layer)))
-    if v.shape!=scan.shape: raise GeometryError(name, f'has shape {v.shape}, the scan {scan.shape}', 'Bring it back to the grid of the scan first.')
+    if v.shape != scan.shape:
+        raise GeometryError(
+            name,
+            f'has shape {v.shape}, the scan {scan.shape}',
+            'Bring it back to the grid of the scan first.',
+        )
     return v
 
+
 def _check_layers(
-    scan:Scan, # what is drawn
-    masks=None, # `{name: (D,H,W) bool}`
-    heat=None, # `Map` or `(D,H,W)` in [0,1]
-)->tuple: # masks as bool arrays by name; heat as float array or `None`
+    scan: Scan,  # what is drawn
+    masks=None,  # `{name: (D,H,W) bool}`
+    heat=None,  # `Map` or `(D,H,W)` in [0,1]
+) -> tuple:  # masks as bool arrays by name; heat as float array or `None`
     "Masks and map, checked. Raises `GeometryError` for another grid, `VoxelError` for a map outside [0,1]"
-    masks = {n:_on_grid(scan, m, f'mask {n}').astype(bool) for n,m in (masks or {}).items()}
-    if heat is None: return masks, None
+    masks = {n: _on_grid(scan, m, f'mask {n}').astype(bool) for n, m in (masks or {}).items()}
+    if heat is None:
+        return masks, None
     h = _on_grid(scan, heat, 'heat-map').astype('f4')
-    if not (np.isfinite(h).all() and h.min()>=0 and h.max()<=1): raise VoxelError('heat-map', 'has values outside [0,1]', 'Normalise the map first.')
+    if not (np.isfinite(h).all() and h.min() >= 0 and h.max() <= 1):
+        raise VoxelError('heat-map', 'has values outside [0,1]', 'Normalise the map first.')
     return masks, h
 
 # %% ../nbs/00b_plot.ipynb #51444c20
-_SHADE = [withStroke(linewidth=2, foreground='#000000b0')] # keeps letters legible on white
+_SHADE = [withStroke(linewidth=2, foreground='#000000b0')]  # keeps letters legible on white
+
 
 def outline(
-    ax, # matplotlib axes
-    mask, # 2D bool array
-    extent, # in mm, as from `cut_plane`
-    colour, # of the line
-    style='solid', # dash of the line
-)->None:
+    ax,  # matplotlib axes
+    mask,  # 2D bool array
+    extent,  # in mm, as from `cut_plane`
+    colour,  # of the line
+    style='solid',  # dash of the line
+) -> None:
     "The border of a mask, closed also where it touches the edge of the picture"
-    if not mask.any(): return
-    m = np.pad(mask.astype('f4'), 1); r,c = extent[2]/mask.shape[0], extent[1]/mask.shape[1]
-    ax.contour((np.arange(m.shape[1])-.5)*c, (np.arange(m.shape[0])-.5)*r, m, [.5], colors=[colour], linestyles=[style], linewidths=1.3)
+    if not mask.any():
+        return
+    m = np.pad(mask.astype('f4'), 1)
+    r, c = extent[2] / mask.shape[0], extent[1] / mask.shape[1]
+    ax.contour(
+        (np.arange(m.shape[1]) - 0.5) * c,
+        (np.arange(m.shape[0]) - 0.5) * r,
+        m,
+        [0.5],
+        colors=[colour],
+        linestyles=[style],
+        linewidths=1.3,
+    )
+
 
 def draw_panel(
-    ax, # matplotlib axes
-    scan:Scan, # volume to draw
-    plane:str, # a key of `PLANES`
-    index:int, # voxel along the axis that is cut
-    name='lung', # window: a name of `WINDOWS` or (level, width) in HU
-    masks=None, # `{name: (D,H,W) bool}`, drawn as outlines
-    heat=None, # `(D,H,W)` in [0,1], drawn in colour
-)->None:
+    ax,  # matplotlib axes
+    scan: Scan,  # volume to draw
+    plane: str,  # a key of `PLANES`
+    index: int,  # voxel along the axis that is cut
+    name='lung',  # window: a name of `WINDOWS` or (level, width) in HU
+    masks=None,  # `{name: (D,H,W) bool}`, drawn as outlines
+    heat=None,  # `(D,H,W)` in [0,1], drawn in colour
+) -> None:
     "One plane with outlines, heat, letters and scale bar"
-    axis,letters = PLANES[plane]; im,extent = cut_plane(scan.voxels, scan.grid, plane, index)
-    ax.imshow(window(im, *_windowed(scan, name)[:2]), cmap='gray', vmin=0, vmax=1, extent=extent, interpolation='nearest')
+    axis, letters = PLANES[plane]
+    im, extent = cut_plane(scan.voxels, scan.grid, plane, index)
+    ax.imshow(
+        window(im, *_windowed(scan, name)[:2]),
+        cmap='gray',
+        vmin=0,
+        vmax=1,
+        extent=extent,
+        interpolation='nearest',
+    )
     if heat is not None:
-        h = cut_plane(heat, scan.grid, plane, index)[0] # fades out below 1/8, so that zero hides nothing
-        ax.imshow(h, cmap='inferno', vmin=0, vmax=1, alpha=.4*np.clip(8*h,0,1), extent=extent, interpolation='nearest')
-    for k,m in enumerate((masks or {}).values()): outline(ax, cut_plane(m, scan.grid, plane, index)[0], extent, COLOURS[k%6], _STYLES[k%4])
+        h = cut_plane(heat, scan.grid, plane, index)[
+            0
+        ]  # fades out below 1/8, so that zero hides nothing
+        ax.imshow(
+            h,
+            cmap='inferno',
+            vmin=0,
+            vmax=1,
+            alpha=0.4 * np.clip(8 * h, 0, 1),
+            extent=extent,
+            interpolation='nearest',
+        )
+    for k, m in enumerate((masks or {}).values()):
+        outline(
+            ax, cut_plane(m, scan.grid, plane, index)[0], extent, COLOURS[k % 6], _STYLES[k % 4]
+        )
     ax.set(xlim=extent[:2], ylim=extent[2:], xticks=[], yticks=[])
-    for letter,(x,y) in zip(letters, ((.03,.5),(.97,.5),(.5,.96),(.5,.04))):
-        ax.text(x, y, letter, transform=ax.transAxes, color='#ffd60a', fontsize=8, ha='center', va='center', weight='bold', path_effects=_SHADE)
+    for letter, (x, y) in zip(
+        letters, ((0.03, 0.5), (0.97, 0.5), (0.5, 0.96), (0.5, 0.04)), strict=False
+    ):
+        ax.text(
+            x,
+            y,
+            letter,
+            transform=ax.transAxes,
+            color='#ffd60a',
+            fontsize=8,
+            ha='center',
+            va='center',
+            weight='bold',
+            path_effects=_SHADE,
+        )
     ax.set_xlabel(f'{plane}, {"zyx"[axis]} = {index} of {scan.shape[axis]}', fontsize=8)
-    if scan.geometry_known: draw_scale(ax, extent)
+    if scan.geometry_known:
+        draw_scale(ax, extent)
+
 
 def draw_scale(
-    ax, # matplotlib axes in mm
-    extent, # in mm, as from `cut_plane`
-)->int: # length in cm
+    ax,  # matplotlib axes in mm
+    extent,  # in mm, as from `cut_plane`
+) -> int:  # length in cm
     "A bar of 1, 2, 5 or 10 cm, at most 35 % of the width"
-    cm = max([n for n in (1,2,5,10) if 10*n<=.35*extent[1]], default=1); x,y = .04*extent[1], .95*extent[2]
-    ax.plot([x, x+10*cm], [y,y], color='white', lw=2, solid_capstyle='butt', path_effects=[withStroke(linewidth=3.5, foreground='#000000b0')])
-    ax.text(x, y-.02*extent[2], f'{cm} cm', color='white', fontsize=7, va='bottom', path_effects=_SHADE)
+    cm = max([n for n in (1, 2, 5, 10) if 10 * n <= 0.35 * extent[1]], default=1)
+    x, y = 0.04 * extent[1], 0.95 * extent[2]
+    ax.plot(
+        [x, x + 10 * cm],
+        [y, y],
+        color='white',
+        lw=2,
+        solid_capstyle='butt',
+        path_effects=[withStroke(linewidth=3.5, foreground='#000000b0')],
+    )
+    ax.text(
+        x,
+        y - 0.02 * extent[2],
+        f'{cm} cm',
+        color='white',
+        fontsize=7,
+        va='bottom',
+        path_effects=_SHADE,
+    )
     return cm
 
 # %% ../nbs/00b_plot.ipynb #5563c203
 def finish_figure(
-    fig:Figure, # figure whose panels are drawn
-    scan:Scan, # what it shows
-    name='lung', # window, as in `draw_panel`
-    masks=None, # as in `draw_panel`
-    heat=None, # as in `draw_panel`
-    title=None, # `None` takes the scan's name
-)->Figure: # the same figure
+    fig: Figure,  # figure whose panels are drawn
+    scan: Scan,  # what it shows
+    name='lung',  # window, as in `draw_panel`
+    masks=None,  # as in `draw_panel`
+    heat=None,  # as in `draw_panel`
+    title=None,  # `None` takes the scan's name
+) -> Figure:  # the same figure
     "Title, the statement of window and geometry, legend and colour scale"
-    title,h = scan.scan_id if title is None else title, fig.get_figheight()
-    if fig.get_layout_engine(): fig.get_layout_engine().set(rect=(0, .26/h, 1, 1-(.26+.24*bool(title))/h), w_pad=.02, h_pad=.02)
-    if title: fig.suptitle(title, fontsize=10, y=1-.04/h, va='top').set_in_layout(False)
-    fig.text(.008, .06/h, _windowed(scan,name)[2]+('' if scan.geometry_known else ', geometry unknown'), fontsize=7.5, color='#333333', va='bottom')
+    title, h = scan.scan_id if title is None else title, fig.get_figheight()
+    if fig.get_layout_engine():
+        fig.get_layout_engine().set(
+            rect=(0, 0.26 / h, 1, 1 - (0.26 + 0.24 * bool(title)) / h), w_pad=0.02, h_pad=0.02
+        )
+    if title:
+        fig.suptitle(title, fontsize=10, y=1 - 0.04 / h, va='top').set_in_layout(False)
+    fig.text(
+        0.008,
+        0.06 / h,
+        _windowed(scan, name)[2] + ('' if scan.geometry_known else ', geometry unknown'),
+        fontsize=7.5,
+        color='#333333',
+        va='bottom',
+    )
     if masks:
-        lines = [Line2D([],[],color=COLOURS[k%6],linestyle=_STYLES[k%4],label=n) for k,n in enumerate(masks)]
-        fig.legend(handles=lines, loc='lower right', ncols=len(lines), fontsize=7.5, facecolor='#555555', labelcolor='white', borderpad=.25, handlelength=2.4,
-                   bbox_to_anchor=(.997,.03/h), borderaxespad=0).set_in_layout(False)
+        lines = [
+            Line2D([], [], color=COLOURS[k % 6], linestyle=_STYLES[k % 4], label=n)
+            for k, n in enumerate(masks)
+        ]
+        fig.legend(
+            handles=lines,
+            loc='lower right',
+            ncols=len(lines),
+            fontsize=7.5,
+            facecolor='#555555',
+            labelcolor='white',
+            borderpad=0.25,
+            handlelength=2.4,
+            bbox_to_anchor=(0.997, 0.03 / h),
+            borderaxespad=0,
+        ).set_in_layout(False)
     if heat is not None:
-        bar = fig.colorbar(fig.axes[0].images[1], ax=fig.axes, fraction=.02, pad=.01, ticks=[0,.5,1]); bar.ax.tick_params(labelsize=7)
-        bar.solids.set_alpha(.7); fig.colours = 0 # a smooth scale needs them all
+        bar = fig.colorbar(
+            fig.axes[0].images[1], ax=fig.axes, fraction=0.02, pad=0.01, ticks=[0, 0.5, 1]
+        )
+        bar.ax.tick_params(labelsize=7)
+        bar.solids.set_alpha(0.7)
+        fig.colours = 0  # a smooth scale needs them all
     return fig
 
+
 def find_centre(
-    scan:Scan, # volume to cut
-    masks=None, # masks by name; the first one that is not empty decides
-    heat=None, # else the highest place of this map, `(D,H,W)`
-)->tuple: # voxel index `(z,y,x)`
+    scan: Scan,  # volume to cut
+    masks=None,  # masks by name; the first one that is not empty decides
+    heat=None,  # else the highest place of this map, `(D,H,W)`
+) -> tuple:  # voxel index `(z,y,x)`
     "Where to cut: inside the fullest slice of a mask, at the peak of a map, or in the middle of the scan"
     for m in (masks or {}).values():
         if np.any(m):
-            z = int(np.sum(m,(1,2)).argmax()); yx = np.argwhere(m[z])
-            return (z, *map(int, yx[((yx-yx.mean(0))**2).sum(1).argmin()]))
-    if heat is not None and np.max(heat)>0: return tuple(map(int, np.unravel_index(np.argmax(heat), scan.shape)))
-    return tuple(n//2 for n in scan.shape)
+            z = int(np.sum(m, (1, 2)).argmax())
+            yx = np.argwhere(m[z])
+            return (z, *map(int, yx[((yx - yx.mean(0)) ** 2).sum(1).argmin()]))
+    if heat is not None and np.max(heat) > 0:
+        return tuple(map(int, np.unravel_index(np.argmax(heat), scan.shape)))
+    return tuple(n // 2 for n in scan.shape)
 
 # %% ../nbs/00b_plot.ipynb #82e23a33
 def show_planes(
-    scan:Scan, # volume to draw, HU or stored greys
-    at=None, # voxel `(z,y,x)` in which the planes meet; `None` looks for a lesion
-    masks=None, # `{name: (D,H,W) bool}`, drawn as outlines
-    heat=None, # `Map` or `(D,H,W)` array in [0,1], drawn in colour
-    window='lung', # a name of `WINDOWS` or (level, width) in HU
-    title=None, # title; `None` takes the scan's name
-    width:float=8.6, # width in inches
-)->Figure: # three panels
+    scan: Scan,  # volume to draw, HU or stored greys
+    at=None,  # voxel `(z,y,x)` in which the planes meet; `None` looks for a lesion
+    masks=None,  # `{name: (D,H,W) bool}`, drawn as outlines
+    heat=None,  # `Map` or `(D,H,W)` array in [0,1], drawn in colour
+    window='lung',  # a name of `WINDOWS` or (level, width) in HU
+    title=None,  # title; `None` takes the scan's name
+    width: float = 8.6,  # width in inches
+) -> Figure:  # three panels
     "Axial, coronal and sagittal cut through one point. Raises `GeometryError` for a layer of another grid"
-    masks,heat = _check_layers(scan, masks, heat)
+    masks, heat = _check_layers(scan, masks, heat)
     at = find_centre(scan, masks, heat) if at is None else tuple(int(i) for i in at)
-    if len(at)!=3 or any(not 0<=i<n for i,n in zip(at, scan.shape)): raise DataError('show_planes', f'the point {at} lies outside the scan of shape {scan.shape}', 'Give a voxel index (z,y,x).')
-    d,h,w = scan.grid.size_mm; title = scan.scan_id if title is None else title
-    fig = Picture(figsize=(width, min(12, .5+.24*bool(title)+.95*width*max(h,d)/(w+w+h))), layout='constrained')
-    for ax,(plane,(axis,_)) in zip(fig.subplots(1, 3, width_ratios=[w,w,h]), PLANES.items()):
-        draw_panel(ax, scan, plane, at[axis], window, masks, heat); ax.set_anchor('S')
+    if len(at) != 3 or any(not 0 <= i < n for i, n in zip(at, scan.shape, strict=False)):
+        raise DataError(
+            'show_planes',
+            f'the point {at} lies outside the scan of shape {scan.shape}',
+            'Give a voxel index (z,y,x).',
+        )
+    d, h, w = scan.grid.size_mm
+    title = scan.scan_id if title is None else title
+    fig = Picture(
+        figsize=(width, min(12, 0.5 + 0.24 * bool(title) + 0.95 * width * max(h, d) / (w + w + h))),
+        layout='constrained',
+    )
+    for ax, (plane, (axis, _)) in zip(
+        fig.subplots(1, 3, width_ratios=[w, w, h]), PLANES.items(), strict=False
+    ):
+        draw_panel(ax, scan, plane, at[axis], window, masks, heat)
+        ax.set_anchor('S')
     finish_figure(fig, scan, window, masks, heat, title)
-    return set_alt_text(fig, _tell(scan, 'axial, coronal and sagittal cut', window, masks, heat, title))
+    return set_alt_text(
+        fig, _tell(scan, 'axial, coronal and sagittal cut', window, masks, heat, title)
+    )
 
-def _tell(scan, what, window, masks, heat, title)->str:
+
+def _tell(scan, what, window, masks, heat, title) -> str:
     "The alt text of a figure, from what is drawn in it"
     layers = [f'outlined {", ".join(masks)}'] if masks else []
-    return ', '.join([f'{title or "Scan"}: {what}', _windowed(scan,window)[2], *layers, *(['a heat-map in colour'] if heat is not None else [])])+'.'
+    return (
+        ', '.join(
+            [
+                f'{title or "Scan"}: {what}',
+                _windowed(scan, window)[2],
+                *layers,
+                *(['a heat-map in colour'] if heat is not None else []),
+            ]
+        )
+        + '.'
+    )
 
 # %% ../nbs/00b_plot.ipynb #94bcfabe
 def show_slices(
-    scan:Scan, # volume to draw
-    n:int=5, # number of slices
-    masks=None, # `{name: (D,H,W) bool}`, outlines
-    heat=None, # `Map` or `(D,H,W)` array in [0,1]
-    window='lung', # a name of `WINDOWS` or (level, width) in HU
-    title=None, # title; `None` takes the scan's name
-    at=None, # slice indices instead of `n` even ones
-    width:float=8.6, # width in inches
-)->Figure: # one row of axial slices from the feet to the head
+    scan: Scan,  # volume to draw
+    n: int = 5,  # number of slices
+    masks=None,  # `{name: (D,H,W) bool}`, outlines
+    heat=None,  # `Map` or `(D,H,W)` array in [0,1]
+    window='lung',  # a name of `WINDOWS` or (level, width) in HU
+    title=None,  # title; `None` takes the scan's name
+    at=None,  # slice indices instead of `n` even ones
+    width: float = 8.6,  # width in inches
+) -> Figure:  # one row of axial slices from the feet to the head
     "A row of axial slices"
-    masks,heat = _check_layers(scan, masks, heat)
-    at = np.round(np.linspace(0,1,n+2)[1:-1]*(scan.shape[0]-1)).astype(int) if at is None else np.atleast_1d(at)
-    title,(_,h,w) = scan.scan_id if title is None else title, scan.grid.size_mm
-    fig = Picture(figsize=(width, .5+.24*bool(title)+.97*width/len(at)*h/w), layout='constrained')
-    for ax,i in zip(np.atleast_1d(fig.subplots(1, len(at))), at): draw_panel(ax, scan, 'axial', int(i), window, masks, heat)
+    masks, heat = _check_layers(scan, masks, heat)
+    at = (
+        np.round(np.linspace(0, 1, n + 2)[1:-1] * (scan.shape[0] - 1)).astype(int)
+        if at is None
+        else np.atleast_1d(at)
+    )
+    title, (_, h, w) = scan.scan_id if title is None else title, scan.grid.size_mm
+    fig = Picture(
+        figsize=(width, 0.5 + 0.24 * bool(title) + 0.97 * width / len(at) * h / w),
+        layout='constrained',
+    )
+    for ax, i in zip(np.atleast_1d(fig.subplots(1, len(at))), at, strict=False):
+        draw_panel(ax, scan, 'axial', int(i), window, masks, heat)
     finish_figure(fig, scan, window, masks, heat, title)
-    return set_alt_text(fig, _tell(scan, f'{len(at)} axial slices from the feet to the head', window, masks, heat, title))
+    return set_alt_text(
+        fig,
+        _tell(
+            scan, f'{len(at)} axial slices from the feet to the head', window, masks, heat, title
+        ),
+    )
 
 # %% ../nbs/00b_plot.ipynb #48c2e74b
 def show_histogram(
-    scan:Scan, # volume in HU
-    masks=None, # `{name: (D,H,W) bool}`: one curve each; `None` takes the whole volume
-    bins=tuple(range(-1050,1051,25)), # edges in HU
-    title=None, # title; `None` takes the scan's name
-    width:float=7., # width in inches
-)->Figure: # one panel
+    scan: Scan,  # volume in HU
+    masks=None,  # `{name: (D,H,W) bool}`: one curve each; `None` takes the whole volume
+    bins=tuple(range(-1050, 1051, 25)),  # edges in HU
+    title=None,  # title; `None` takes the scan's name
+    width: float = 7.0,  # width in inches
+) -> Figure:  # one panel
     "How often each CT number occurs, as a share of each mask. Raises `UnitsError` without HU"
     scan.require('HU')
-    masks,_ = _check_layers(scan, masks or {'whole volume':np.ones(scan.shape,bool)})
-    fig = Picture(figsize=(width,2.9), layout='constrained'); ax = fig.subplots()
-    for k,(name,m) in enumerate(masks.items()):
-        ax.stairs(np.histogram(scan.voxels[m], bins)[0]/max(1,m.sum()), bins, label=name, lw=1.6, color=('#b5179e','#007ea7','#b07d00','#222222')[k%4], linestyle=_STYLES[k%4])
-    ax.set(xlabel='CT number, HU', ylabel='share of voxels', xlim=(bins[0],bins[-1])); ax.set_title(scan.scan_id if title is None else title, fontsize=10)
-    ax.spines[['top','right']].set_visible(False); ax.legend(frameon=False, fontsize=8)
-    return set_alt_text(fig, f'{title or scan.scan_id or "Scan"}: histogram of CT numbers of {", ".join(masks)}.')
+    masks, _ = _check_layers(scan, masks or {'whole volume': np.ones(scan.shape, bool)})
+    fig = Picture(figsize=(width, 2.9), layout='constrained')
+    ax = fig.subplots()
+    for k, (name, m) in enumerate(masks.items()):
+        ax.stairs(
+            np.histogram(scan.voxels[m], bins)[0] / max(1, m.sum()),
+            bins,
+            label=name,
+            lw=1.6,
+            color=('#b5179e', '#007ea7', '#b07d00', '#222222')[k % 4],
+            linestyle=_STYLES[k % 4],
+        )
+    ax.set(xlabel='CT number, HU', ylabel='share of voxels', xlim=(bins[0], bins[-1]))
+    ax.set_title(scan.scan_id if title is None else title, fontsize=10)
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    return set_alt_text(
+        fig, f'{title or scan.scan_id or "Scan"}: histogram of CT numbers of {", ".join(masks)}.'
+    )

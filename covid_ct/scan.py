@@ -7,79 +7,117 @@ __all__ = ['DataError', 'ReadError', 'WriteError', 'GeometryError', 'UnitsError'
            'SplitError', 'write_atomic', 'evaluating', 'check_writable', 'Grid', 'check_same_grid', 'Scan', 'Map']
 
 # %% ../nbs/00a_scan.ipynb #c456645a
-import os, tempfile, uuid
+import os
+import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import numpy as np
 
 # %% ../nbs/00a_scan.ipynb #90fb9207
 class DataError(ValueError):
     "Bad input: where it is, what is wrong with it, and what to do"
-    def __init__(self,
-                 source, # file, folder, row or object that is at fault
-                 fault:str, # what is wrong, a clause without a full stop
-                 remedy:str='', # what to do about it, a sentence
-                ):
-        super().__init__(str(source), fault, remedy)
-        self.source,self.fault,self.remedy = str(source),fault,remedy
 
-    def __str__(self)->str: return f'{self.source}: {self.fault}. {self.remedy}'.strip()
+    def __init__(
+        self,
+        source,  # file, folder, row or object that is at fault
+        fault: str,  # what is wrong, a clause without a full stop
+        remedy: str = '',  # what to do about it, a sentence
+    ):
+        super().__init__(str(source), fault, remedy)
+        self.source, self.fault, self.remedy = str(source), fault, remedy
+
+    def __str__(self) -> str:
+        return f'{self.source}: {self.fault}. {self.remedy}'.strip()
 
 # %% ../nbs/00a_scan.ipynb #06cf21af
-class ReadError(DataError):     "A file or folder that is missing, empty, damaged or not an image"
-class WriteError(DataError):    "A file or folder that cannot be written"
-class GeometryError(DataError): "Spacing, orientation or grid that is missing, uneven or does not match"
-class UnitsError(DataError):    "Voxel values in another unit than the one needed"
-class VoxelError(DataError):    "Voxel values that cannot be a picture: NaN, infinite, constant"
-class NotAChestError(DataError): "A volume in which no lungs can be found"
-class CohortError(DataError):   "A table of scans that breaks the schema"
-class SplitError(DataError):    "A split in which a patient stands on both sides"
+class ReadError(DataError):
+    "A file or folder that is missing, empty, damaged or not an image"
+
+
+class WriteError(DataError):
+    "A file or folder that cannot be written"
+
+
+class GeometryError(DataError):
+    "Spacing, orientation or grid that is missing, uneven or does not match"
+
+
+class UnitsError(DataError):
+    "Voxel values in another unit than the one needed"
+
+
+class VoxelError(DataError):
+    "Voxel values that cannot be a picture: NaN, infinite, constant"
+
+
+class NotAChestError(DataError):
+    "A volume in which no lungs can be found"
+
+
+class CohortError(DataError):
+    "A table of scans that breaks the schema"
+
+
+class SplitError(DataError):
+    "A split in which a patient stands on both sides"
 
 # %% ../nbs/00a_scan.ipynb #bddc2b92
 def _unwritable(
-    path, # file or folder
-    error:OSError, # what the system said
-)->WriteError: # to raise
+    path,  # file or folder
+    error: OSError,  # what the system said
+) -> WriteError:  # to raise
     "What the system says of an output, as a `WriteError`"
-    return WriteError(path, f'cannot be written ({error.strerror or error})',
-                      'Check the path, its rights and the space left.')
+    return WriteError(
+        path,
+        f'cannot be written ({error.strerror or error})',
+        'Check the path, its rights and the space left.',
+    )
+
 
 def write_atomic(
-    path, # file to write; its folder must exist
-    content, # `str`, `bytes`, or a function that writes to the path it is given
-)->Path: # the same path
+    path,  # file to write; its folder must exist
+    content,  # `str`, `bytes`, or a function that writes to the path it is given
+) -> Path:  # the same path
     "Write a whole file or none; raises `ReadError` for no folder, `WriteError` for what the system refuses"
     path = Path(path)
     if not path.parent.is_dir():
         raise ReadError(path.parent, 'no such folder', 'Create it, or give another path.')
     tmp = path.with_name(f'.{uuid.uuid4().hex[:8]}{"".join(path.suffixes[-2:])}')
     try:
-        if callable(content): content(tmp)
-        else: tmp.write_bytes(content.encode('utf-8') if isinstance(content, str) else content)
+        if callable(content):
+            content(tmp)
+        else:
+            tmp.write_bytes(content.encode('utf-8') if isinstance(content, str) else content)
         os.replace(tmp, path)
-    except OSError as e: raise _unwritable(path, e) from e
-    finally: tmp.unlink(missing_ok=True)
+    except OSError as e:
+        raise _unwritable(path, e) from e
+    finally:
+        tmp.unlink(missing_ok=True)
     return path
 
 # %% ../nbs/00a_scan.ipynb #e7a10001
 @contextmanager
 def evaluating(
-    model, # any network of PyTorch
-)->Iterator: # yields the model, in evaluation mode
+    model,  # any network of PyTorch
+) -> Iterator:  # yields the model, in evaluation mode
     "Evaluation mode inside the block; afterwards every module is in the mode it was in"
     modes = [(m, m.training) for m in model.modules()]
-    try: yield model.eval()
+    try:
+        yield model.eval()
     finally:
-        for m,training in modes: m.training = training
+        for m, training in modes:
+            m.training = training
 
 # %% ../nbs/00a_scan.ipynb #d76d0f95
 def check_writable(
-    path, # file or folder that will be written
-    folder:bool=False, # True: it will be a folder
-    parents:bool=True, # its folder may be missing, whoever writes makes it
-)->Path: # the same path
+    path,  # file or folder that will be written
+    folder: bool = False,  # True: it will be a folder
+    parents: bool = True,  # its folder may be missing, whoever writes makes it
+) -> Path:  # the same path
     "Raise `WriteError` for an output that cannot be made here; nothing is left behind"
     path = Path(path)
     if path.is_dir() and not folder:
@@ -89,115 +127,177 @@ def check_writable(
     if not parents and not path.parent.is_dir():
         raise WriteError(path.parent, 'no such folder', 'Create it, or give another path.')
     try:
-        home = next(p for p in (path, *path.absolute().parents) if p.exists() and p!=path or p.is_dir())
-        with tempfile.TemporaryFile(dir=home): return path
-    except OSError as e: raise _unwritable(path, e) from e
+        home = next(
+            p for p in (path, *path.absolute().parents) if p.exists() and p != path or p.is_dir()
+        )
+        with tempfile.TemporaryFile(dir=home):
+            return path
+    except OSError as e:
+        raise _unwritable(path, e) from e
 
 # %% ../nbs/00a_scan.ipynb #6667a278
-_EYE = ((1.,0.,0.),(0.,1.,0.),(0.,0.,1.))
+_EYE = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
+
 
 @dataclass(frozen=True)
 class Grid:
     "Where the voxels of a volume lie: shape, spacing, origin and direction, all `(z,y,x)`"
-    shape:tuple # `(D,H,W)` in voxels
-    spacing:tuple # distance of neighbouring voxels in mm, `(z,y,x)`
-    origin:tuple=(0.,0.,0.) # place of voxel `(0,0,0)` in mm, `(z,y,x)`
-    direction:tuple=_EYE # rows: component `(z,y,x)` in mm; columns: voxel axis `(z,y,x)`
+
+    shape: tuple  # `(D,H,W)` in voxels
+    spacing: tuple  # distance of neighbouring voxels in mm, `(z,y,x)`
+    origin: tuple = (0.0, 0.0, 0.0)  # place of voxel `(0,0,0)` in mm, `(z,y,x)`
+    direction: tuple = _EYE  # rows: component `(z,y,x)` in mm; columns: voxel axis `(z,y,x)`
 
     @property
-    def voxel_ml(self)->float: return float(np.prod(self.spacing))/1000
-    @property
-    def size_mm(self)->tuple: return tuple(n*s for n,s in zip(self.shape, self.spacing))
+    def voxel_ml(self) -> float:
+        return float(np.prod(self.spacing)) / 1000
 
-    def to_mm(self,
-              index, # voxel indices, `(...,3)` in the order `(z,y,x)`; fractions allowed
-             )->np.ndarray: # places in mm, `(...,3)`
+    @property
+    def size_mm(self) -> tuple:
+        return tuple(n * s for n, s in zip(self.shape, self.spacing, strict=False))
+
+    def to_mm(
+        self,
+        index,  # voxel indices, `(...,3)` in the order `(z,y,x)`; fractions allowed
+    ) -> np.ndarray:  # places in mm, `(...,3)`
         "Place of a voxel in the patient"
-        return np.asarray(self.origin) + (np.asarray(index)*self.spacing) @ np.asarray(self.direction).T
+        return (
+            np.asarray(self.origin)
+            + (np.asarray(index) * self.spacing) @ np.asarray(self.direction).T
+        )
 
-    def to_index(self,
-                 mm, # places in mm, `(...,3)` in the order `(z,y,x)`
-                )->np.ndarray: # voxel indices, `(...,3)`, with fractions
+    def to_index(
+        self,
+        mm,  # places in mm, `(...,3)` in the order `(z,y,x)`
+    ) -> np.ndarray:  # voxel indices, `(...,3)`, with fractions
         "Voxel at a place in the patient: the inverse of `to_mm`"
-        return ((np.asarray(mm)-self.origin) @ np.linalg.inv(self.direction).T)/self.spacing
+        return ((np.asarray(mm) - self.origin) @ np.linalg.inv(self.direction).T) / self.spacing
 
 # %% ../nbs/00a_scan.ipynb #a885386e
 def check_same_grid(
-    a, # `Grid`, or anything with a `.grid`
-    b, # the other one
-    source='overlay', # what to name in the error
-)->None:
+    a,  # `Grid`, or anything with a `.grid`
+    b,  # the other one
+    source='overlay',  # what to name in the error
+) -> None:
     "Raise `GeometryError` unless two grids are the same to a hundredth of a voxel"
-    a,b = getattr(a,'grid',a), getattr(b,'grid',b)
-    tell = lambda what: GeometryError(source, what, 'Resample one onto the grid of the other first.')
-    if tuple(a.shape)!=tuple(b.shape): raise tell(f'shapes differ, {tuple(a.shape)} and {tuple(b.shape)}')
-    corners = np.array([np.zeros(3), *np.diag(np.array(a.shape)-1.)])
-    off = np.abs(a.to_index(b.to_mm(corners))-corners).max()
-    if off>.01: raise tell(f'the grids lie up to {off:.2f} voxels apart')
+    a, b = getattr(a, 'grid', a), getattr(b, 'grid', b)
+
+    def tell(what):
+        return GeometryError(source, what, 'Resample one onto the grid of the other first.')
+
+    if tuple(a.shape) != tuple(b.shape):
+        raise tell(f'shapes differ, {tuple(a.shape)} and {tuple(b.shape)}')
+    corners = np.array([np.zeros(3), *np.diag(np.array(a.shape) - 1.0)])
+    off = np.abs(a.to_index(b.to_mm(corners)) - corners).max()
+    if off > 0.01:
+        raise tell(f'the grids lie up to {off:.2f} voxels apart')
 
 # %% ../nbs/00a_scan.ipynb #b59cb535
-_UNITS = ('HU','uint8','unit')
+_UNITS = ('HU', 'uint8', 'unit')
+
 
 @dataclass(frozen=True, eq=False)
 class Scan:
     "A CT volume with its geometry and unit; raises `GeometryError`, `UnitsError` or `VoxelError` for what cannot be one"
-    voxels:np.ndarray # `(D,H,W)`, z to the head, y to the back, x to the patient's left
-    spacing:tuple # mm, `(z,y,x)`
-    origin:tuple=(0.,0.,0.) # mm, `(z,y,x)`
-    direction:tuple=_EYE # as in `Grid`
-    units:str='HU' # one of `_UNITS`
-    patient_id:str='' # pseudonym; never a name
-    scan_id:str='' # unique in a cohort
-    source:str='' # file or folder it came from
-    geometry_known:bool=True # False: `spacing` and orientation are placeholders
-    stored_as:str='LPS' # ITK orientation code of the file, restored by the writers
-    remarks:tuple=() # what the reader noticed
+
+    voxels: np.ndarray  # `(D,H,W)`, z to the head, y to the back, x to the patient's left
+    spacing: tuple  # mm, `(z,y,x)`
+    origin: tuple = (0.0, 0.0, 0.0)  # mm, `(z,y,x)`
+    direction: tuple = _EYE  # as in `Grid`
+    units: str = 'HU'  # one of `_UNITS`
+    patient_id: str = ''  # pseudonym; never a name
+    scan_id: str = ''  # unique in a cohort
+    source: str = ''  # file or folder it came from
+    geometry_known: bool = True  # False: `spacing` and orientation are placeholders
+    stored_as: str = 'LPS'  # ITK orientation code of the file, restored by the writers
+    remarks: tuple = ()  # what the reader noticed
 
     def __post_init__(self):
-        name,v = self.source or self.scan_id or 'scan', np.asarray(self.voxels)
-        if v.ndim!=3 or 0 in v.shape: raise GeometryError(name, f'a volume (D,H,W) is needed, this has shape {v.shape}', 'Give one volume with at least one slice.')
-        if self.units not in _UNITS: raise UnitsError(name, f'unknown unit {self.units!r}', f'Use one of {", ".join(_UNITS)}.')
+        name, v = self.source or self.scan_id or 'scan', np.asarray(self.voxels)
+        if v.ndim != 3 or 0 in v.shape:
+            raise GeometryError(
+                name,
+                f'a volume (D,H,W) is needed, this has shape {v.shape}',
+                'Give one volume with at least one slice.',
+            )
+        if self.units not in _UNITS:
+            raise UnitsError(
+                name, f'unknown unit {self.units!r}', f'Use one of {", ".join(_UNITS)}.'
+            )
         s = tuple(float(x) for x in self.spacing)
-        if len(s)!=3 or not all(0<x<float('inf') for x in s): raise GeometryError(name, f'spacing {s} is not three positive lengths', 'Give (z,y,x) in mm.')
-        if v.dtype.kind=='f' and not np.isfinite(v).all(): raise VoxelError(name, 'has NaN or infinite voxels', 'Repair or exclude the scan.')
-        v = v.view(); v.flags.writeable = False
-        for k,x in dict(voxels=v, spacing=s, origin=tuple(map(float,self.origin)),
-                        direction=tuple(tuple(map(float,r)) for r in self.direction)).items(): object.__setattr__(self, k, x)
+        if len(s) != 3 or not all(0 < x < float('inf') for x in s):
+            raise GeometryError(
+                name, f'spacing {s} is not three positive lengths', 'Give (z,y,x) in mm.'
+            )
+        if v.dtype.kind == 'f' and not np.isfinite(v).all():
+            raise VoxelError(name, 'has NaN or infinite voxels', 'Repair or exclude the scan.')
+        v = v.view()
+        v.flags.writeable = False
+        for k, x in dict(
+            voxels=v,
+            spacing=s,
+            origin=tuple(map(float, self.origin)),
+            direction=tuple(tuple(map(float, r)) for r in self.direction),
+        ).items():
+            object.__setattr__(self, k, x)
 
     @property
-    def shape(self)->tuple: return self.voxels.shape
-    @property
-    def grid(self)->Grid: return Grid(self.shape, self.spacing, self.origin, self.direction)
+    def shape(self) -> tuple:
+        return self.voxels.shape
 
-    def require(self,
-                units:str, # the unit that the caller needs
-               )->'Scan': # itself, so that calls can be chained
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.shape, self.spacing, self.origin, self.direction)
+
+    def require(
+        self,
+        units: str,  # the unit that the caller needs
+    ) -> 'Scan':  # itself, so that calls can be chained
         "Raise `UnitsError` unless the voxels are in `units`"
-        if self.units==units: return self
-        raise UnitsError(self.source or self.scan_id or 'scan', f'{units} needed, the voxels are {self.units!r}',
-                         'Read the original DICOM or NIfTI: grey values cannot be turned back into HU.' if units=='HU' else f'Convert the scan to {units} first.')
+        if self.units == units:
+            return self
+        raise UnitsError(
+            self.source or self.scan_id or 'scan',
+            f'{units} needed, the voxels are {self.units!r}',
+            'Read the original DICOM or NIfTI: grey values cannot be turned back into HU.'
+            if units == 'HU'
+            else f'Convert the scan to {units} first.',
+        )
 
-    def replace(self, **changes)->'Scan': return replace(self, **changes)
+    def replace(self, **changes) -> 'Scan':
+        return replace(self, **changes)
 
-    def __repr__(self)->str:
-        where = ' × '.join(f'{s:.3g}' for s in self.spacing)+' mm' if self.geometry_known else 'geometry unknown'
-        lo,hi = self.voxels.min(), self.voxels.max()
-        return f"Scan {self.scan_id or ''}({' × '.join(map(str,self.shape))} voxels, {where}, {self.units} {lo:.4g} … {hi:.4g})"
+    def __repr__(self) -> str:
+        where = (
+            ' × '.join(f'{s:.3g}' for s in self.spacing) + ' mm'
+            if self.geometry_known
+            else 'geometry unknown'
+        )
+        lo, hi = self.voxels.min(), self.voxels.max()
+        return f"Scan {self.scan_id or ''}({' × '.join(map(str, self.shape))} voxels, {where}, {self.units} {lo:.4g} … {hi:.4g})"
 
 # %% ../nbs/00a_scan.ipynb #c06b62f0
 @dataclass(frozen=True, eq=False)
 class Map:
     "Where a network looked: values in [0,1] on the grid of a scan"
-    values:np.ndarray # `(D,H,W)`, in [0,1]
-    grid:Grid # where they lie
-    label:str='' # class that the map argues for
-    layer:str='' # layer it was read from
-    method:str='' # how it was made, as `CAM`
+
+    values: np.ndarray  # `(D,H,W)`, in [0,1]
+    grid: Grid  # where they lie
+    label: str = ''  # class that the map argues for
+    layer: str = ''  # layer it was read from
+    method: str = ''  # how it was made, as `CAM`
 
     def __post_init__(self):
         v = np.asarray(self.values, 'f4')
         name = f'{self.method or "map"} {self.label}'.strip()
-        if v.shape!=tuple(self.grid.shape): raise GeometryError(name, f'has shape {v.shape}, its grid {tuple(self.grid.shape)}', 'Bring the map back to the grid of the scan.')
-        if not (np.isfinite(v).all() and v.min()>=0 and v.max()<=1): raise VoxelError(name, 'has values outside [0,1]', 'Normalise the map first.')
-        v = v.view(); v.flags.writeable = False
+        if v.shape != tuple(self.grid.shape):
+            raise GeometryError(
+                name,
+                f'has shape {v.shape}, its grid {tuple(self.grid.shape)}',
+                'Bring the map back to the grid of the scan.',
+            )
+        if not (np.isfinite(v).all() and v.min() >= 0 and v.max() <= 1):
+            raise VoxelError(name, 'has values outside [0,1]', 'Normalise the map first.')
+        v = v.view()
+        v.flags.writeable = False
         object.__setattr__(self, 'values', v)

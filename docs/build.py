@@ -8,6 +8,7 @@
 3. Two pages made of the others: the gallery of figures and the references.
 4. Sphinx with myst-nb and Furo, warnings as errors.
 """
+
 import argparse
 import os
 import shutil
@@ -22,55 +23,103 @@ import nbformat
 import refs
 from stage import ROOT, STAGE, sources, stage
 
-OUT, WORK = ROOT / "_docs", ROOT / "_build"          # myst-nb writes beside its output folder, so that one lies deeper
-ABOUT = "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"             # of the repository, on the site too
-ROOMS = {"lessons": "The course", "papers": "Papers, one page each", "": "Basics and use", "01_phantom": "Phantom", "02_io": "Reading files",
-         "03_cohort": "Cohorts", "04_audit": "Audit", "05_preprocess": "Preprocessing", "06_batches": "Batches", "07_models": "Models",
-         "08_train": "Training", "09_inference": "Inference", "10_evaluate": "Evaluation", "11_explain": "Explanations",
-         "12_widgets": "Widgets", "reports": "Reports"}           # folder of nbs/ -> its caption, in the order of the side bar
+OUT, WORK = (
+    ROOT / "_docs",
+    ROOT / "_build",
+)  # myst-nb writes beside its output folder, so that one lies deeper
+ABOUT = "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"  # of the repository, on the site too
+ROOMS = {
+    "lessons": "The course",
+    "papers": "Papers, one page each",
+    "": "Basics and use",
+    "01_phantom": "Phantom",
+    "02_io": "Reading files",
+    "03_cohort": "Cohorts",
+    "04_audit": "Audit",
+    "05_preprocess": "Preprocessing",
+    "06_batches": "Batches",
+    "07_models": "Models",
+    "08_train": "Training",
+    "09_inference": "Inference",
+    "10_evaluate": "Evaluation",
+    "11_explain": "Explanations",
+    "12_widgets": "Widgets",
+    "reports": "Reports",
+}  # folder of nbs/ -> its caption, in the order of the side bar
 
 
 def groups(pages):
     "Caption -> pages of the side bar, in the order of their numbers"
     out = {}
     for room, caption in ROOMS.items():
-        here = [p["page"] for p in pages if p["page"] != "index.ipynb" and p["page"].rpartition("/")[0] == room]
-        out[caption] = sorted(here, key=lambda p: "for_instructors" in p)     # theirs comes last
+        here = [
+            p["page"]
+            for p in pages
+            if p["page"] != "index.ipynb" and p["page"].rpartition("/")[0] == room
+        ]
+        out[caption] = sorted(here, key=lambda p: "for_instructors" in p)  # theirs comes last
     return {**out, "About": ["figures.md", "references.md", "CONTRIBUTING.md", "CHANGELOG.md"]}
 
 
 def toctree(pages):
-    return "\n\n".join("```{toctree}\n:hidden:\n:caption: %s\n\n%s\n```" % (caption, "\n".join(p.rsplit(".", 1)[0] for p in named))
-                       for caption, named in groups(pages).items() if named)
+    return "\n\n".join(
+        "```{{toctree}}\n:hidden:\n:caption: {}\n\n{}\n```".format(
+            caption, "\n".join(p.rsplit(".", 1)[0] for p in named)
+        )
+        for caption, named in groups(pages).items()
+        if named
+    )
 
 
 def made(pages):
     "Write the pages that are made of the others"
     cited = {}
     for p in pages:
-        for key in p["cited"]: cited.setdefault(key, []).append((p["page"], p["title"]))
+        for key in p["cited"]:
+            cited.setdefault(key, []).append((p["page"], p["title"]))
     (STAGE / "references.md").write_text(refs.page(cited), "utf-8")
     (STAGE / "figures.md").write_text(gallery.page(pages, ROOMS, STAGE / "figures"), "utf-8")
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument("--stage", action="store_true", help="stop before Sphinx")
     a, t0 = ap.parse_args(), time.time()
     shutil.rmtree(WORK, ignore_errors=True)
     STAGE.mkdir(parents=True)
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as ex: pages = list(ex.map(stage, sources()))
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as ex:
+        pages = list(ex.map(stage, sources()))
     index = nbformat.read(STAGE / "index.ipynb", 4)
     index.cells.append(nbformat.v4.new_markdown_cell(toctree(pages)))
     nbformat.write(index, STAGE / "index.ipynb")
-    shutil.copytree(ROOT / "docs/_static", STAGE / "docs/_static")             # pictures of the front page
-    for name in ABOUT: shutil.copy(ROOT / name, STAGE)
+    shutil.copytree(ROOT / "docs/_static", STAGE / "docs/_static")  # pictures of the front page
+    for name in ABOUT:
+        shutil.copy(ROOT / name, STAGE)
     made(pages)
     print(f"staged {len(pages)} notebooks in {time.time() - t0:.1f} s")
-    if a.stage: return
+    if a.stage:
+        return
     t0 = time.time()
-    r = subprocess.run([sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-c", str(ROOT / "docs"),
-                        "-d", str(WORK / "doctrees"), str(STAGE), str(WORK / "html")])
+    r = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "sphinx",
+            "-W",
+            "--keep-going",
+            "-q",
+            "-b",
+            "html",
+            "-c",
+            str(ROOT / "docs"),
+            "-d",
+            str(WORK / "doctrees"),
+            str(STAGE),
+            str(WORK / "html"),
+        ]
+    )
     if r.returncode == 0:
         shutil.rmtree(OUT, ignore_errors=True)
         shutil.move(WORK / "html", OUT)
@@ -78,4 +127,5 @@ def main():
     sys.exit(r.returncode)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,10 @@
 """Run or clean every notebook, index.ipynb included.
 
-    python docs/nbs.py run [NB ...]     execute in place (2 at a time), then clean
-    python docs/nbs.py clean            clean in place
-    python docs/nbs.py check            exit 1 and name the notebooks that `clean` would change
+python docs/nbs.py run [NB ...]     execute in place (2 at a time), then clean
+python docs/nbs.py clean            clean in place
+python docs/nbs.py check            exit 1 and name the notebooks that `clean` would change
 """
+
 import argparse
 import json
 import os
@@ -22,8 +23,10 @@ KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 def kept(output):
     "What a reader without a kernel can use: no progress bars, no warnings of the moment, no widget without its page"
     data = output.get("data", {})
-    if output["output_type"] == "stream": return output["name"] == "stdout"
-    if VIEW in data and "text/html" not in data: return False
+    if output["output_type"] == "stream":
+        return output["name"] == "stdout"
+    if VIEW in data and "text/html" not in data:
+        return False
     data.pop(VIEW, None)
     return True
 
@@ -34,8 +37,10 @@ def cleaned(text):
     clean_nb(nb, allowed_metadata_keys=["language_info"])
     nb["metadata"] = {"kernelspec": KERNEL}
     for c in nb["cells"]:
-        if c["cell_type"] == "code": c["outputs"] = [o for o in c["outputs"] if kept(o)]
-        for o in c.get("outputs", []): o.pop("metadata", None) if o["output_type"] == "stream" else o.update(metadata={})
+        if c["cell_type"] == "code":
+            c["outputs"] = [o for o in c["outputs"] if kept(o)]
+        for o in c.get("outputs", []):
+            o.pop("metadata", None) if o["output_type"] == "stream" else o.update(metadata={})
     return json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -43,29 +48,43 @@ def run(path):
     "Execute one notebook where it stands"
     import nbformat
     from nbclient import NotebookClient
+
     t, nb = time.time(), nbformat.read(path, as_version=4)
-    NotebookClient(nb, timeout=1200, kernel_name="python3", store_widget_state=False, record_timing=False,
-                   resources={"metadata": {"path": str(path.parent)}}).execute()
+    NotebookClient(
+        nb,
+        timeout=1200,
+        kernel_name="python3",
+        store_widget_state=False,
+        record_timing=False,
+        resources={"metadata": {"path": str(path.parent)}},
+    ).execute()
     path.write_text(cleaned(nbformat.writes(nb)), encoding="utf-8")
     return path, time.time() - t
 
 
 def main():
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     ap.add_argument("what", choices=["run", "clean", "check"])
     ap.add_argument("nbs", nargs="*")
     a = ap.parse_args()
-    paths = [Path(p).resolve() for p in a.nbs] or [p for p in sources() if p.parent.name != "reports"]
+    paths = [Path(p).resolve() for p in a.nbs] or [
+        p for p in sources() if p.parent.name != "reports"
+    ]
     if a.what == "run":
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         with ProcessPoolExecutor(2) as ex:
-            for p, t in ex.map(run, paths): print(f"{t:6.1f} s  {p.relative_to(ROOT)}", flush=True)
+            for p, t in ex.map(run, paths):
+                print(f"{t:6.1f} s  {p.relative_to(ROOT)}", flush=True)
         return 0
     dirty = [p for p in paths if p.read_text("utf-8") != cleaned(p.read_text("utf-8"))]
     for p in dirty:
-        if a.what == "clean": p.write_text(cleaned(p.read_text("utf-8")), encoding="utf-8")
+        if a.what == "clean":
+            p.write_text(cleaned(p.read_text("utf-8")), encoding="utf-8")
         print("not clean:" if a.what == "check" else "cleaned", p.relative_to(ROOT))
     return int(a.what == "check" and bool(dirty))
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

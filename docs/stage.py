@@ -1,4 +1,5 @@
 """One nbdev notebook -> one MyST notebook under _build/src/. Imported, never run: IPython takes over `__main__`."""
+
 import functools
 import inspect
 import json
@@ -7,20 +8,24 @@ import re
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 
+import refs
 from fastcore.docments import DocmentTbl, ShowDocRenderer
+from gallery import picture, thumbnail
+from house import house
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 
-import refs
-from gallery import picture, thumbnail
-from house import house
-
 ROOT = Path(__file__).resolve().parent.parent
-STAGE = ROOT / "_build" / "src"                    # not _proc: nbdev and Quarto keep theirs there
-TAKE = "notebooks"                                 # the pages to download, in that folder
-NUMBER = re.compile(r"^\d+[a-zA-Z0-9]*_")          # the prefix that nbdev drops
-CALLOUT = re.compile(r"^(:{3,})\s*\{\.callout-(note|tip|warning|caution|important)([^}]*)\}\s*\n(.*?)^\1[ \t]*$", re.S | re.M)
-SOLVED = re.compile(r"\{\.callout-\w+[^}]*collapse=\"true\"[^}]*\}\s*\n#+ Solution.*?^:::+\s*\Z", re.S | re.M)     # ends a cell
+STAGE = ROOT / "_build" / "src"  # not _proc: nbdev and Quarto keep theirs there
+TAKE = "notebooks"  # the pages to download, in that folder
+NUMBER = re.compile(r"^\d+[a-zA-Z0-9]*_")  # the prefix that nbdev drops
+CALLOUT = re.compile(
+    r"^(:{3,})\s*\{\.callout-(note|tip|warning|caution|important)([^}]*)\}\s*\n(.*?)^\1[ \t]*$",
+    re.S | re.M,
+)
+SOLVED = re.compile(
+    r"\{\.callout-\w+[^}]*collapse=\"true\"[^}]*\}\s*\n#+ Solution.*?^:::+\s*\Z", re.S | re.M
+)  # ends a cell
 
 
 def page_name(src: Path) -> PurePosixPath:
@@ -30,12 +35,18 @@ def page_name(src: Path) -> PurePosixPath:
 
 
 def sources():
-    nbs = [p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(ROOT).parts)]
+    nbs = [
+        p
+        for p in (ROOT / "nbs").rglob("*.ipynb")
+        if not any(part[0] in "._" for part in p.relative_to(ROOT).parts)
+    ]
     return [ROOT / "index.ipynb", *sorted(nbs, key=lambda p: p.relative_to(ROOT).as_posix())]
 
 
 # ---------------------------------------------------------------- markdown
-GFM = re.compile(r'^(:{3,})\s*\{\.content-visible when-format="gfm"\}\s*\n(.*?)^\1[ \t]*\n?', re.S | re.M)   # for README.md alone
+GFM = re.compile(
+    r'^(:{3,})\s*\{\.content-visible when-format="gfm"\}\s*\n(.*?)^\1[ \t]*\n?', re.S | re.M
+)  # for README.md alone
 
 
 def callouts(md):
@@ -43,11 +54,13 @@ def callouts(md):
         kind = m[2]
         title, body = (re.search(r'title="([^"]*)"', m[3]) or [None, None])[1], m[4]
         h = re.match(r"\s*#+\s+(.+)\n", body)
-        if h and not title: title, body = h[1], body[h.end():]
+        if h and not title:
+            title, body = h[1], body[h.end() :]
         head = f"{m[1]}{{admonition}} {title}\n:class: {kind}" if title else f"{m[1]}{{{kind}}}"
         fold = re.search(r'collapse="(true|false)"', m[3])
         extra = f"\n:collapsible: {'closed' if fold[1] == 'true' else 'open'}" if fold else ""
         return f"{head}{extra}\n\n{body.strip()}\n{m[1]}"
+
     return CALLOUT.sub(one, md)
 
 
@@ -58,8 +71,13 @@ def to_myst(md, links, cite=lambda md: md):
         p = parts[i]
         p = re.sub(r"\$\$\s*\{#(eq-[\w-]+)\}", r"$$ (\1)", p)
         p = re.sub(r"^(#+ .*?)\s*\{#([\w-]+)\}\s*$", r"(\2)=\n\1", p, flags=re.M)
-        p = re.sub(r"(?<![\w`\[])@(eq|fig|tbl|sec)-([\w-]+)",
-                   lambda m: "{%s}`%s-%s`" % ({"eq": "eq", "sec": "ref"}.get(m[1], "numref"), m[1], m[2]), p)
+        p = re.sub(
+            r"(?<![\w`\[])@(eq|fig|tbl|sec)-([\w-]+)",
+            lambda m: "{{{}}}`{}-{}`".format(
+                {"eq": "eq", "sec": "ref"}.get(m[1], "numref"), m[1], m[2]
+            ),
+            p,
+        )
         parts[i] = cite(re.sub(r"(\]\()([^)\s]+)(\))", lambda m: m[1] + links(m[2]) + m[3], p))
     return "".join(parts)
 
@@ -68,16 +86,21 @@ def open_here(rel, room):
     "How to run this page, folded under its title"
     take = f"{{download}}`Take this notebook </{TAKE}/{rel}>`"
     home = os.path.relpath("index.ipynb", rel.parent)
-    how = {"lessons": f"With [covid_ct installed]({home}#three-ways-in), the lessons come along:\n\n```sh\npip install jupyterlab\ncovid-ct course lessons\njupyter lab lessons/{rel.name}\n```\n\nOr {take.replace('Take', 'take')} alone.",
-           "reports": f"This page keeps the results of long runs; its first cells say which command makes them. {take} to read the code; in a clone of the repository, `make lab` opens `nbs/{rel}`."}.get(
-           room, f"{take}, without its outputs. With [covid_ct installed]({home}#three-ways-in) it runs where you put it:\n\n```sh\npip install jupyterlab\njupyter lab {rel.name}\n```\n\nIn a clone of the repository, `make lab` opens them all; this one is `nbs/{rel}`.")
+    how = {
+        "lessons": f"With [covid_ct installed]({home}#three-ways-in), the lessons come along:\n\n```sh\npip install jupyterlab\ncovid-ct course lessons\njupyter lab lessons/{rel.name}\n```\n\nOr {take.replace('Take', 'take')} alone.",
+        "reports": f"This page keeps the results of long runs; its first cells say which command makes them. {take} to read the code; in a clone of the repository, `make lab` opens `nbs/{rel}`.",
+    }.get(
+        room,
+        f"{take}, without its outputs. With [covid_ct installed]({home}#three-ways-in) it runs where you put it:\n\n```sh\npip install jupyterlab\njupyter lab {rel.name}\n```\n\nIn a clone of the repository, `make lab` opens them all; this one is `nbs/{rel}`.",
+    )
     return f":::{{admonition}} Open this page in JupyterLab\n:class: open-here\n:collapsible: closed\n\n{how}\n:::"
 
 
 def take_away(src):
     "The notebook to download: as it is, without outputs"
     nb = json.loads(src.read_text("utf-8"))
-    for c in nb["cells"]: c.update(outputs=[], execution_count=None) if c["cell_type"] == "code" else None
+    for c in nb["cells"]:
+        c.update(outputs=[], execution_count=None) if c["cell_type"] == "code" else None
     return json.dumps(nb, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -95,26 +118,35 @@ def anchors():
         shown = getattr(import_module(module), "__all__", ())
         for name, (url, _) in symbols.items():
             symbol = name.removeprefix(module + ".")
-            if symbol in shown: out[url] = label(name, inspect.isclass(getattr(import_module(module), symbol)))
+            if symbol in shown:
+                out[url] = label(name, inspect.isclass(getattr(import_module(module), symbol)))
     return out
 
 
 class TableRenderer(ShowDocRenderer):
     "show_doc as a heading, a signature, a summary and a table of the parameters"
+
     module = ""
+
     def _repr_markdown_(self):
         lookup = NbdevLookup()
-        home = self.module if self.sym.__module__ == "__main__" else self.sym.__module__     # a page runs its own cells as __main__
+        home = (
+            self.module if self.sym.__module__ == "__main__" else self.sym.__module__
+        )  # a page runs its own cells as __main__
         name = f"{home}.{self.sym.__qualname__}"
         src = lookup.code(name)
         sig = re.sub(r"\s*#[^\n]*", "", str(self.dm))
         sig = re.sub(r"\(\s+", "(", re.sub(r",?\s*\n\)", ")", re.sub(r",\s*\n\s+", ", ", sig)))
-        if inspect.isclass(self.sym): sig = sig.replace("def ", "class ", 1)
+        if inspect.isclass(self.sym):
+            sig = sig.replace("def ", "class ", 1)
         sig = re.sub(r"<(?:class|function) '?(?:[\w.]+\.)?(\w+)[^>]*>", r"\1", sig)
         out = [f"({label(name, inspect.isclass(self.sym))})="]
         out += [f"{'#' * self.title_level} {self.nm}", ""]
-        if src: out += [f"[source]({src}){{.source-link}}", ""]
-        table = re.sub(r"^\|\s+\|", "| **Name** |", str(DocmentTbl(self.sym)))        # no empty head of a column
+        if src:
+            out += [f"[source]({src}){{.source-link}}", ""]
+        table = re.sub(
+            r"^\|\s+\|", "| **Name** |", str(DocmentTbl(self.sym))
+        )  # no empty head of a column
         out += ["```python", sig, "```", "", self.docs or "", "", table]
         return "\n".join(out)
 
@@ -122,14 +154,16 @@ class TableRenderer(ShowDocRenderer):
 def process(src: Path):
     "The notebook after nbdev's own processors, and its front matter"
     os.environ["IN_TEST"] = "1"
-    cwd = os.getcwd(); os.chdir(src.parent)
+    cwd = os.getcwd()
+    os.chdir(src.parent)
     from execnb.nbio import read_nb
     from nbdev.processors import FilterDefaults
+
     get_config()["renderer"] = f"{__name__}.TableRenderer"
     nb = read_nb(src)
     exp = re.search(r"#\| default_exp (\S+)", "\n".join(c.source for c in nb.cells[:2]))
     TableRenderer.module = f"{get_config().lib_name}.{exp[1]}" if exp else ""
-    nb.metadata.pop("widgets", None)                     # execnb cannot write a jslink's state, and we need none
+    nb.metadata.pop("widgets", None)  # execnb cannot write a jslink's state, and we need none
     FilterDefaults()(nb)
     os.chdir(cwd)
     return nb, getattr(nb, "frontmatter_", {})
@@ -138,75 +172,133 @@ def process(src: Path):
 def stage(src: Path):
     "Write one staged page; what the gallery and the references need to know of it"
     import nbformat
+
     nb, fm = process(src)
     cfg = get_config()
     site = cfg.doc_host.rstrip("/") + cfg.doc_baseurl.rstrip("/") + "/"
     here = page_name(src)
-    rel = None if src == ROOT / "index.ipynb" else src.relative_to(ROOT / "nbs")        # the front page is run by everybody
+    rel = (
+        None if src == ROOT / "index.ipynb" else src.relative_to(ROOT / "nbs")
+    )  # the front page is run by everybody
     cited, figures = set(), []
-    cite = functools.partial(refs.cite, to=os.path.relpath("references.md", here.parent), seen=cited)
+    cite = functools.partial(
+        refs.cite, to=os.path.relpath("references.md", here.parent), seen=cited
+    )
 
     def links(url):
-        if url.startswith(site):                         # a link that nbdev made
-            page, _, anchor = url[len(site):].partition("#")
+        if url.startswith(site):  # a link that nbdev made
+            page, _, anchor = url[len(site) :].partition("#")
             target = PurePosixPath(page).with_suffix(".ipynb")
-            known = anchors().get(url[len(site):])
+            known = anchors().get(url[len(site) :])
             return f"#{known}" if known else os.path.relpath(target, here.parent)
         path, _, anchor = url.partition("#")
-        if path == "docs/references.bib": return "references.md"
+        if path == "docs/references.bib":
+            return "references.md"
         if path.endswith(".ipynb") and "://" not in path:
             target = page_name((src.parent / path).resolve())
             return os.path.relpath(target, here.parent) + (f"#{anchor}" if anchor else "")
         return url
 
-    new = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
-    md = lambda s: new.cells.append(nbformat.v4.new_markdown_cell(to_myst(s if rel else house(s), links, cite)))
-    if fm.get("title"): md(f"# {fm['title']}\n\n" + (f"_{fm['description']}_" if fm.get("description") else ""))
+    new = nbformat.v4.new_notebook(
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}
+        }
+    )
+
+    def md(s):
+        return new.cells.append(
+            nbformat.v4.new_markdown_cell(to_myst(s if rel else house(s), links, cite))
+        )
+
+    if fm.get("title"):
+        md(f"# {fm['title']}\n\n" + (f"_{fm['description']}_" if fm.get("description") else ""))
     if rel:
         new.cells.append(nbformat.v4.new_markdown_cell(open_here(rel, here.parent.name)))
         (STAGE / TAKE / rel.parent).mkdir(parents=True, exist_ok=True)
         (STAGE / TAKE / rel).write_text(take_away(src), "utf-8")
-    solved = False                                       # after a folded solution its code and output are folded too
+    solved = False  # after a folded solution its code and output are folded too
     for c in nb.cells:
-        if c.cell_type == "raw": continue
+        if c.cell_type == "raw":
+            continue
         s = c.source
         if c.cell_type == "markdown":
             solved = bool(SOLVED.search(s))
-            if not s.startswith("<!-- WARNING"): md(s)
+            if not s.startswith("<!-- WARNING"):
+                md(s)
             continue
         opts = {}
         while m := re.match(r"#\|\s*([\w-]+):\s*(.*)\n?", s):
-            opts[m[1]] = m[2].strip().strip('"'); s = s[m.end():]
+            opts[m[1]] = m[2].strip().strip('"')
+            s = s[m.end() :]
         outs = json.loads(json.dumps(list(c.get("outputs", [])), default=lambda o: dict(o)))
-        if opts.get("include") == "false": continue
+        if opts.get("include") == "false":
+            continue
         if opts.get("output") == "asis":
-            for o in outs: md("".join(o["data"]["text/markdown"] if "data" in o else o["text"]))
+            for o in outs:
+                md("".join(o["data"]["text/markdown"] if "data" in o else o["text"]))
             continue
         tags = []
-        if opts.get("echo") == "false": tags.append("remove-input")
-        if opts.get("output") == "false": tags.append("remove-output")
-        if solved or "code-fold" in opts: tags.append("hide-cell" if solved or "solution" in opts else "hide-input")
+        if opts.get("echo") == "false":
+            tags.append("remove-input")
+        if opts.get("output") == "false":
+            tags.append("remove-output")
+        if solved or "code-fold" in opts:
+            tags.append("hide-cell" if solved or "solution" in opts else "hide-input")
         judge = re.search(r"^@exercise\(['\"]([\d.]+)", s, re.M)
-        folded = (f"Solution {opts['solution']}: the code" if "solution" in opts else f"Exercise {judge[1]}: the judge" if judge
-                  else "Solution: the code and what it says" if solved else "")
+        folded = (
+            f"Solution {opts['solution']}: the code"
+            if "solution" in opts
+            else f"Exercise {judge[1]}: the judge"
+            if judge
+            else "Solution: the code and what it says"
+            if solved
+            else ""
+        )
         figure = {"image": {"alt": opts["fig-alt"]}} if "fig-alt" in opts else {}
         if opts.get("label", "").startswith("fig-"):
-            figure["figure"] = {"name": opts["label"], "caption": to_myst(opts.get("fig-cap", ""), links, cite)}
+            figure["figure"] = {
+                "name": opts["label"],
+                "caption": to_myst(opts.get("fig-cap", ""), links, cite),
+            }
         cell = nbformat.v4.new_code_cell(s, metadata={"tags": tags} if tags else {})
         for o in outs:
             for k, v in o.get("data", {}).items():
-                if isinstance(v, list): o["data"][k] = "".join(v)
-            if isinstance(o.get("text"), list): o["text"] = "".join(o["text"])
+                if isinstance(v, list):
+                    o["data"][k] = "".join(v)
+            if isinstance(o.get("text"), list):
+                o["text"] = "".join(o["text"])
         pictures = [o for o in outs if picture(o)]
-        one = pictures[-1:] if "figure" in figure else pictures                 # a label stands once
+        one = pictures[-1:] if "figure" in figure else pictures  # a label stands once
         cell.outputs = [nbformat.from_dict(o) for o in (one if figure and one else outs)]
-        if figure or folded: cell.metadata["mystnb"] = figure | ({"code_prompt_show": folded} if folded else {})
+        if figure or folded:
+            cell.metadata["mystnb"] = figure | ({"code_prompt_show": folded} if folded else {})
         if "figure" in figure and pictures:
-            figures.append(dict(label=opts["label"], caption=opts.get("fig-cap", ""), alt=opts.get("fig-alt", ""), thumb=thumbnail(picture(one[0]))))
+            figures.append(
+                dict(
+                    label=opts["label"],
+                    caption=opts.get("fig-cap", ""),
+                    alt=opts.get("fig-alt", ""),
+                    thumb=thumbnail(picture(one[0])),
+                )
+            )
         new.cells.append(cell)
-        if figure and one and (rest := [o for o in outs if o not in pictures and "image/png" not in one[0]["data"]]):      # beside a picture in HTML
-            new.cells.append(nbformat.v4.new_code_cell("", metadata={"tags": ["remove-input"]}, outputs=[nbformat.from_dict(o) for o in rest]))
+        if (
+            figure
+            and one
+            and (
+                rest := [o for o in outs if o not in pictures and "image/png" not in one[0]["data"]]
+            )
+        ):  # beside a picture in HTML
+            new.cells.append(
+                nbformat.v4.new_code_cell(
+                    "",
+                    metadata={"tags": ["remove-input"]},
+                    outputs=[nbformat.from_dict(o) for o in rest],
+                )
+            )
     dst = STAGE / here
     dst.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(new, dst)
-    return dict(page=here.as_posix(), title=fm.get("title", here.stem), figures=figures, cited=sorted(cited))
+    return dict(
+        page=here.as_posix(), title=fm.get("title", here.stem), figures=figures, cited=sorted(cited)
+    )

@@ -3,15 +3,16 @@
 `seconds.csv` beside this file holds the recorded functions, all their parameters together,
 child processes included. A test without a record counts as quick unless it is marked `slow` or `browser`,
 or asks for the site."""
+
 import csv
 import os
 import sys
 from pathlib import Path
 
 TABLE = Path(__file__).with_name("seconds.csv")
-RECORD = "COVID_CT_SECONDS"                        # a file that gets one line a test
-LIMIT = 1.0                                        # seconds of a function, all its parameters
-TOTAL = 120                                        # seconds of all quick tests; two processes share them
+RECORD = "COVID_CT_SECONDS"  # a file that gets one line a test
+LIMIT = 1.0  # seconds of a function, all its parameters
+TOTAL = 120  # seconds of all quick tests; two processes share them
 
 
 def function_of(nodeid: str) -> str:
@@ -26,7 +27,8 @@ def used() -> float:
 
 def note(nodeid: str, seconds: float):
     "Add a test to the record that the environment names"
-    with open(os.environ[RECORD], "a", encoding="utf-8") as f: f.write(f"{seconds:.3f}\t{nodeid}\n")
+    with open(os.environ[RECORD], "a", encoding="utf-8") as f:
+        f.write(f"{seconds:.3f}\t{nodeid}\n")
 
 
 def recorded(path: Path = TABLE) -> dict[str, float]:
@@ -48,7 +50,8 @@ def summed(lines) -> dict[str, float]:
 def is_quick(item, seconds: dict[str, float]) -> bool:
     "Of a collected test; building the site takes minutes, whoever asks first"
     marked = any(item.get_closest_marker(m) for m in ("slow", "browser"))
-    if marked or "site" in getattr(item, "fixturenames", ()): return False
+    if marked or "site" in getattr(item, "fixturenames", ()):
+        return False
     return seconds.get(function_of(item.nodeid), 0) <= LIMIT
 
 
@@ -63,4 +66,5 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

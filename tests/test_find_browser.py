@@ -1,4 +1,5 @@
 """The tests' browser: found, got, or missing without an error."""
+
 import os
 import stat
 import subprocess
@@ -61,7 +62,8 @@ def test_ways_are_tried_in_turn_and_none_is_an_error(bare, monkeypatch, capsys, 
 
     def attempt(commands):
         tried.append(commands[-1][0 if "apt-get" in commands[-1] else 2])
-        if tried[-1] == works: program(bare / "chromium")
+        if tried[-1] == works:
+            program(bare / "chromium")
         return tried[-1] == works
 
     monkeypatch.setattr(fb, "attempt", attempt)
@@ -80,17 +82,20 @@ def test_only_root_is_offered_apt(bare, monkeypatch):
 
 def test_what_fails_or_hangs_is_given_up():
     assert fb.attempt([[sys.executable, "-c", ""]])
-    assert not fb.attempt([[sys.executable, "-c", ""], [sys.executable, "-c", "raise SystemExit(1)"]])
+    assert not fb.attempt(
+        [[sys.executable, "-c", ""], [sys.executable, "-c", "raise SystemExit(1)"]]
+    )
     assert not fb.attempt([["no-such-program"]])
-    assert not fb.attempt([[sys.executable, "-c", "import time; time.sleep(60)"]], seconds=.2)
+    assert not fb.attempt([[sys.executable, "-c", "import time; time.sleep(60)"]], seconds=0.2)
 
 
 def test_without_a_browser_its_tests_are_skipped_in_one_line(root):
     "As in continuous integration, over two files"
     env = {**os.environ, "COVID_CT_BROWSER": "none", "CI": "true"}
     ask = ["tests/test_lab.py", "tests/test_browser_viewer.py", "-p", "no:cacheprovider"]
-    r = subprocess.run([sys.executable, "-m", "pytest", *ask], cwd=root, env=env, text=True,
-                       capture_output=True)
+    r = subprocess.run(
+        [sys.executable, "-m", "pytest", *ask], cwd=root, env=env, text=True, capture_output=True
+    )
     lines = [line for line in r.stdout.splitlines() if line.startswith("SKIPPED")]
     assert r.returncode == 0 and len(lines) == 1 and fb.ADVICE in lines[0], r.stdout[-2000:]
     assert " failed" not in r.stdout and " error" not in r.stdout

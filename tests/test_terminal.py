@@ -8,19 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
-import covid_ct
 import numpy as np
 import pytest
 import torch
+
+import covid_ct
 from covid_ct.cli import main, parser
 from covid_ct.cohort.table import write_series
 from covid_ct.io.read import write_mask, write_scan
 from covid_ct.models.zoo import build
 from covid_ct.phantom.chest import make_phantom
 from covid_ct.scan import DataError, WriteError, check_writable, write_atomic
-from covid_ct.widgets.terminal import UsageError, as_options, options_of
 from covid_ct.train.loop import fit
 from covid_ct.train.recipes import change, recipe
+from covid_ct.widgets.terminal import UsageError, as_options, options_of
 
 LIB = Path(covid_ct.__file__).parent
 OF_SCANS = ("inspect", "lungs", "segment", "predict", "burden")

@@ -6,204 +6,418 @@
 __all__ = ['Audit', 'audit', 'run_audit']
 
 # %% ../../nbs/04_audit/04_audit.ipynb #2c7e011e
-import base64, html, json
+import base64
+import html
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-import joblib, numpy as np, pandas as pd
+
+import joblib
+import numpy as np
+import pandas as pd
 from tqdm.auto import tqdm
-from .shortcuts import baseline_figure, shortcut_baselines, describe_shortcuts, separable
-from ..cohort.table import load_row
-from .findings import CHECKS, FINDING_TEXTS, file_facts, find_pairs, list_findings, mask_facts, scan_facts
+
+from covid_ct.audit.findings import (
+    CHECKS,
+    FINDING_TEXTS,
+    file_facts,
+    find_pairs,
+    list_findings,
+    mask_facts,
+    scan_facts,
+)
+from covid_ct.audit.shortcuts import (
+    baseline_figure,
+    describe_shortcuts,
+    separable,
+    shortcut_baselines,
+)
 from ..cohort.adapters import open_cohort
-from ..widgets.html import HtmlReport
-from ..scan import DataError, GeometryError
+from ..cohort.table import load_row
 from ..plot import Picture, set_alt_text
+from ..scan import DataError, GeometryError
+from ..widgets.html import HtmlReport
 
 # %% ../../nbs/04_audit/04_audit.ipynb #52faa9d0
 @dataclass
 class Audit:
     "What an audit found"
-    facts:pd.DataFrame # one row a scan
-    findings:pd.DataFrame # one row a scan and finding: `scan_id patient_id label check value meaning remedy`
-    baselines:pd.DataFrame # `baseline what value low high chance note`
-    load:Callable=None # `load(scan_id)` gives the `Scan` again; None for tables
-    thumbs:dict=field(default_factory=dict) # scan id → WebP of the scans with findings
-    notes:list=field(default_factory=list) # what is true of the whole cohort
+
+    facts: pd.DataFrame  # one row a scan
+    findings: (
+        pd.DataFrame
+    )  # one row a scan and finding: `scan_id patient_id label check value meaning remedy`
+    baselines: pd.DataFrame  # `baseline what value low high chance note`
+    load: Callable = None  # `load(scan_id)` gives the `Scan` again; None for tables
+    thumbs: dict = field(default_factory=dict)  # scan id → WebP of the scans with findings
+    notes: list = field(default_factory=list)  # what is true of the whole cohort
 
     @property
-    def clean(self)->bool: return not len(self.findings) and not len(separable(self.baselines)) # True: nothing found, and no class told apart without pixels
-    @property
-    def verdict(self)->str: return '\n'.join(_verdict_text(self)) # the verdict in plain words, a sentence a line
+    def clean(self) -> bool:
+        return not len(self.findings) and not len(
+            separable(self.baselines)
+        )  # True: nothing found, and no class told apart without pixels
 
-    def table(self)->pd.DataFrame:
+    @property
+    def verdict(self) -> str:
+        return '\n'.join(_verdict_text(self))  # the verdict in plain words, a sentence a line
+
+    def table(self) -> pd.DataFrame:
         "Scans with each finding, by class, and over all scans looked at"
         labels = sorted(self.facts.label.astype(str).unique())
-        t = self.findings.drop_duplicates(['scan_id','check']).pivot_table(index='check', columns='label', values='scan_id', aggfunc='count', fill_value=0) if len(self.findings) else pd.DataFrame()
-        t = t.reindex(index=[c for c in CHECKS if c in t.index], columns=labels, fill_value=0).rename_axis(columns=None)
-        return t.assign(all=t.sum(axis=1), share=(t.sum(axis=1)/max(1,len(self.facts))).round(3))
+        t = (
+            self.findings.drop_duplicates(['scan_id', 'check']).pivot_table(
+                index='check', columns='label', values='scan_id', aggfunc='count', fill_value=0
+            )
+            if len(self.findings)
+            else pd.DataFrame()
+        )
+        t = t.reindex(
+            index=[c for c in CHECKS if c in t.index], columns=labels, fill_value=0
+        ).rename_axis(columns=None)
+        return t.assign(all=t.sum(axis=1), share=(t.sum(axis=1) / max(1, len(self.facts))).round(3))
 
-    def by_class(self)->pd.DataFrame:
+    def by_class(self) -> pd.DataFrame:
         "What each class looks like from the outside"
         return _summarise(self.facts)
 
-    def to_json(self)->str:
+    def to_json(self) -> str:
         "Everything a script needs"
-        plain = lambda df: json.loads(df.to_json(orient='records'))
-        return json.dumps(dict(clean=self.clean, verdict=_verdict_text(self), scans=len(self.facts), patients=int(self.facts.patient_id.nunique()), notes=self.notes, findings=plain(self.findings),
-                               baselines=plain(self.baselines), classes=json.loads(self.by_class().astype(str).to_json(orient='index')), facts=plain(self.facts)), ensure_ascii=False, indent=1)
 
-    def figures(self)->dict: return _figures_of(self) # name → `Picture`
-    def report(self, path, gallery:str='')->Path: return _report_of(self, path, gallery) # one HTML file; `gallery` is a fragment to put in
-    def _repr_html_(self)->str:
-        lines = ''.join(f'<li>{json.dumps(s, ensure_ascii=False)[1:-1]}</li>' for s in (x.replace('<','&lt;') for x in _verdict_text(self)))
-        return f'<ul>{lines}</ul>'+(self.table().to_html() if len(self.findings) else '')
+        def plain(df):
+            return json.loads(df.to_json(orient='records'))
+
+        return json.dumps(
+            dict(
+                clean=self.clean,
+                verdict=_verdict_text(self),
+                scans=len(self.facts),
+                patients=int(self.facts.patient_id.nunique()),
+                notes=self.notes,
+                findings=plain(self.findings),
+                baselines=plain(self.baselines),
+                classes=json.loads(self.by_class().astype(str).to_json(orient='index')),
+                facts=plain(self.facts),
+            ),
+            ensure_ascii=False,
+            indent=1,
+        )
+
+    def figures(self) -> dict:
+        return _figures_of(self)  # name → `Picture`
+
+    def report(self, path, gallery: str = '') -> Path:
+        return _report_of(self, path, gallery)  # one HTML file; `gallery` is a fragment to put in
+
+    def _repr_html_(self) -> str:
+        lines = ''.join(
+            f'<li>{json.dumps(s, ensure_ascii=False)[1:-1]}</li>'
+            for s in (x.replace('<', '&lt;') for x in _verdict_text(self))
+        )
+        return f'<ul>{lines}</ul>' + (self.table().to_html() if len(self.findings) else '')
 
 # %% ../../nbs/04_audit/04_audit.ipynb #48d12986
 def _summarise(
-    facts:pd.DataFrame, # one row a scan
-)->pd.DataFrame: # one row a class
+    facts: pd.DataFrame,  # one row a scan
+) -> pd.DataFrame:  # one row a class
     "Scans, patients, slices and file facts by class"
-    top = lambda c: (c, lambda s: ', '.join(f'{k} {n}' for k,n in s.dropna().astype(str).value_counts().head(3).items()))
-    cols = dict(scans=('scan_id','count'), patients=('patient_id','nunique'))
-    if 'n_slice' in facts: cols |= {f'slices_{n}': ('n_slice',n) for n in ('min','median','max')}
-    cols |= {c: top(c) for c in ('kind','mode','rows','units','orientation') if c in facts}
+
+    def top(c):
+        return (
+            c,
+            lambda s: ', '.join(
+                f'{k} {n}' for k, n in s.dropna().astype(str).value_counts().head(3).items()
+            ),
+        )
+
+    cols = dict(scans=('scan_id', 'count'), patients=('patient_id', 'nunique'))
+    if 'n_slice' in facts:
+        cols |= {f'slices_{n}': ('n_slice', n) for n in ('min', 'median', 'max')}
+    cols |= {c: top(c) for c in ('kind', 'mode', 'rows', 'units', 'orientation') if c in facts}
     out = facts.groupby('label').agg(**cols).rename_axis(index='class')
-    if 'spacing_z' in facts: out['spacing_z'] = facts.groupby('label').spacing_z.median().round(2)
+    if 'spacing_z' in facts:
+        out['spacing_z'] = facts.groupby('label').spacing_z.median().round(2)
     return out
 
-def _rates(audit, check)->str:
+
+def _rates(audit, check) -> str:
     "How often each class has a finding, over the scans for which it was looked for"
-    f = audit.facts; looked = f.already_masked.notna() if check=='masked' and 'content' not in f and 'already_masked' in f else pd.Series(True, f.index)
-    n, hit = f[looked].groupby('label').size(), audit.findings[audit.findings.check==check].drop_duplicates('scan_id').groupby('label').size()
-    return ', '.join(f'{k} {hit.get(k,0)} of {m} ({hit.get(k,0)/m:.1%})' for k,m in n.items())
+    f = audit.facts
+    looked = (
+        f.already_masked.notna()
+        if check == 'masked' and 'content' not in f and 'already_masked' in f
+        else pd.Series(True, f.index)
+    )
+    n, hit = (
+        f[looked].groupby('label').size(),
+        audit.findings[audit.findings.check == check]
+        .drop_duplicates('scan_id')
+        .groupby('label')
+        .size(),
+    )
+    return ', '.join(f'{k} {hit.get(k, 0)} of {m} ({hit.get(k, 0) / m:.1%})' for k, m in n.items())
+
 
 def _verdict_text(
-    audit:Audit, # finished
-)->list: # sentences
+    audit: Audit,  # finished
+) -> list:  # sentences
     "The verdict in plain words"
-    f = audit.facts; out = [f'{len(f):,} scans of {f.patient_id.nunique():,} patients in {f.label.nunique()} classes; '+(f'{f.error.ne("").sum()} could not be read.' if 'error' in f else 'tables only, no pixel was read.')]
-    for check in (c for c in CHECKS if (audit.findings.check==c).any()): out.append(f'{check}: {CHECKS[check][0]}. {_rates(audit,check)}. {CHECKS[check][1]}')
-    if not len(audit.findings): out.append('No scan has a fault that these checks can see.')
-    return out+describe_shortcuts(audit.baselines)+audit.notes+['Clean: go on to the split.' if audit.clean else 'Not clean: deal with the findings above before anything is trained.']
+    f = audit.facts
+    out = [
+        f'{len(f):,} scans of {f.patient_id.nunique():,} patients in {f.label.nunique()} classes; '
+        + (
+            f'{f.error.ne("").sum()} could not be read.'
+            if 'error' in f
+            else 'tables only, no pixel was read.'
+        )
+    ]
+    for check in (c for c in CHECKS if (audit.findings.check == c).any()):
+        out.append(f'{check}: {CHECKS[check][0]}. {_rates(audit, check)}. {CHECKS[check][1]}')
+    if not len(audit.findings):
+        out.append('No scan has a fault that these checks can see.')
+    return (
+        out
+        + describe_shortcuts(audit.baselines)
+        + audit.notes
+        + [
+            'Clean: go on to the split.'
+            if audit.clean
+            else 'Not clean: deal with the findings above before anything is trained.'
+        ]
+    )
 
 # %% ../../nbs/04_audit/04_audit.ipynb #d622432e
-_COLOURS = ('#007ea7','#b07d00','#b5179e','#5b7390') # of classes, in the order of their names
+_COLOURS = ('#007ea7', '#b07d00', '#b5179e', '#5b7390')  # of classes, in the order of their names
+
 
 def _slices_figure(
-    facts:pd.DataFrame, # one row a scan, with `label n_slice`
-)->Picture: # with alt text
+    facts: pd.DataFrame,  # one row a scan, with `label n_slice`
+) -> Picture:  # with alt text
     "Slice counts by class"
     import seaborn as sns
-    fig = Picture(figsize=(6.4,2.6), layout='constrained'); ax = fig.subplots(); most = float(facts.n_slice.quantile(.99)); k = facts.label.nunique()
-    sns.histplot(facts[facts.n_slice<=most], x='n_slice', hue='label', stat='density', common_norm=False, element='step', bins=40 if len(facts)>300 else 15, palette=_COLOURS[:k] if k<=4 else None, ax=ax)
-    ax.set(xlabel='slices in a scan (up to the 99th percentile)', ylabel='density within class'); ax.spines[['top','right']].set_visible(False)
-    return set_alt_text(fig, 'Slice counts by class: '+', '.join(f'{k} median {m:g}' for k,m in facts.groupby('label').n_slice.median().items())+'.')
+
+    fig = Picture(figsize=(6.4, 2.6), layout='constrained')
+    ax = fig.subplots()
+    most = float(facts.n_slice.quantile(0.99))
+    k = facts.label.nunique()
+    sns.histplot(
+        facts[facts.n_slice <= most],
+        x='n_slice',
+        hue='label',
+        stat='density',
+        common_norm=False,
+        element='step',
+        bins=40 if len(facts) > 300 else 15,
+        palette=_COLOURS[:k] if k <= 4 else None,
+        ax=ax,
+    )
+    ax.set(xlabel='slices in a scan (up to the 99th percentile)', ylabel='density within class')
+    ax.spines[['top', 'right']].set_visible(False)
+    return set_alt_text(
+        fig,
+        'Slice counts by class: '
+        + ', '.join(f'{k} median {m:g}' for k, m in facts.groupby('label').n_slice.median().items())
+        + '.',
+    )
+
 
 def _faults_figure(
-    audit:Audit, # with findings
-)->Picture: # with alt text
+    audit: Audit,  # with findings
+) -> Picture:  # with alt text
     "Share of each class that has a finding"
-    t,n = audit.table(), audit.facts.groupby('label').size(); share = t[list(n.index)]/n; y,h = np.arange(len(t)), .8/len(n)
-    fig = Picture(figsize=(6.4, 1.2+.42*len(t)), layout='constrained'); ax = fig.subplots()
-    for k,c in enumerate(share): ax.barh(y+(k-(len(n)-1)/2)*h, share[c], h*.9, label=c, color=_COLOURS[k%4])
-    ax.set(yticks=y, yticklabels=list(t.index), xlabel='share of the scans of a class', xlim=(0,1)); ax.invert_yaxis(); ax.legend(frameon=False, fontsize=8); ax.spines[['top','right']].set_visible(False)
+    t, n = audit.table(), audit.facts.groupby('label').size()
+    share = t[list(n.index)] / n
+    y, h = np.arange(len(t)), 0.8 / len(n)
+    fig = Picture(figsize=(6.4, 1.2 + 0.42 * len(t)), layout='constrained')
+    ax = fig.subplots()
+    for k, c in enumerate(share):
+        ax.barh(y + (k - (len(n) - 1) / 2) * h, share[c], h * 0.9, label=c, color=_COLOURS[k % 4])
+    ax.set(yticks=y, yticklabels=list(t.index), xlabel='share of the scans of a class', xlim=(0, 1))
+    ax.invert_yaxis()
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[['top', 'right']].set_visible(False)
     top = share.stack().idxmax()
-    return set_alt_text(fig, f'Share of scans with each finding, by class; the largest is {top[0]} in {top[1]}, {share.loc[top]:.0%}.')
+    return set_alt_text(
+        fig,
+        f'Share of scans with each finding, by class; the largest is {top[0]} in {top[1]}, {share.loc[top]:.0%}.',
+    )
+
 
 def _figures_of(
-    audit:Audit, # finished
-)->dict: # name → `Picture`: 'slices', 'faults', 'baselines', those for which there is something to show
+    audit: Audit,  # finished
+) -> (
+    dict
+):  # name → `Picture`: 'slices', 'faults', 'baselines', those for which there is something to show
     "All figures of an audit"
-    f,out = audit.facts,{}
-    if 'n_slice' in f and f.n_slice.nunique()>1: out['slices'] = _slices_figure(f)
-    if len(audit.findings): out['faults'] = _faults_figure(audit)
-    if audit.baselines.value.notna().any(): out['baselines'] = baseline_figure(audit.baselines)
+    f, out = audit.facts, {}
+    if 'n_slice' in f and f.n_slice.nunique() > 1:
+        out['slices'] = _slices_figure(f)
+    if len(audit.findings):
+        out['faults'] = _faults_figure(audit)
+    if audit.baselines.value.notna().any():
+        out['baselines'] = baseline_figure(audit.baselines)
     return out
 
 # %% ../../nbs/04_audit/04_audit.ipynb #f5eea546
 def _contact_sheet(
-    audit:Audit, # finished
-    most:int=60, # scans
-)->str: # HTML fragment; '' without pictures
+    audit: Audit,  # finished
+    most: int = 60,  # scans
+) -> str:  # HTML fragment; '' without pictures
     "Thumbnails of the scans with findings, grouped by what was found"
-    said = audit.findings.groupby('scan_id').check.agg(lambda s: ', '.join(dict.fromkeys(s))); cards = []
-    for i,what in said.items():
-        if audit.thumbs.get(i) and len(cards)<most:
-            words = html.escape(f'{i}: {what}'); src = base64.b64encode(audit.thumbs[i]).decode()
-            cards.append(f'<figure style="margin:0"><img alt="{words}, axial, coronal and sagittal cut" style="width:100%" src="data:image/webp;base64,{src}"><figcaption>{words}</figcaption></figure>')
-    return f'<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:.8rem">{"".join(cards)}</div>' if cards else ''
+    said = audit.findings.groupby('scan_id').check.agg(lambda s: ', '.join(dict.fromkeys(s)))
+    cards = []
+    for i, what in said.items():
+        if audit.thumbs.get(i) and len(cards) < most:
+            words = html.escape(f'{i}: {what}')
+            src = base64.b64encode(audit.thumbs[i]).decode()
+            cards.append(
+                f'<figure style="margin:0"><img alt="{words}, axial, coronal and sagittal cut" style="width:100%" src="data:image/webp;base64,{src}"><figcaption>{words}</figcaption></figure>'
+            )
+    return (
+        f'<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:.8rem">{"".join(cards)}</div>'
+        if cards
+        else ''
+    )
 
 # %% ../../nbs/04_audit/04_audit.ipynb #824a4433
 def _report_of(
-    audit:Audit, # finished
-    path, # HTML file
-    gallery:str='', # fragment of a gallery with the viewer; '' lays out thumbnails
-)->Path: # the file
+    audit: Audit,  # finished
+    path,  # HTML file
+    gallery: str = '',  # fragment of a gallery with the viewer; '' lays out thumbnails
+) -> Path:  # the file
     "One page with verdict, tables, figures and the suspicious scans"
-    r = HtmlReport('Audit of a cohort'); hits = separable(audit.baselines)
-    r.facts({'scans':f'{len(audit.facts):,}', 'patients':f'{audit.facts.patient_id.nunique():,}', 'findings':f'{len(audit.findings):,}', 'classes told apart without pixels':f'{hits.baseline.nunique()} ways'})
+    r = HtmlReport('Audit of a cohort')
+    hits = separable(audit.baselines)
+    r.facts(
+        {
+            'scans': f'{len(audit.facts):,}',
+            'patients': f'{audit.facts.patient_id.nunique():,}',
+            'findings': f'{len(audit.findings):,}',
+            'classes told apart without pixels': f'{hits.baseline.nunique()} ways',
+        }
+    )
     r.section('Verdict')
-    for s in _verdict_text(audit): r.text(s)
+    for s in _verdict_text(audit):
+        r.text(s)
     r.section('Findings')
-    if len(audit.findings): r.table(audit.table().rename_axis('check'), 'Scans with each finding, by class').table(audit.findings.head(400)[['scan_id','label','check','value','remedy']], 'Each finding'+f', the first 400 of {len(audit.findings)}'*(len(audit.findings)>400))
+    if len(audit.findings):
+        r.table(audit.table().rename_axis('check'), 'Scans with each finding, by class').table(
+            audit.findings.head(400)[['scan_id', 'label', 'check', 'value', 'remedy']],
+            'Each finding'
+            + f', the first 400 of {len(audit.findings)}' * (len(audit.findings) > 400),
+        )
     r.section('Classes').table(audit.by_class(), 'What each class looks like from the outside')
-    r.section('Baselines without pixels').table(audit.baselines[audit.baselines.value.notna()].drop(columns='note'), 'Accuracy and AUC with 95 % intervals over patients')
-    for fig in audit.figures().values(): r.figure(fig, fig.alt, fig.alt)
-    if sheet := gallery or _contact_sheet(audit): r.section('Suspicious scans').html(sheet)
+    r.section('Baselines without pixels').table(
+        audit.baselines[audit.baselines.value.notna()].drop(columns='note'),
+        'Accuracy and AUC with 95 % intervals over patients',
+    )
+    for fig in audit.figures().values():
+        r.figure(fig, fig.alt, fig.alt)
+    if sheet := gallery or _contact_sheet(audit):
+        r.section('Suspicious scans').html(sheet)
     return r.write(path)
 
 # %% ../../nbs/04_audit/04_audit.ipynb #34d6c06c
-def _one(row, root, load)->tuple:
+def _one(row, root, load) -> tuple:
     "Facts, slice names, print and thumbnail of a row; what fails is a fact too"
-    facts,rest = {k:row[k] for k in ('scan_id','patient_id','label')}|dict(error=''), ([], None, b'')
+    facts, rest = (
+        {k: row[k] for k in ('scan_id', 'patient_id', 'label')} | dict(error=''),
+        ([], None, b''),
+    )
     try:
-        if load is None: facts |= file_facts(Path(root)/row['path'], row.get('inside') or '')
+        if load is None:
+            facts |= file_facts(Path(root) / row['path'], row.get('inside') or '')
         scan = load(row) if load else load_row(row, root, allow_unknown_geometry=True)
-        found,*rest = scan_facts(scan); facts |= found
-        if load is None: facts |= mask_facts(row, root, scan)
-    except DataError as e: facts |= dict(error=e.fault, remedy=e.remedy, geometry_fault=isinstance(e, GeometryError))
-    except Exception as e: facts |= dict(error=f'{type(e).__name__}: {e}'[:200], remedy='Look at the file: no reader of ours expected this.')
+        found, *rest = scan_facts(scan)
+        facts |= found
+        if load is None:
+            facts |= mask_facts(row, root, scan)
+    except DataError as e:
+        facts |= dict(error=e.fault, remedy=e.remedy, geometry_fault=isinstance(e, GeometryError))
+    except Exception as e:
+        facts |= dict(
+            error=f'{type(e).__name__}: {e}'[:200],
+            remedy='Look at the file: no reader of ours expected this.',
+        )
     return facts, *rest
 
 # %% ../../nbs/04_audit/04_audit.ipynb #fe1786dc
 def audit(
-    cohort:pd.DataFrame, # `patient_id scan_id label`, and `path`, or facts such as `n_slice`
-    root=None, # folder that its paths start from; None: `cohort.attrs['root']`
-    jobs:int=1, # processes
-    progress:bool=True, # show a bar
-    load:Callable=None, # makes the `Scan` of a row; None reads `path`
-    n:int=500, # resampled cohorts of the intervals
-)->Audit: # findings, facts, baselines, verdict
+    cohort: pd.DataFrame,  # `patient_id scan_id label`, and `path`, or facts such as `n_slice`
+    root=None,  # folder that its paths start from; None: `cohort.attrs['root']`
+    jobs: int = 1,  # processes
+    progress: bool = True,  # show a bar
+    load: Callable = None,  # makes the `Scan` of a row; None reads `path`
+    n: int = 500,  # resampled cohorts of the intervals
+) -> Audit:  # findings, facts, baselines, verdict
     "Audit a cohort; a scan that fails is a finding, and the rest goes on"
-    cohort = cohort.reset_index(drop=True); root = root if root is not None else cohort.attrs.get('root','.')
+    cohort = cohort.reset_index(drop=True)
+    root = root if root is not None else cohort.attrs.get('root', '.')
     if load is None and ('path' not in cohort or cohort.path.isna().all()):
-        facts = cohort.assign(masked=cohort['already_masked']) if 'already_masked' in cohort else cohort.copy()
+        facts = (
+            cohort.assign(masked=cohort['already_masked'])
+            if 'already_masked' in cohort
+            else cohort.copy()
+        )
         return _finish(facts, (), (), {}, None, n)
     rows = cohort.to_dict('records')
-    work = joblib.Parallel(jobs, return_as='generator')(joblib.delayed(_one)(r, root, load) for r in rows)
+    work = joblib.Parallel(jobs, return_as='generator')(
+        joblib.delayed(_one)(r, root, load) for r in rows
+    )
     found = list(tqdm(work, desc='audit', total=len(rows), disable=not progress))
-    facts = pd.DataFrame([x[0] for x in found]); extra = [c for c in cohort if c not in facts and c in ('centre','scanner','zip_file',*FINDING_TEXTS)]
+    facts = pd.DataFrame([x[0] for x in found])
+    extra = [
+        c
+        for c in cohort
+        if c not in facts and c in ('centre', 'scanner', 'zip_file', *FINDING_TEXTS)
+    ]
     again = {str(r['scan_id']): r for r in rows}
-    reload = (lambda i: load(again[str(i)])) if load else (lambda i: load_row(again[str(i)], root, allow_unknown_geometry=True))
-    return _finish(facts.join(cohort[extra]), [x[1] for x in found], [x[2] for x in found], {str(x[0]['scan_id']): x[3] for x in found}, reload, n)
+    reload = (
+        (lambda i: load(again[str(i)]))
+        if load
+        else (lambda i: load_row(again[str(i)], root, allow_unknown_geometry=True))
+    )
+    return _finish(
+        facts.join(cohort[extra]),
+        [x[1] for x in found],
+        [x[2] for x in found],
+        {str(x[0]['scan_id']): x[3] for x in found},
+        reload,
+        n,
+    )
 
-def _finish(facts, names, prints, thumbs, load, n)->Audit:
+
+def _finish(facts, names, prints, thumbs, load, n) -> Audit:
     findings = list_findings(facts, find_pairs(facts, names, prints) if len(names) else ())
     notes = []
-    if 'units' in facts and facts.units.notna().any() and not (facts.units=='HU').any(): notes.append('No scan is in HU: CT numbers, spacing in millimetres and orientation are lost; say so with every result.')
-    elif 'orientation' in facts and (facts.orientation=='unknown').any(): notes.append(f'{(facts.orientation=="unknown").sum()} scans have no geometry: no millimetres, no known direction.')
+    if 'units' in facts and facts.units.notna().any() and not (facts.units == 'HU').any():
+        notes.append(
+            'No scan is in HU: CT numbers, spacing in millimetres and orientation are lost; say so with every result.'
+        )
+    elif 'orientation' in facts and (facts.orientation == 'unknown').any():
+        notes.append(
+            f'{(facts.orientation == "unknown").sum()} scans have no geometry: no millimetres, no known direction.'
+        )
     bad = set(findings.scan_id.astype(str))
-    return Audit(facts, findings, shortcut_baselines(facts, n), load, {k:v for k,v in thumbs.items() if k in bad}, notes)
+    return Audit(
+        facts,
+        findings,
+        shortcut_baselines(facts, n),
+        load,
+        {k: v for k, v in thumbs.items() if k in bad},
+        notes,
+    )
 
 # %% ../../nbs/04_audit/04_audit.ipynb #1e11b97b
 def run_audit(
-    path, # cohort CSV, folder of a known layout, or a folder with the tables of CC-CCII
-    report=None, # HTML file to write; None for none
-    jobs:int=1, # processes
-    progress:bool=True, # show a bar
-)->Audit: # the audit; `.clean` for an exit code
+    path,  # cohort CSV, folder of a known layout, or a folder with the tables of CC-CCII
+    report=None,  # HTML file to write; None for none
+    jobs: int = 1,  # processes
+    progress: bool = True,  # show a bar
+) -> Audit:  # the audit; `.clean` for an exit code
     "Audit whatever lies at a path; raises `CohortError` where it is no cohort"
     found = audit(open_cohort(path), jobs=jobs, progress=progress)
-    if report: found.report(report)
+    if report:
+        found.report(report)
     return found

@@ -6,200 +6,481 @@
 __all__ = ['CHECKS', 'FINDING_TEXTS', 'file_facts', 'scan_facts', 'mask_facts', 'list_findings', 'find_pairs']
 
 # %% ../../nbs/04_audit/02_findings.ipynb #a5b38185
-import io, zipfile
+import io
+import zipfile
 from collections import Counter, defaultdict
 from itertools import combinations
 from pathlib import Path
-import numpy as np, pandas as pd, SimpleITK as sitk
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
 from PIL import Image
+
+from covid_ct.audit.voxels import (
+    background_facts,
+    content_hash,
+    count_misplaced,
+    informative_slices,
+    is_masked,
+    mask_shares,
+    repeated_slices,
+    slice_direction,
+    slice_hashes,
+    small_greys,
+    vessel_print,
+    vessel_similarity,
+    widest_step,
+)
 from ..cohort.table import MASK_COLUMNS, load_mask
-from .voxels import vessel_similarity, background_facts, slice_direction, is_masked, mask_shares, count_misplaced, repeated_slices, content_hash, slice_hashes, small_greys, informative_slices, vessel_print, widest_step
 from ..io.dicom import silent_reading
-from ..preprocess.lungs import lung_mask, mask_warnings
 from ..io.read import IO_OF_ENDING, PICTURE_ENDINGS, file_ending, natural_key
+from ..preprocess.lungs import lung_mask, mask_warnings
 from ..scan import DataError, GeometryError, ReadError, Scan
 
 # %% ../../nbs/04_audit/02_findings.ipynb #d1b2e345
-def _pictures(files)->dict: # `files`: pairs of a name and what PIL can open
-    kinds,modes,numbers = Counter(Path(n).suffix.lower() for n,_ in files), Counter(), [[p for p in natural_key(Path(n)) if isinstance(p,int)] for n,_ in files]
-    for _,f in files:
-        with Image.open(f) as im: modes[im.mode] += 1
+def _pictures(files) -> dict:  # `files`: pairs of a name and what PIL can open
+    kinds, modes, numbers = (
+        Counter(Path(n).suffix.lower() for n, _ in files),
+        Counter(),
+        [[p for p in natural_key(Path(n)) if isinstance(p, int)] for n, _ in files],
+    )
+    for _, f in files:
+        with Image.open(f) as im:
+            modes[im.mode] += 1
     last = {n[-1] for n in numbers if n}
-    lost = max(last)-min(last)+1-len(last) if len(last)==len(files) else 0
+    lost = max(last) - min(last) + 1 - len(last) if len(last) == len(files) else 0
     return dict(kind='+'.join(sorted(kinds)), mode='+'.join(sorted(modes)), lost_names=lost)
 
+
 def file_facts(
-    path, # file or folder of one scan
-    inside='', # part of a zip file
-)->dict: # `kind` (ending, `dicom`, mixed as `.jpg+.png`), `mode` (colours or type of number), `lost_names` (numbers missing among file names)
+    path,  # file or folder of one scan
+    inside='',  # part of a zip file
+) -> dict:  # `kind` (ending, `dicom`, mixed as `.jpg+.png`), `mode` (colours or type of number), `lost_names` (numbers missing among file names)
     "What a scan's files say from the outside"
     path = Path(path)
-    if path.suffix.lower()=='.zip':
+    if path.suffix.lower() == '.zip':
         with zipfile.ZipFile(path) as z:
-            names = [n for n in z.namelist() if n.startswith(str(inside)) and file_ending(Path(n)) in PICTURE_ENDINGS]
-            return _pictures([(n, io.BytesIO(z.read(n))) for n in names]) if names else dict(kind='.zip', mode='', lost_names=0)
-    files = [p for p in path.rglob('*') if p.is_file() and not p.name.startswith('.')] if path.is_dir() else [path]
+            names = [
+                n
+                for n in z.namelist()
+                if n.startswith(str(inside)) and file_ending(Path(n)) in PICTURE_ENDINGS
+            ]
+            return (
+                _pictures([(n, io.BytesIO(z.read(n))) for n in names])
+                if names
+                else dict(kind='.zip', mode='', lost_names=0)
+            )
+    files = (
+        [p for p in path.rglob('*') if p.is_file() and not p.name.startswith('.')]
+        if path.is_dir()
+        else [path]
+    )
     pictures = [p for p in files if file_ending(p) in PICTURE_ENDINGS]
-    if pictures: return _pictures([(p.name,p) for p in pictures])
+    if pictures:
+        return _pictures([(p.name, p) for p in pictures])
     volumes = [p for p in files if file_ending(p) in IO_OF_ENDING]
-    if not volumes: return dict(kind='dicom', mode='', lost_names=0)
-    r,mode = sitk.ImageFileReader(), ''; r.SetFileName(str(volumes[0]))
+    if not volumes:
+        return dict(kind='dicom', mode='', lost_names=0)
+    r, mode = sitk.ImageFileReader(), ''
+    r.SetFileName(str(volumes[0]))
     try:
-        with silent_reading(volumes[0]): r.ReadImageInformation(); mode = sitk.GetPixelIDValueAsString(r.GetPixelID())
-    except ReadError: pass # the reader of the scan will say why
+        with silent_reading(volumes[0]):
+            r.ReadImageInformation()
+            mode = sitk.GetPixelIDValueAsString(r.GetPixelID())
+    except ReadError:
+        pass  # the reader of the scan will say why
     return dict(kind='+'.join(sorted({file_ending(p) for p in volumes})), mode=mode, lost_names=0)
 
 # %% ../../nbs/04_audit/02_findings.ipynb #9d3aaef6
 def _thumbnail(
-    greys:np.ndarray, # `(D,h,w)` in [0,1]
-    tall:float=1., # height of the scan over its width
-    side:int=120, # pixels
-)->bytes: # WebP
+    greys: np.ndarray,  # `(D,h,w)` in [0,1]
+    tall: float = 1.0,  # height of the scan over its width
+    side: int = 120,  # pixels
+) -> bytes:  # WebP
     "Axial, coronal and sagittal cut through the middle, small"
-    d,h,w = greys.shape; high = int(np.clip(side*tall, side//3, 1.4*side)); out = Image.new('L', (3*side+4, max(high,side)))
-    for k,(a,wh) in enumerate(((greys[d//2],(side,side)), (greys[::-1,h//2],(side,high)), (greys[::-1,:,w//2],(side,high)))):
-        out.paste(Image.fromarray((255*np.clip(a*.8,0,1)).astype('u1')).resize(wh, Image.Resampling.BILINEAR), (k*(side+2),0))
-    f = io.BytesIO(); out.save(f, 'webp', quality=55); return f.getvalue()
+    d, h, w = greys.shape
+    high = int(np.clip(side * tall, side // 3, 1.4 * side))
+    out = Image.new('L', (3 * side + 4, max(high, side)))
+    for k, (a, wh) in enumerate(
+        (
+            (greys[d // 2], (side, side)),
+            (greys[::-1, h // 2], (side, high)),
+            (greys[::-1, :, w // 2], (side, high)),
+        )
+    ):
+        out.paste(
+            Image.fromarray((255 * np.clip(a * 0.8, 0, 1)).astype('u1')).resize(
+                wh, Image.Resampling.BILINEAR
+            ),
+            (k * (side + 2), 0),
+        )
+    f = io.BytesIO()
+    out.save(f, 'webp', quality=55)
+    return f.getvalue()
+
 
 def scan_facts(
-    scan:Scan, # any unit, one slice or many
-)->tuple: # facts, names of the slices, print of the vessels, thumbnail
+    scan: Scan,  # any unit, one slice or many
+) -> tuple:  # facts, names of the slices, print of the vessels, thumbnail
     "Everything the audit wants to know of the pixels of a scan"
-    v,units = scan.voxels,scan.units; greys,empty = small_greys(v, units); k = informative_slices(greys, empty); g,e = greys[k],empty[k]
-    masked, names = is_masked(v, units), slice_hashes(v); step,limit = widest_step(g); few = v[::max(1,len(v)//24),::4,::4]; near = few[(few>-1100)&(few<-900)]
-    f = dict(n_slice=len(v), rows=v.shape[1], columns=v.shape[2], units=units, orientation=scan.stored_as if scan.geometry_known else 'unknown',
-             air=float(np.median(near)) if units=='HU' and near.size>.005*few.size else np.nan, lowest=float(v.min()), highest=float(v.max()), left=round(mask_shares(v,units)[0],4), masked=masked,
-             repeats=repeated_slices(names), misplaced=count_misplaced(g, .35 if masked else .75), widest=round(step,3), step_limit=limit, head_up=round(slice_direction(g,e),3) if len(g)>8 else np.nan,
-             content=content_hash(names), remarks='; '.join(scan.remarks), **{f'spacing_{a}':round(s,4) if scan.geometry_known else np.nan for a,s in zip('zyx',scan.spacing)}, **background_facts(v,units))
+    v, units = scan.voxels, scan.units
+    greys, empty = small_greys(v, units)
+    k = informative_slices(greys, empty)
+    g, e = greys[k], empty[k]
+    masked, names = is_masked(v, units), slice_hashes(v)
+    step, limit = widest_step(g)
+    few = v[:: max(1, len(v) // 24), ::4, ::4]
+    near = few[(few > -1100) & (few < -900)]
+    f = dict(
+        n_slice=len(v),
+        rows=v.shape[1],
+        columns=v.shape[2],
+        units=units,
+        orientation=scan.stored_as if scan.geometry_known else 'unknown',
+        air=float(np.median(near)) if units == 'HU' and near.size > 0.005 * few.size else np.nan,
+        lowest=float(v.min()),
+        highest=float(v.max()),
+        left=round(mask_shares(v, units)[0], 4),
+        masked=masked,
+        repeats=repeated_slices(names),
+        misplaced=count_misplaced(g, 0.35 if masked else 0.75),
+        widest=round(step, 3),
+        step_limit=limit,
+        head_up=round(slice_direction(g, e), 3) if len(g) > 8 else np.nan,
+        content=content_hash(names),
+        remarks='; '.join(scan.remarks),
+        **{
+            f'spacing_{a}': round(s, 4) if scan.geometry_known else np.nan
+            for a, s in zip('zyx', scan.spacing, strict=False)
+        },
+        **background_facts(v, units),
+    )
     f['lung_fault'] = _lung_fault(scan, f)
-    return f, names, vessel_print(greys), _thumbnail(g if len(g)>2 else greys, scan.grid.size_mm[0]/scan.grid.size_mm[2] if scan.geometry_known else .9)
+    return (
+        f,
+        names,
+        vessel_print(greys),
+        _thumbnail(
+            g if len(g) > 2 else greys,
+            scan.grid.size_mm[0] / scan.grid.size_mm[2] if scan.geometry_known else 0.9,
+        ),
+    )
 
 # %% ../../nbs/04_audit/02_findings.ipynb #b2000002
-def _lung_fault(scan:Scan, # any scan
-               facts:dict, # `masked`, `repeated_slices`, `count_misplaced`, `widest` and `step_limit` of it
-              )->str: # sentences, empty where nothing is odd or another check has the word
+def _lung_fault(
+    scan: Scan,  # any scan
+    facts: dict,  # `masked`, `repeated_slices`, `count_misplaced`, `widest` and `step_limit` of it
+) -> str:  # sentences, empty where nothing is odd or another check has the word
     "What is odd about the lungs of a scan"
-    if scan.units!='HU' or not scan.geometry_known or len(scan.voxels)<16: return ''
-    if facts['masked'] or facts['repeats'] or facts['misplaced']>=2: return ''
-    if facts['widest']>facts['step_limit']: return ''
-    try: return ' '.join(mask_warnings(lung_mask(scan), scan))
-    except DataError as e: return e.fault
+    if scan.units != 'HU' or not scan.geometry_known or len(scan.voxels) < 16:
+        return ''
+    if facts['masked'] or facts['repeats'] or facts['misplaced'] >= 2:
+        return ''
+    if facts['widest'] > facts['step_limit']:
+        return ''
+    try:
+        return ' '.join(mask_warnings(lung_mask(scan), scan))
+    except DataError as e:
+        return e.fault
 
 # %% ../../nbs/04_audit/02_findings.ipynb #4cdc9abb
-_MASK_VALUES = dict(lung_mask={0,1,2}, infection_mask={0,1,2,3,4,5}, lobe_mask={0,1,2,3,4,5}) # values that a mask of the house may hold
+_MASK_VALUES = dict(
+    lung_mask={0, 1, 2}, infection_mask={0, 1, 2, 3, 4, 5}, lobe_mask={0, 1, 2, 3, 4, 5}
+)  # values that a mask of the house may hold
+
 
 def mask_facts(
-    row, # row of a cohort, dict
-    root, # folder that its paths start from
-    scan:Scan, # the scan of the row
-)->dict: # `grid_fault` and `label_fault`, empty where all is well, and the values of each mask
+    row,  # row of a cohort, dict
+    root,  # folder that its paths start from
+    scan: Scan,  # the scan of the row
+) -> dict:  # `grid_fault` and `label_fault`, empty where all is well, and the values of each mask
     "What is wrong with the masks of a scan"
     out = dict(grid_fault='', label_fault='')
     for c in MASK_COLUMNS:
-        if not isinstance(row.get(c), str) or not row[c]: continue
-        try: values = [int(x) for x in np.unique(load_mask(row, c, root, scan))]
-        except GeometryError as e: out['grid_fault'] += f'{c}: {e.fault}; '; continue
-        except DataError as e: out['label_fault'] += f'{c}: {e.fault}; '; continue
-        out[f'{c}_values'] = ' '.join(map(str,values))
-        if odd := set(values)-_MASK_VALUES[c]: out['label_fault'] += f'{c} holds {", ".join(map(str,sorted(odd)))}; '
-        elif c=='lung_mask' and values==[0]: out['label_fault'] += f'{c} is empty; '
+        if not isinstance(row.get(c), str) or not row[c]:
+            continue
+        try:
+            values = [int(x) for x in np.unique(load_mask(row, c, root, scan))]
+        except GeometryError as e:
+            out['grid_fault'] += f'{c}: {e.fault}; '
+            continue
+        except DataError as e:
+            out['label_fault'] += f'{c}: {e.fault}; '
+            continue
+        out[f'{c}_values'] = ' '.join(map(str, values))
+        if odd := set(values) - _MASK_VALUES[c]:
+            out['label_fault'] += f'{c} holds {", ".join(map(str, sorted(odd)))}; '
+        elif c == 'lung_mask' and values == [0]:
+            out['label_fault'] += f'{c} is empty; '
     return out
 
 # %% ../../nbs/04_audit/02_findings.ipynb #77e7c460
-CHECKS = { # name: what it means, what to do
-    'unreadable': ('no reader can make a volume of it', 'Copy or export it again, or drop it; never skip it silently.'),
-    'missing': ('slices are missing, so distances along the body are wrong', 'Fetch the whole series, or drop the scan.'),
-    'order': ('slices stand in the wrong order', 'Sort by position where there is one; else use the published order, or drop the scan.'),
-    'reversed': ('the scan runs the other way than the header says, or than the rest of the cohort', 'Turn the stack before use.'),
+CHECKS = {  # name: what it means, what to do
+    'unreadable': (
+        'no reader can make a volume of it',
+        'Copy or export it again, or drop it; never skip it silently.',
+    ),
+    'missing': (
+        'slices are missing, so distances along the body are wrong',
+        'Fetch the whole series, or drop the scan.',
+    ),
+    'order': (
+        'slices stand in the wrong order',
+        'Sort by position where there is one; else use the published order, or drop the scan.',
+    ),
+    'reversed': (
+        'the scan runs the other way than the header says, or than the rest of the cohort',
+        'Turn the stack before use.',
+    ),
     'repeats': ('slices occur more than once', 'Drop the copies.'),
     'duplicate': ('the same pixels stand in another scan of this patient', 'Keep one of them.'),
-    'leak': ('the same person stands under another patient id', 'Give both one patient_id before the split.'),
-    'masked': ('everything but the lungs was wiped', 'Mask all classes alike, or use the originals: background must not tell the class.'),
-    'units': ('values are not Hounsfield units of a chest, or other units than in the rest of the cohort', 'Restore the rescale line, or bring all scans to one window.'),
-    'spacing': ('voxels are unlike those of the cohort, or a placeholder', 'Check the header; resample to one spacing.'),
-    'orientation': ('stored along other axes than the rest', 'Read through covid_ct, which turns it to LPS; beware of tools that do not.'),
-    'file': ('another file type, colour mode or picture size than the rest', 'Convert all classes in one way; the file must not tell the class.'),
-    'slice count': ('far more or fewer slices than the rest', 'Look at it: a localizer, a part of a chest, two series in one.'),
-    'lungs': ('the built-in lung mask may be wrong, or there is no lung', 'Look at the mask, or give one of your own.'),
-    'mask grid': ('a mask does not lie on the grid of its scan', 'Resample it, or find the mask that belongs to this scan.'),
-    'mask labels': ('a mask holds labels it should not, or none', 'Check the code of the set.')}
+    'leak': (
+        'the same person stands under another patient id',
+        'Give both one patient_id before the split.',
+    ),
+    'masked': (
+        'everything but the lungs was wiped',
+        'Mask all classes alike, or use the originals: background must not tell the class.',
+    ),
+    'units': (
+        'values are not Hounsfield units of a chest, or other units than in the rest of the cohort',
+        'Restore the rescale line, or bring all scans to one window.',
+    ),
+    'spacing': (
+        'voxels are unlike those of the cohort, or a placeholder',
+        'Check the header; resample to one spacing.',
+    ),
+    'orientation': (
+        'stored along other axes than the rest',
+        'Read through covid_ct, which turns it to LPS; beware of tools that do not.',
+    ),
+    'file': (
+        'another file type, colour mode or picture size than the rest',
+        'Convert all classes in one way; the file must not tell the class.',
+    ),
+    'slice count': (
+        'far more or fewer slices than the rest',
+        'Look at it: a localizer, a part of a chest, two series in one.',
+    ),
+    'lungs': (
+        'the built-in lung mask may be wrong, or there is no lung',
+        'Look at the mask, or give one of your own.',
+    ),
+    'mask grid': (
+        'a mask does not lie on the grid of its scan',
+        'Resample it, or find the mask that belongs to this scan.',
+    ),
+    'mask labels': ('a mask holds labels it should not, or none', 'Check the code of the set.'),
+}
 
-def _most(s, share=.5)->object: # None where no value holds more than `share` of the scans
+
+def _most(s, share=0.5) -> object:  # None where no value holds more than `share` of the scans
     "The usual value of a column"
     n = s.dropna().value_counts(normalize=True)
-    return n.index[0] if len(n) and n.iloc[0]>share else None
+    return n.index[0] if len(n) and n.iloc[0] > share else None
 
 # %% ../../nbs/04_audit/02_findings.ipynb #bfd77300
-def _odd(f)->dict: # name of a check → (bool per row, value per row)
+def _odd(f) -> dict:  # name of a check → (bool per row, value per row)
     "Checks that need one row, or a row and what is usual"
-    has = lambda c,empty=np.nan: f[c] if c in f else pd.Series(empty, f.index)
-    text = lambda c: has(c).map(lambda x: f'{x:g}' if isinstance(x,(int,float)) and not isinstance(x,bool) else str(x))
-    known, mixed, masked = has('orientation','')!='unknown', has('misplaced',0).fillna(0)>=2, has('masked',False).astype('boolean').fillna(False).astype(bool)
-    lost, step = has('lost_names',0).fillna(0)>0, has('widest').gt(has('step_limit'))&~mixed&~masked
-    gone = has('error','').astype(str).str.contains('missing')&has('geometry_fault',False).eq(True)
-    up = has('head_up'); loose = up[~known&~mixed&(up.abs()>.25)]; way = np.where(known, 1, -1 if len(loose) and (loose<0).mean()>.5 else 1)
-    per = {c: has(c)/has(c).median() for c in ('spacing_z','spacing_y','n_slice')}; fov = has('spacing_y')*has('rows')
-    usual = {c: _most(has(c)) for c in ('kind','mode','rows','columns','units','orientation')}
-    unlike = lambda c: has(c).notna()&(usual[c] is not None)&(has(c)!=usual[c])
-    how = has('error','').astype(str).where(gone, np.where(lost, text('lost_names')+' numbers missing among the names', 'a step '+np.exp(has('widest')).round(1).astype(str)+' times as strong as its neighbours'))
-    return {'unreadable': (has('error','').ne('')&~gone, has('error','')), 'missing': (gone|lost|step, how),
-            'order': (mixed, text('misplaced')+' slices out of place'), 'reversed': ((up*way<-.25)&~mixed, 'lungs point '+np.where(up<0,'down','up')+' ('+text('head_up')+')'),
-            'repeats': (has('repeats',0).fillna(0).astype(float)>0, text('repeats')+' slices'), 'masked': (masked, text('left')+' of the picture left'),
-            'units': (unlike('units')|((has('air')+1000).abs()>60)|(has('units').eq('HU')&has('air').isna()), text('units')+', air at '+text('air')),
-            'spacing': (((per['spacing_z']>2)|(per['spacing_z']<.5)|(per['spacing_y']>2)|(per['spacing_y']<.5)|(fov<180)|(fov>700)|has('remarks','').astype(str).str.contains('placeholder'))&known,
-                        text('spacing_z')+' × '+text('spacing_y')+' mm'),
-            'orientation': (unlike('orientation')&known, text('orientation')),
-            'file': (unlike('kind')|unlike('mode')|unlike('rows')|unlike('columns')|has('kind','').astype(str).str.contains('+',regex=False), text('kind')+' '+text('mode')+' '+text('rows')+'×'+text('columns')),
-            'slice count': ((per['n_slice']<.25)|(per['n_slice']>4), text('n_slice')),
-            'lungs': (has('lung_fault','').fillna('').ne(''), has('lung_fault','')),
-            'mask grid': (has('grid_fault','').fillna('').ne(''), has('grid_fault','')), 'mask labels': (has('label_fault','').fillna('').ne(''), has('label_fault',''))}
+
+    def has(c, empty=np.nan):
+        return f[c] if c in f else pd.Series(empty, f.index)
+
+    def text(c):
+        return has(c).map(
+            lambda x: (
+                f'{x:g}' if isinstance(x, (int, float)) and not isinstance(x, bool) else str(x)
+            )
+        )
+
+    known, mixed, masked = (
+        has('orientation', '') != 'unknown',
+        has('misplaced', 0).fillna(0) >= 2,
+        has('masked', False).astype('boolean').fillna(False).astype(bool),
+    )
+    lost, step = (
+        has('lost_names', 0).fillna(0) > 0,
+        has('widest').gt(has('step_limit')) & ~mixed & ~masked,
+    )
+    gone = has('error', '').astype(str).str.contains('missing') & has('geometry_fault', False).eq(
+        True
+    )
+    up = has('head_up')
+    loose = up[~known & ~mixed & (up.abs() > 0.25)]
+    way = np.where(known, 1, -1 if len(loose) and (loose < 0).mean() > 0.5 else 1)
+    per = {c: has(c) / has(c).median() for c in ('spacing_z', 'spacing_y', 'n_slice')}
+    fov = has('spacing_y') * has('rows')
+    usual = {c: _most(has(c)) for c in ('kind', 'mode', 'rows', 'columns', 'units', 'orientation')}
+
+    def unlike(c):
+        return has(c).notna() & (usual[c] is not None) & (has(c) != usual[c])
+
+    how = (
+        has('error', '')
+        .astype(str)
+        .where(
+            gone,
+            np.where(
+                lost,
+                text('lost_names') + ' numbers missing among the names',
+                'a step '
+                + np.exp(has('widest')).round(1).astype(str)
+                + ' times as strong as its neighbours',
+            ),
+        )
+    )
+    return {
+        'unreadable': (has('error', '').ne('') & ~gone, has('error', '')),
+        'missing': (gone | lost | step, how),
+        'order': (mixed, text('misplaced') + ' slices out of place'),
+        'reversed': (
+            (up * way < -0.25) & ~mixed,
+            'lungs point ' + np.where(up < 0, 'down', 'up') + ' (' + text('head_up') + ')',
+        ),
+        'repeats': (has('repeats', 0).fillna(0).astype(float) > 0, text('repeats') + ' slices'),
+        'masked': (masked, text('left') + ' of the picture left'),
+        'units': (
+            unlike('units')
+            | ((has('air') + 1000).abs() > 60)
+            | (has('units').eq('HU') & has('air').isna()),
+            text('units') + ', air at ' + text('air'),
+        ),
+        'spacing': (
+            (
+                (per['spacing_z'] > 2)
+                | (per['spacing_z'] < 0.5)
+                | (per['spacing_y'] > 2)
+                | (per['spacing_y'] < 0.5)
+                | (fov < 180)
+                | (fov > 700)
+                | has('remarks', '').astype(str).str.contains('placeholder')
+            )
+            & known,
+            text('spacing_z') + ' × ' + text('spacing_y') + ' mm',
+        ),
+        'orientation': (unlike('orientation') & known, text('orientation')),
+        'file': (
+            unlike('kind')
+            | unlike('mode')
+            | unlike('rows')
+            | unlike('columns')
+            | has('kind', '').astype(str).str.contains('+', regex=False),
+            text('kind') + ' ' + text('mode') + ' ' + text('rows') + '×' + text('columns'),
+        ),
+        'slice count': ((per['n_slice'] < 0.25) | (per['n_slice'] > 4), text('n_slice')),
+        'lungs': (has('lung_fault', '').fillna('').ne(''), has('lung_fault', '')),
+        'mask grid': (has('grid_fault', '').fillna('').ne(''), has('grid_fault', '')),
+        'mask labels': (has('label_fault', '').fillna('').ne(''), has('label_fault', '')),
+    }
 
 # %% ../../nbs/04_audit/02_findings.ipynb #2e2a4513
-FINDING_TEXTS = ('already_masked','repeats','order') # columns of a published table
+FINDING_TEXTS = ('already_masked', 'repeats', 'order')  # columns of a published table
 
-def _told(f)->dict: # as `_odd`
+
+def _told(f) -> dict:  # as `_odd`
     "Checks that someone else has made, for rows whose pixels were not read"
-    yes = lambda c: f[c].astype('boolean').fillna(False).astype(bool) if c in f else pd.Series(False, f.index)
-    order = f['order'].astype('string').fillna('') if 'order' in f else pd.Series('', f.index, dtype='string')
-    wrong = ~order.isin(['','as named']); back = order.eq('reverse')
-    ids = f['repeat_ids'].astype('string').fillna('') if 'repeat_ids' in f else pd.Series('', f.index, dtype='string')
-    n = f.n_slice/f.n_slice.median() if 'n_slice' in f else pd.Series(1., f.index)
-    return {'masked':(yes('already_masked'),'published flag'), 'repeats':(yes('repeats'), 'published: '+ids), 'reversed':(back,'published flag'), 'order':(wrong&~back,'published: '+order),
-            'slice count':((n<.25)|(n>4), f['n_slice'].astype(str) if 'n_slice' in f else '')}
+
+    def yes(c):
+        return (
+            f[c].astype('boolean').fillna(False).astype(bool)
+            if c in f
+            else pd.Series(False, f.index)
+        )
+
+    order = (
+        f['order'].astype('string').fillna('')
+        if 'order' in f
+        else pd.Series('', f.index, dtype='string')
+    )
+    wrong = ~order.isin(['', 'as named'])
+    back = order.eq('reverse')
+    ids = (
+        f['repeat_ids'].astype('string').fillna('')
+        if 'repeat_ids' in f
+        else pd.Series('', f.index, dtype='string')
+    )
+    n = f.n_slice / f.n_slice.median() if 'n_slice' in f else pd.Series(1.0, f.index)
+    return {
+        'masked': (yes('already_masked'), 'published flag'),
+        'repeats': (yes('repeats'), 'published: ' + ids),
+        'reversed': (back, 'published flag'),
+        'order': (wrong & ~back, 'published: ' + order),
+        'slice count': ((n < 0.25) | (n > 4), f['n_slice'].astype(str) if 'n_slice' in f else ''),
+    }
+
 
 def list_findings(
-    facts:pd.DataFrame, # one row a scan
-    pairs=(), # `(check, row, row, value)` of scans that are the same
-)->pd.DataFrame: # `scan_id patient_id label check value meaning remedy`, one row a scan and finding
+    facts: pd.DataFrame,  # one row a scan
+    pairs=(),  # `(check, row, row, value)` of scans that are the same
+) -> (
+    pd.DataFrame
+):  # `scan_id patient_id label check value meaning remedy`, one row a scan and finding
     "Hold facts against every check"
-    rows = [(i,check,v) for check,(bad,value) in (_odd(facts) if 'content' in facts or 'error' in facts else _told(facts)).items() for i,v in zip(facts.index[bad], (value[bad] if isinstance(value,pd.Series) else [value]*int(bad.sum())))]
-    for check,i,j,value in pairs:
-        for a,b in ((i,j),(j,i)): rows.append((a, check, f'{value} {facts.scan_id[b]}'+f' of patient {facts.patient_id[b]}'*(check=='leak')))
-    out = pd.DataFrame(rows, columns=['row','check','value'])
-    out[['meaning','remedy']] = [CHECKS[c] for c in out.check] if len(out) else np.empty((0,2),object)
-    if 'error' in facts and len(out): out.loc[out.check=='unreadable','remedy'] = [facts.remedy[i] for i in out.row[out.check=='unreadable']]
-    who = facts.loc[out.row, ['scan_id','patient_id','label']].reset_index(drop=True)
-    return pd.concat([who, out.drop(columns='row')], axis=1).sort_values(['scan_id','check'], kind='stable', ignore_index=True)
+    rows = [
+        (i, check, v)
+        for check, (bad, value) in (
+            _odd(facts) if 'content' in facts or 'error' in facts else _told(facts)
+        ).items()
+        for i, v in zip(
+            facts.index[bad],
+            (value[bad] if isinstance(value, pd.Series) else [value] * int(bad.sum())),
+            strict=False,
+        )
+    ]
+    for check, i, j, value in pairs:
+        for a, b in ((i, j), (j, i)):
+            rows.append(
+                (
+                    a,
+                    check,
+                    f'{value} {facts.scan_id[b]}'
+                    + f' of patient {facts.patient_id[b]}' * (check == 'leak'),
+                )
+            )
+    out = pd.DataFrame(rows, columns=['row', 'check', 'value'])
+    out[['meaning', 'remedy']] = (
+        [CHECKS[c] for c in out.check] if len(out) else np.empty((0, 2), object)
+    )
+    if 'error' in facts and len(out):
+        out.loc[out.check == 'unreadable', 'remedy'] = [
+            facts.remedy[i] for i in out.row[out.check == 'unreadable']
+        ]
+    who = facts.loc[out.row, ['scan_id', 'patient_id', 'label']].reset_index(drop=True)
+    return pd.concat([who, out.drop(columns='row')], axis=1).sort_values(
+        ['scan_id', 'check'], kind='stable', ignore_index=True
+    )
 
 # %% ../../nbs/04_audit/02_findings.ipynb #e42f73b3
 def find_pairs(
-    facts:pd.DataFrame, # one row a scan
-    names, # of the slices, one list a scan
-    prints, # of the vessels; None where there is none
-)->list: # `(check, row, row, value)`
+    facts: pd.DataFrame,  # one row a scan
+    names,  # of the slices, one list a scan
+    prints,  # of the vessels; None where there is none
+) -> list:  # `(check, row, row, value)`
     "Scans that are the same, and persons that are the same"
-    at = defaultdict(set); shared = Counter()
-    for i,ns in enumerate(names):
-        for n in set(ns)-{''}: at[n].add(i)
+    at = defaultdict(set)
+    shared = Counter()
+    for i, ns in enumerate(names):
+        for n in set(ns) - {''}:
+            at[n].add(i)
     for rows in at.values():
-        if 1<len(rows)<50: shared.update(combinations(sorted(rows), 2)) # a slice in fifty scans is a blank, not a copy
-    size = [max(1,len(set(n)-{''})) for n in names]; person = facts.patient_id.astype(str).to_numpy()
-    same = {(i,j): n for (i,j),n in shared.items() if n>=.5*min(size[i],size[j])}
-    out = [('duplicate' if person[i]==person[j] else 'leak', i, j, f'{n} slices are those of') for (i,j),n in same.items()]
-    known = [i for i,p in enumerate(prints) if p is not None]
-    if len(known)>1:
-        c = vessel_similarity([prints[i] for i in known]); limit = .97 if len(known)<10 else .4 if len(known)<=100 else .6
-        for a,b in np.argwhere(np.triu(np.nan_to_num(c,nan=-1)>limit, 1)):
-            i,j = known[a],known[b]
-            if person[i]!=person[j] and (i,j) not in same: out.append(('leak', i, j, f'vessels agree ({c[a,b]:.2f}) with'))
+        if 1 < len(rows) < 50:
+            shared.update(
+                combinations(sorted(rows), 2)
+            )  # a slice in fifty scans is a blank, not a copy
+    size = [max(1, len(set(n) - {''})) for n in names]
+    person = facts.patient_id.astype(str).to_numpy()
+    same = {(i, j): n for (i, j), n in shared.items() if n >= 0.5 * min(size[i], size[j])}
+    out = [
+        ('duplicate' if person[i] == person[j] else 'leak', i, j, f'{n} slices are those of')
+        for (i, j), n in same.items()
+    ]
+    known = [i for i, p in enumerate(prints) if p is not None]
+    if len(known) > 1:
+        c = vessel_similarity([prints[i] for i in known])
+        limit = 0.97 if len(known) < 10 else 0.4 if len(known) <= 100 else 0.6
+        for a, b in np.argwhere(np.triu(np.nan_to_num(c, nan=-1) > limit, 1)):
+            i, j = known[a], known[b]
+            if person[i] != person[j] and (i, j) not in same:
+                out.append(('leak', i, j, f'vessels agree ({c[a, b]:.2f}) with'))
     return out

@@ -8,124 +8,235 @@ __all__ = ['FACT_SETS', 'guess_labels', 'score_guesses', 'shortcut_baselines', '
 
 # %% ../../nbs/04_audit/03_shortcuts.ipynb #08a00c1c
 from itertools import combinations
-import numpy as np, pandas as pd
+
+import numpy as np
+import pandas as pd
+
 from ..evaluate.metrics import auc, draw_patients, interval
-from ..scan import CohortError
 from ..plot import Picture, set_alt_text
+from ..scan import CohortError
 
 # %% ../../nbs/04_audit/03_shortcuts.ipynb #cf1e061c
-FACT_SETS = { # name of the baseline: columns of the table of facts
+FACT_SETS = {  # name of the baseline: columns of the table of facts
     'slice count': ('n_slice',),
-    'slice count and mask': ('n_slice','masked'),
-    'file attributes': ('kind','mode','rows','columns','units','orientation','spacing_z','spacing_y'),
-    'background only': ('bg_level','bg_noise','bg_grain','bg_wiped','bg_bright','bg_share')}
+    'slice count and mask': ('n_slice', 'masked'),
+    'file attributes': (
+        'kind',
+        'mode',
+        'rows',
+        'columns',
+        'units',
+        'orientation',
+        'spacing_z',
+        'spacing_y',
+    ),
+    'background only': ('bg_level', 'bg_noise', 'bg_grain', 'bg_wiped', 'bg_bright', 'bg_share'),
+}
+
 
 def _features(
-    facts:pd.DataFrame, # one row a scan
-    columns, # those to use; a missing one is left out, as is one that is the same everywhere
-)->pd.DataFrame: # numbers; words become their rank, gaps lie below everything else
+    facts: pd.DataFrame,  # one row a scan
+    columns,  # those to use; a missing one is left out, as is one that is the same everywhere
+) -> pd.DataFrame:  # numbers; words become their rank, gaps lie below everything else
     "Facts as numbers for a forest"
     out = {}
     for c in columns:
-        if c not in facts or facts[c].nunique(dropna=False)<2: continue
-        v = facts[c]; gap = v.isna().to_numpy()
-        if v.dtype==object or isinstance(v.dtype, (pd.StringDtype, pd.CategoricalDtype)): x = pd.factorize(v.astype(str), sort=True)[0].astype(float)
-        else: x = v.astype('float64').to_numpy(na_value=np.nan)
+        if c not in facts or facts[c].nunique(dropna=False) < 2:
+            continue
+        v = facts[c]
+        gap = v.isna().to_numpy()
+        if v.dtype == object or isinstance(v.dtype, (pd.StringDtype, pd.CategoricalDtype)):
+            x = pd.factorize(v.astype(str), sort=True)[0].astype(float)
+        else:
+            x = v.astype('float64').to_numpy(na_value=np.nan)
         x = np.where(gap, np.nan, x)
-        if (~gap).any(): out[c] = np.where(gap, np.nanmin(x)-1, x)
+        if (~gap).any():
+            out[c] = np.where(gap, np.nanmin(x) - 1, x)
     return pd.DataFrame(out, index=facts.index)
 
 # %% ../../nbs/04_audit/03_shortcuts.ipynb #62af4456
 def guess_labels(
-    facts:pd.DataFrame, # one row a scan, with `patient_id` and `label`
-    columns, # facts that the forest may see
-    folds:int=5, # by patient
-    seed:int=0, # of the forest
-)->pd.DataFrame: # `patient_id label prob_<class>…`, each row answered by a forest that did not see its patient
+    facts: pd.DataFrame,  # one row a scan, with `patient_id` and `label`
+    columns,  # facts that the forest may see
+    folds: int = 5,  # by patient
+    seed: int = 0,  # of the forest
+) -> (
+    pd.DataFrame
+):  # `patient_id label prob_<class>…`, each row answered by a forest that did not see its patient
     "Guess the label from facts alone; raises `CohortError` with fewer than two classes of `folds` patients"
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import GroupKFold
-    people = facts.groupby('label').patient_id.nunique(); enough = people.index[people>=folds]
-    if len(enough)<2: raise CohortError('cohort', f'only {len(enough)} class has {folds} patients or more', 'Baselines need more patients.')
-    facts = facts[facts.label.isin(enough)].sort_values(['patient_id','scan_id'] if 'scan_id' in facts else 'patient_id'); x,y = _features(facts, columns), facts.label.to_numpy(str)
-    classes = sorted(enough); prob = np.zeros((len(y),len(classes)))+np.array([(y==k).mean() for k in classes])
+
+    people = facts.groupby('label').patient_id.nunique()
+    enough = people.index[people >= folds]
+    if len(enough) < 2:
+        raise CohortError(
+            'cohort',
+            f'only {len(enough)} class has {folds} patients or more',
+            'Baselines need more patients.',
+        )
+    facts = facts[facts.label.isin(enough)].sort_values(
+        ['patient_id', 'scan_id'] if 'scan_id' in facts else 'patient_id'
+    )
+    x, y = _features(facts, columns), facts.label.to_numpy(str)
+    classes = sorted(enough)
+    prob = np.zeros((len(y), len(classes))) + np.array([(y == k).mean() for k in classes])
     if len(x.columns):
-        for a,b in GroupKFold(folds).split(x, y, facts.patient_id.astype(str)):
-            forest = RandomForestClassifier(100 if len(y)>500 else 50, min_samples_leaf=3, random_state=seed).fit(x.iloc[a], y[a])
-            prob[b] = 0; prob[np.ix_(b, np.searchsorted(classes, forest.classes_))] = forest.predict_proba(x.iloc[b])
-    return facts[['patient_id','label']].assign(**{f'prob_{k}':prob[:,i] for i,k in enumerate(classes)})
+        for a, b in GroupKFold(folds).split(x, y, facts.patient_id.astype(str)):
+            forest = RandomForestClassifier(
+                100 if len(y) > 500 else 50, min_samples_leaf=3, random_state=seed
+            ).fit(x.iloc[a], y[a])
+            prob[b] = 0
+            prob[np.ix_(b, np.searchsorted(classes, forest.classes_))] = forest.predict_proba(
+                x.iloc[b]
+            )
+    return facts[['patient_id', 'label']].assign(
+        **{f'prob_{k}': prob[:, i] for i, k in enumerate(classes)}
+    )
 
 # %% ../../nbs/04_audit/03_shortcuts.ipynb #c3bb8974
 def score_guesses(
-    guesses:pd.DataFrame, # from `guess_labels`
-    n:int=500, # resampled cohorts
-    seed:int=0, # of the draw
-)->pd.DataFrame: # `what value low high chance`: accuracy, every class against the rest, every pair
+    guesses: pd.DataFrame,  # from `guess_labels`
+    n: int = 500,  # resampled cohorts
+    seed: int = 0,  # of the draw
+) -> (
+    pd.DataFrame
+):  # `what value low high chance`: accuracy, every class against the rest, every pair
     "Accuracy and AUC with intervals over patients (@eq-pair)"
-    y,w = guesses.label.to_numpy(str), draw_patients(guesses.patient_id, n, seed)
-    classes = [c[5:] for c in guesses if c.startswith('prob_')]; prob = guesses[[f'prob_{k}' for k in classes]].to_numpy()
-    right = np.array(classes)[prob.argmax(1)]==y
-    rows = [('accuracy', *interval(right.mean(), w@right/w.sum(1)), max((y==k).mean() for k in classes))]
-    for i,k in enumerate(classes) if len(classes)>2 else (): rows.append((f'{k} vs rest', *interval(auc(y==k, prob[:,i])[0], auc(y==k, prob[:,i], w)), .5))
-    for i,j in combinations(range(len(classes)), 2):
-        s = np.isin(y, (classes[i],classes[j])); q = prob[s,i]/np.maximum(prob[s,i]+prob[s,j], 1e-12)
-        rows.append((f'{classes[i]} vs {classes[j]}', *interval(auc(y[s]==classes[i], q)[0], auc(y[s]==classes[i], q, w[:,s])), .5))
-    return pd.DataFrame(rows, columns=['what','value','low','high','chance'])
+    y, w = guesses.label.to_numpy(str), draw_patients(guesses.patient_id, n, seed)
+    classes = [c[5:] for c in guesses if c.startswith('prob_')]
+    prob = guesses[[f'prob_{k}' for k in classes]].to_numpy()
+    right = np.array(classes)[prob.argmax(1)] == y
+    rows = [
+        (
+            'accuracy',
+            *interval(right.mean(), w @ right / w.sum(1)),
+            max((y == k).mean() for k in classes),
+        )
+    ]
+    for i, k in enumerate(classes) if len(classes) > 2 else ():
+        rows.append(
+            (f'{k} vs rest', *interval(auc(y == k, prob[:, i])[0], auc(y == k, prob[:, i], w)), 0.5)
+        )
+    for i, j in combinations(range(len(classes)), 2):
+        s = np.isin(y, (classes[i], classes[j]))
+        q = prob[s, i] / np.maximum(prob[s, i] + prob[s, j], 1e-12)
+        rows.append(
+            (
+                f'{classes[i]} vs {classes[j]}',
+                *interval(auc(y[s] == classes[i], q)[0], auc(y[s] == classes[i], q, w[:, s])),
+                0.5,
+            )
+        )
+    return pd.DataFrame(rows, columns=['what', 'value', 'low', 'high', 'chance'])
 
 # %% ../../nbs/04_audit/03_shortcuts.ipynb #86a051e1
 def shortcut_baselines(
-    facts:pd.DataFrame, # one row a scan: `patient_id label` and facts
-    n:int=500, # resampled cohorts of the intervals
-    seed:int=0, # of forest and draw
-)->pd.DataFrame: # `baseline what value low high chance note`, one row a baseline and comparison
+    facts: pd.DataFrame,  # one row a scan: `patient_id label` and facts
+    n: int = 500,  # resampled cohorts of the intervals
+    seed: int = 0,  # of forest and draw
+) -> pd.DataFrame:  # `baseline what value low high chance note`, one row a baseline and comparison
     "Every baseline of `FACT_SETS`, for every class and pair"
     out = []
-    for name,columns in FACT_SETS.items():
-        seen = list(_features(facts, columns)); one = pd.DataFrame([dict(what='', note='nothing to see: no such fact, or the same in every scan')])
-        if 'and' in name and len(seen)<len(columns): continue # says nothing that the plain one does not
+    for name, columns in FACT_SETS.items():
+        seen = list(_features(facts, columns))
+        one = pd.DataFrame(
+            [dict(what='', note='nothing to see: no such fact, or the same in every scan')]
+        )
+        if 'and' in name and len(seen) < len(columns):
+            continue  # says nothing that the plain one does not
         if seen:
-            try: one = score_guesses(guess_labels(facts, seen, seed=seed), n, seed).assign(note=', '.join(seen))
-            except CohortError as e: one = pd.DataFrame([dict(what='', note=e.fault)])
+            try:
+                one = score_guesses(guess_labels(facts, seen, seed=seed), n, seed).assign(
+                    note=', '.join(seen)
+                )
+            except CohortError as e:
+                one = pd.DataFrame([dict(what='', note=e.fault)])
         out.append(one.assign(baseline=name))
-    return pd.concat(out, ignore_index=True).reindex(columns=['baseline','what','value','low','high','chance','note'])
+    return pd.concat(out, ignore_index=True).reindex(
+        columns=['baseline', 'what', 'value', 'low', 'high', 'chance', 'note']
+    )
 
 # %% ../../nbs/04_audit/03_shortcuts.ipynb #ba959aa1
-_SEPARABLE_ABOVE = .6 # lower end of an interval above which a class counts as separable
+_SEPARABLE_ABOVE = 0.6  # lower end of an interval above which a class counts as separable
+
 
 def separable(
-    table:pd.DataFrame, # from `shortcut_baselines`
-)->pd.DataFrame: # its rows of AUC whose interval lies above `_SEPARABLE_ABOVE`, the strongest first
+    table: pd.DataFrame,  # from `shortcut_baselines`
+) -> (
+    pd.DataFrame
+):  # its rows of AUC whose interval lies above `_SEPARABLE_ABOVE`, the strongest first
     "What can be told apart without looking"
-    return table[(table.what!='accuracy')&(table.low>_SEPARABLE_ABOVE)].sort_values('value', ascending=False)
+    return table[(table.what != 'accuracy') & (table.low > _SEPARABLE_ABOVE)].sort_values(
+        'value', ascending=False
+    )
+
 
 def describe_shortcuts(
-    table:pd.DataFrame, # from `shortcut_baselines`
-)->list: # sentences
+    table: pd.DataFrame,  # from `shortcut_baselines`
+) -> list:  # sentences
     "The verdict on each baseline, in plain words"
-    hits,out = separable(table), []
-    for name,rows in table.groupby('baseline', sort=False):
-        mine = hits[hits.baseline==name]; rest = mine[mine.what.str.endswith(' vs rest')]
-        for r in (rest if len(rest) else mine).itertuples(): # one sentence a class; pairs where no class stands out alone
-            a,b = r.what.split(' vs ')
-            who = f'Class {a} is separable' if b=='rest' else f'Classes {a} and {b} are separable'
-            out.append(f'{who} by {name.removesuffix(" only")} alone: AUC {r.value:.3f} (95 % interval {r.low:.3f} to {r.high:.3f}). Do not train before this is removed or matched, and report it beside every network.')
-        if not len(mine): out.append(f'{name[0].upper()+name[1:]}: '+('no class is told apart.' if rows.value.notna().any() else str(rows.note.iloc[0])+'.'))
+    hits, out = separable(table), []
+    for name, rows in table.groupby('baseline', sort=False):
+        mine = hits[hits.baseline == name]
+        rest = mine[mine.what.str.endswith(' vs rest')]
+        for r in (
+            rest if len(rest) else mine
+        ).itertuples():  # one sentence a class; pairs where no class stands out alone
+            a, b = r.what.split(' vs ')
+            who = f'Class {a} is separable' if b == 'rest' else f'Classes {a} and {b} are separable'
+            out.append(
+                f'{who} by {name.removesuffix(" only")} alone: AUC {r.value:.3f} (95 % interval {r.low:.3f} to {r.high:.3f}). Do not train before this is removed or matched, and report it beside every network.'
+            )
+        if not len(mine):
+            out.append(
+                f'{name[0].upper() + name[1:]}: '
+                + (
+                    'no class is told apart.'
+                    if rows.value.notna().any()
+                    else str(rows.note.iloc[0]) + '.'
+                )
+            )
     return out
 
 # %% ../../nbs/04_audit/03_shortcuts.ipynb #811af8a2
 def baseline_figure(
-    table:pd.DataFrame, # from `shortcut_baselines`
-    width:float=7.2, # inches
-)->Picture: # with alt text
+    table: pd.DataFrame,  # from `shortcut_baselines`
+    width: float = 7.2,  # inches
+) -> Picture:  # with alt text
     "AUC of every baseline and comparison with its interval"
-    t = table[(table.what!='accuracy')&table.value.notna()]; fig = Picture(figsize=(width, 1.2+.2*max(3,len(t))), layout='constrained'); ax = fig.subplots()
-    names = list(dict.fromkeys(t.baseline)); colours = ('#b5179e','#7b2cbf','#007ea7','#b07d00')
-    for k,r in enumerate(t.itertuples()):
-        c = colours[names.index(r.baseline)%4]; ax.plot([r.low,r.high], [k,k], color=c, lw=2.2); ax.plot(r.value, k, 'o', color=c, ms=5)
-    for k,name in enumerate(names): ax.plot([], [], 'o-', color=colours[k%4], label=name)
-    ax.axvline(.5, color='.4', lw=1); ax.axvline(_SEPARABLE_ABOVE, color='.4', lw=1, ls=':')
-    ax.set(yticks=range(len(t)), yticklabels=list(t.what), xlim=(0,1.01), xlabel='AUC without looking at the lungs (0.5 is a coin, dotted: called separable to its right)'); ax.invert_yaxis()
-    ax.tick_params(labelsize=8); ax.spines[['top','right']].set_visible(False)
-    if names: fig.legend(frameon=False, fontsize=8, loc='outside upper left', ncols=2)
+    t = table[(table.what != 'accuracy') & table.value.notna()]
+    fig = Picture(figsize=(width, 1.2 + 0.2 * max(3, len(t))), layout='constrained')
+    ax = fig.subplots()
+    names = list(dict.fromkeys(t.baseline))
+    colours = ('#b5179e', '#7b2cbf', '#007ea7', '#b07d00')
+    for k, r in enumerate(t.itertuples()):
+        c = colours[names.index(r.baseline) % 4]
+        ax.plot([r.low, r.high], [k, k], color=c, lw=2.2)
+        ax.plot(r.value, k, 'o', color=c, ms=5)
+    for k, name in enumerate(names):
+        ax.plot([], [], 'o-', color=colours[k % 4], label=name)
+    ax.axvline(0.5, color='.4', lw=1)
+    ax.axvline(_SEPARABLE_ABOVE, color='.4', lw=1, ls=':')
+    ax.set(
+        yticks=range(len(t)),
+        yticklabels=list(t.what),
+        xlim=(0, 1.01),
+        xlabel='AUC without looking at the lungs (0.5 is a coin, dotted: called separable to its right)',
+    )
+    ax.invert_yaxis()
+    ax.tick_params(labelsize=8)
+    ax.spines[['top', 'right']].set_visible(False)
+    if names:
+        fig.legend(frameon=False, fontsize=8, loc='outside upper left', ncols=2)
     best = t.loc[t.value.idxmax()] if len(t) else None
-    return set_alt_text(fig, 'AUC of baselines without pixels'+('' if best is None else f'; the strongest is {best.baseline}, {best.what}, {best.value:.2f}')+'.')
+    return set_alt_text(
+        fig,
+        'AUC of baselines without pixels'
+        + (
+            ''
+            if best is None
+            else f'; the strongest is {best.baseline}, {best.what}, {best.value:.2f}'
+        )
+        + '.',
+    )

@@ -8,223 +8,335 @@ __all__ = ['small_greys', 'informative_slices', 'count_misplaced', 'widest_step'
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #dd05d697
 import hashlib
+
 import numpy as np
 from PIL import Image
 from scipy import ndimage as ndi
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #5c8968b6
-_DARK = .42 # grey below which a block is air or lung, −500 HU
+_DARK = 0.42  # grey below which a block is air or lung, −500 HU
 
-def _blocks(v, k)->np.ndarray: # `(D,h,k,w,k)` view
+
+def _blocks(v, k) -> np.ndarray:  # `(D,h,k,w,k)` view
     "Each slice cut into blocks of `k` by `k`; what is left over at the far edges is dropped"
-    d,h,w = v.shape[0], v.shape[1]//k, v.shape[2]//k
-    return v[:,:h*k,:w*k].reshape(d,h,k,w,k)
+    d, h, w = v.shape[0], v.shape[1] // k, v.shape[2] // k
+    return v[:, : h * k, : w * k].reshape(d, h, k, w, k)
+
 
 def _wiped_voxels(
-    voxels:np.ndarray, # `(D,H,W)`
-    units:str='HU', # `HU`, `uint8` or `unit`
-)->np.ndarray: # bool `(D,H,W)`; nowhere True where hardly any voxel has the lowest value
+    voxels: np.ndarray,  # `(D,H,W)`
+    units: str = 'HU',  # `HU`, `uint8` or `unit`
+) -> np.ndarray:  # bool `(D,H,W)`; nowhere True where hardly any voxel has the lowest value
     "Voxels at the lowest value of a volume: wiped, or padding; two greys of tolerance for JPEG"
-    low = voxels<=voxels.min()+2*(units=='uint8')
-    return low if low.mean()>.02 else np.zeros_like(low)
+    low = voxels <= voxels.min() + 2 * (units == 'uint8')
+    return low if low.mean() > 0.02 else np.zeros_like(low)
+
 
 def _scale_of(
-    voxels:np.ndarray, # `(D,H,W)` in `units`
-    units:str='HU', # `HU`, `uint8` or `unit`
-)->tuple: # value that becomes 0, and the width up to 1
+    voxels: np.ndarray,  # `(D,H,W)` in `units`
+    units: str = 'HU',  # `HU`, `uint8` or `unit`
+) -> tuple:  # value that becomes 0, and the width up to 1
     "Where air ends and tissue begins becomes grey `_DARK`: known in HU, by Otsu's threshold elsewhere"
-    if units=='HU': return -1000., 1200.
-    few = voxels[:,::max(1,voxels.shape[1]//128),::max(1,voxels.shape[2]//128)]
-    n,edges = np.histogram(few[~_wiped_voxels(few,units)], 64, (0, 255 if units=='uint8' else 1)); x = (edges[1:]+edges[:-1])/2
-    w,m = np.cumsum(n), np.cumsum(n*x)
-    with np.errstate(invalid='ignore', divide='ignore'): apart = (m[-1]*w/w[-1]-m)**2/(w*(w[-1]-w))
-    k = np.flatnonzero(apart>=np.nanmax(apart)*(1-1e-9)) # the middle of an empty stretch between two peaks
-    return 0., float(edges[k.mean().astype(int)+1])/_DARK
+    if units == 'HU':
+        return -1000.0, 1200.0
+    few = voxels[:, :: max(1, voxels.shape[1] // 128), :: max(1, voxels.shape[2] // 128)]
+    n, edges = np.histogram(
+        few[~_wiped_voxels(few, units)], 64, (0, 255 if units == 'uint8' else 1)
+    )
+    x = (edges[1:] + edges[:-1]) / 2
+    w, m = np.cumsum(n), np.cumsum(n * x)
+    with np.errstate(invalid='ignore', divide='ignore'):
+        apart = (m[-1] * w / w[-1] - m) ** 2 / (w * (w[-1] - w))
+    k = np.flatnonzero(
+        apart >= np.nanmax(apart) * (1 - 1e-9)
+    )  # the middle of an empty stretch between two peaks
+    return 0.0, float(edges[k.mean().astype(int) + 1]) / _DARK
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #b3e0ec0d
 def small_greys(
-    voxels:np.ndarray, # `(D,H,W)` in `units`
-    units:str='HU', # `HU`, `uint8` or `unit`
-    side:int=64, # about how many blocks across a slice
-)->tuple: # greys in [0,1] `(D,h,w)` float32, and the empty blocks `(D,h,w)` bool
+    voxels: np.ndarray,  # `(D,H,W)` in `units`
+    units: str = 'HU',  # `HU`, `uint8` or `unit`
+    side: int = 64,  # about how many blocks across a slice
+) -> tuple:  # greys in [0,1] `(D,h,w)` float32, and the empty blocks `(D,h,w)` bool
     "Averages of blocks of each slice, and which blocks hold nothing"
-    lo,width = _scale_of(voxels, units); k = max(1, min(voxels.shape[1:])//side)
-    g = np.stack([_blocks(np.clip((s[None].astype('f4')-lo)/width, 0, 1), k)[0].mean((1,3)) for s in voxels])
-    empty = _blocks(_wiped_voxels(voxels, units), k).all((2,4))
-    return g, empty&(empty.mean()>.4) # less than that is air or padding around a body
+    lo, width = _scale_of(voxels, units)
+    k = max(1, min(voxels.shape[1:]) // side)
+    g = np.stack(
+        [
+            _blocks(np.clip((s[None].astype('f4') - lo) / width, 0, 1), k)[0].mean((1, 3))
+            for s in voxels
+        ]
+    )
+    empty = _blocks(_wiped_voxels(voxels, units), k).all((2, 4))
+    return g, empty & (empty.mean() > 0.4)  # less than that is air or padding around a body
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #953e0f92
 def informative_slices(
-    greys:np.ndarray, # `(D,h,w)`
-    empty:np.ndarray, # bool `(D,h,w)`
-)->np.ndarray: # indices of slices, rising
+    greys: np.ndarray,  # `(D,h,w)`
+    empty: np.ndarray,  # bool `(D,h,w)`
+) -> np.ndarray:  # indices of slices, rising
     "Slices that hold something and repeat none before them"
-    full = 1-empty.mean((1,2)); seen,out = set(),[]
-    for i in np.flatnonzero(full>.15*full.max()):
-        if (b:=greys[i].tobytes()) not in seen: seen.add(b); out.append(i)
+    full = 1 - empty.mean((1, 2))
+    seen, out = set(), []
+    for i in np.flatnonzero(full > 0.15 * full.max()):
+        if (b := greys[i].tobytes()) not in seen:
+            seen.add(b)
+            out.append(i)
     return np.array(out, int)
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #fd9beab9
 def _far_likeness(
-    greys:np.ndarray, # `(D,h,w)` of telling slices
-)->np.ndarray: # `(D,)`; below 0.75: misplaced
+    greys: np.ndarray,  # `(D,h,w)` of telling slices
+) -> np.ndarray:  # `(D,)`; below 0.75: misplaced
     "How like a slice is to one far away, in terms of those around it (@eq-far)"
-    n = len(greys); i = np.arange(n)
-    if n<9: return np.ones(n)
-    x = greys.reshape(n,-1)-greys.reshape(n,-1).mean(0); s = (x**2).sum(1)
-    d = np.maximum(s[:,None]+s-2*x@x.T, 0); np.fill_diagonal(d, np.inf)
-    near = abs(i[:,None]-i)<=3
-    return np.where(near,np.inf,d).min(1)/np.maximum(np.sort(np.where(near,d,np.inf),1)[:,1], 1e-9)
+    n = len(greys)
+    i = np.arange(n)
+    if n < 9:
+        return np.ones(n)
+    x = greys.reshape(n, -1) - greys.reshape(n, -1).mean(0)
+    s = (x**2).sum(1)
+    d = np.maximum(s[:, None] + s - 2 * x @ x.T, 0)
+    np.fill_diagonal(d, np.inf)
+    near = abs(i[:, None] - i) <= 3
+    return np.where(near, np.inf, d).min(1) / np.maximum(
+        np.sort(np.where(near, d, np.inf), 1)[:, 1], 1e-9
+    )
 
-def count_misplaced(greys:np.ndarray, # `(D,h,w)` of telling slices
-              limit:float=.75, # of @eq-far; lower for masked scans, whose ends look alike
-             )->int: # slices
+
+def count_misplaced(
+    greys: np.ndarray,  # `(D,h,w)` of telling slices
+    limit: float = 0.75,  # of @eq-far; lower for masked scans, whose ends look alike
+) -> int:  # slices
     "How many slices are out of order"
-    return int((_far_likeness(greys)<limit).sum())
+    return int((_far_likeness(greys) < limit).sum())
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #03e6edee
-def _middle(x, weight)->np.ndarray: # `(K,)`
+def _middle(x, weight) -> np.ndarray:  # `(K,)`
     "Weighted median along the last axis"
-    o = np.argsort(x,1); c = np.cumsum(np.take_along_axis(weight,o,1),1)
-    return np.take_along_axis(x,o,1)[np.arange(len(x)), (c>=c[:,-1:]/2).argmax(1)]
+    o = np.argsort(x, 1)
+    c = np.cumsum(np.take_along_axis(weight, o, 1), 1)
+    return np.take_along_axis(x, o, 1)[np.arange(len(x)), (c >= c[:, -1:] / 2).argmax(1)]
+
 
 def _step_ratios(
-    greys:np.ndarray, # `(D,h,w)` of telling slices, in order
-)->np.ndarray: # `(D-3,)`: excess of the step from slice k+1 to k+2, in logarithms
+    greys: np.ndarray,  # `(D,h,w)` of telling slices, in order
+) -> np.ndarray:  # `(D-3,)`: excess of the step from slice k+1 to k+2, in logarithms
     "How much wider a step is than the ones around it (@eq-missing)"
-    if len(greys)<6: return np.zeros(1)
-    e = _blocks(np.diff(greys,axis=0)**2, 8).sum((2,4)).reshape(len(greys)-1,-1); l = np.log(e+1e-6)
-    low = .02*np.median(e[e>1e-6]) if (e>1e-6).any() else 0.
-    ok = (e[1:-1]>low)&(e[:-2]>low)&(e[2:]>low)
-    r = _middle(l[1:-1]-(l[:-2]+l[2:])/2, ok*e[1:-1]**.25+1e-12)
-    return np.where(ok.mean(1)<.1, 0, r)
+    if len(greys) < 6:
+        return np.zeros(1)
+    e = _blocks(np.diff(greys, axis=0) ** 2, 8).sum((2, 4)).reshape(len(greys) - 1, -1)
+    l = np.log(e + 1e-6)
+    low = 0.02 * np.median(e[e > 1e-6]) if (e > 1e-6).any() else 0.0
+    ok = (e[1:-1] > low) & (e[:-2] > low) & (e[2:] > low)
+    r = _middle(l[1:-1] - (l[:-2] + l[2:]) / 2, ok * e[1:-1] ** 0.25 + 1e-12)
+    return np.where(ok.mean(1) < 0.1, 0, r)
 
-def widest_step(greys:np.ndarray, # `(D,h,w)` of telling slices, in order
-               )->tuple: # excess in logarithms, and the limit for a stack of this length
+
+def widest_step(
+    greys: np.ndarray,  # `(D,h,w)` of telling slices, in order
+) -> tuple:  # excess in logarithms, and the limit for a stack of this length
     "The widest step of a scan; the limit is higher for thick slices, where anatomy jumps by itself"
     n = len(greys)
-    return float(_step_ratios(greys).max()), .42 if n>=70 else .62 if n>=34 else .85
+    return float(_step_ratios(greys).max()), 0.42 if n >= 70 else 0.62 if n >= 34 else 0.85
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #a54739db
-_PLANE = np.zeros((3,3,3),bool); _PLANE[1] = ndi.generate_binary_structure(2,1)
+_PLANE = np.zeros((3, 3, 3), bool)
+_PLANE[1] = ndi.generate_binary_structure(2, 1)
+
 
 def _enclosed(
-    greys:np.ndarray, # `(D,h,w)`
-    empty:np.ndarray, # bool `(D,h,w)`
-)->np.ndarray: # bool `(D,h,w)`
+    greys: np.ndarray,  # `(D,h,w)`
+    empty: np.ndarray,  # bool `(D,h,w)`
+) -> np.ndarray:  # bool `(D,h,w)`
     "Dark blocks that a slice encloses, and dark blocks in a wiped background: lungs and airways"
-    labels,n = ndi.label((ndi.uniform_filter(greys,(1,3,3))<_DARK)&~empty, _PLANE)
-    keep = np.bincount(labels.ravel(), minlength=n+1)>=.002*greys[0].size                           # smaller ones are noise in the fat
-    keep[np.concatenate([labels[:,[0,-1]].ravel(), labels[:,:,[0,-1]].ravel()])] = False
+    labels, n = ndi.label((ndi.uniform_filter(greys, (1, 3, 3)) < _DARK) & ~empty, _PLANE)
+    keep = (
+        np.bincount(labels.ravel(), minlength=n + 1) >= 0.002 * greys[0].size
+    )  # smaller ones are noise in the fat
+    keep[np.concatenate([labels[:, [0, -1]].ravel(), labels[:, :, [0, -1]].ravel()])] = False
     keep[0] = False
     return keep[labels]
 
+
 def slice_direction(
-    greys:np.ndarray, # `(D,h,w)` of telling slices
-    empty:np.ndarray, # bool `(D,h,w)`
-)->float: # −1 … 1: above 0.25 slices run from the feet to the head, below −0.25 the other way; nan without lungs
+    greys: np.ndarray,  # `(D,h,w)` of telling slices
+    empty: np.ndarray,  # bool `(D,h,w)`
+) -> float:  # −1 … 1: above 0.25 slices run from the feet to the head, below −0.25 the other way; nan without lungs
     "Which way the slices run, from the shape of the lungs"
-    lungs = _enclosed(greys, empty); area = lungs.sum((1,2)).astype(float)
-    if (area>0).sum()<6: return float('nan')
-    n,y,x = np.maximum(area,1), np.arange(greys.shape[1]), np.arange(greys.shape[2])
-    mean_x = (lungs.sum(1)@x).sum()/area.sum(); mean_y = (lungs.sum(2)@y)/n
-    box = [np.ptp(np.flatnonzero(l.any(0)))*np.ptp(np.flatnonzero(l.any(1))) if l.any() else 1 for l in lungs]
-    hollow = -area/np.maximum(box,1)
-    wide, deep = (lungs.sum(1)@abs(x-mean_x))/n, np.sqrt(np.maximum((lungs.sum(2)@y**2)/n-mean_y**2, 0))
-    w = np.minimum(area*(area>.03*area.max()), .1*area.max()); w = w/w.sum(); z = np.arange(len(w)); z = z-(w*z).sum()
-    turn = lambda f: (w*z*(f-(w*f).sum())).sum()/np.sqrt((w*z**2).sum()*(w*(f-(w*f).sum())**2).sum()+1e-12)
+    lungs = _enclosed(greys, empty)
+    area = lungs.sum((1, 2)).astype(float)
+    if (area > 0).sum() < 6:
+        return float('nan')
+    n, y, x = np.maximum(area, 1), np.arange(greys.shape[1]), np.arange(greys.shape[2])
+    mean_x = (lungs.sum(1) @ x).sum() / area.sum()
+    mean_y = (lungs.sum(2) @ y) / n
+    box = [
+        np.ptp(np.flatnonzero(l.any(0))) * np.ptp(np.flatnonzero(l.any(1))) if l.any() else 1
+        for l in lungs
+    ]
+    hollow = -area / np.maximum(box, 1)
+    wide, deep = (
+        (lungs.sum(1) @ abs(x - mean_x)) / n,
+        np.sqrt(np.maximum((lungs.sum(2) @ y**2) / n - mean_y**2, 0)),
+    )
+    w = np.minimum(area * (area > 0.03 * area.max()), 0.1 * area.max())
+    w = w / w.sum()
+    z = np.arange(len(w))
+    z = z - (w * z).sum()
+
+    def turn(f):
+        return (w * z * (f - (w * f).sum())).sum() / np.sqrt(
+            (w * z**2).sum() * (w * (f - (w * f).sum()) ** 2).sum() + 1e-12
+        )
+
     return float(-np.mean([turn(f) for f in (hollow, wide, deep)]))
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #c810f1fd
 def mask_shares(
-    voxels:np.ndarray, # `(D,H,W)`
-    units:str='HU', # `HU`, `uint8` or `unit`
-)->tuple: # share that is not wiped, and tissue in it: both in [0,1]
+    voxels: np.ndarray,  # `(D,H,W)`
+    units: str = 'HU',  # `HU`, `uint8` or `unit`
+) -> tuple:  # share that is not wiped, and tissue in it: both in [0,1]
     "How much of a volume is left, and how much of that is tissue"
-    lo,width = _scale_of(voxels, units); left = ~_wiped_voxels(voxels, units)
-    return float(left.mean()), float(((voxels>=lo+.5*width)&left).sum()/max(1,left.sum()))
+    lo, width = _scale_of(voxels, units)
+    left = ~_wiped_voxels(voxels, units)
+    return float(left.mean()), float(
+        ((voxels >= lo + 0.5 * width) & left).sum() / max(1, left.sum())
+    )
 
-def is_masked(voxels:np.ndarray, # `(D,H,W)`
-              units:str='HU', # `HU`, `uint8` or `unit`
-             )->bool: # True where the surroundings of the lungs are gone
+
+def is_masked(
+    voxels: np.ndarray,  # `(D,H,W)`
+    units: str = 'HU',  # `HU`, `uint8` or `unit`
+) -> bool:  # True where the surroundings of the lungs are gone
     "Whether someone has cut the lungs out already"
-    left,tissue = mask_shares(voxels, units)
-    return left<.6 and tissue<.5
+    left, tissue = mask_shares(voxels, units)
+    return left < 0.6 and tissue < 0.5
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #8af45ca4
 def slice_hashes(
-    voxels:np.ndarray, # `(D,H,W)`
-)->list: # 16 hexadecimal digits a slice; '' for a slice of one value
+    voxels: np.ndarray,  # `(D,H,W)`
+) -> list:  # 16 hexadecimal digits a slice; '' for a slice of one value
     "Hash of the bytes of each slice"
-    return ['' if s.min()==s.max() else hashlib.sha1(np.ascontiguousarray(s)).hexdigest()[:16] for s in voxels]
+    return [
+        '' if s.min() == s.max() else hashlib.sha1(np.ascontiguousarray(s)).hexdigest()[:16]
+        for s in voxels
+    ]
 
-def content_hash(names, # from `slice_hashes`
-             )->str: # 16 hexadecimal digits
+
+def content_hash(
+    names,  # from `slice_hashes`
+) -> str:  # 16 hexadecimal digits
     "Hash of the content of a scan, whatever the order of its slices"
-    return hashlib.sha1(' '.join(sorted(set(names)-{''})).encode()).hexdigest()[:16]
+    return hashlib.sha1(' '.join(sorted(set(names) - {''})).encode()).hexdigest()[:16]
 
-def repeated_slices(names, # from `slice_hashes`
-           )->int: # slices
+
+def repeated_slices(
+    names,  # from `slice_hashes`
+) -> int:  # slices
     "Slices that repeat another one"
     full = [n for n in names if n]
-    return len(full)-len(set(full))
+    return len(full) - len(set(full))
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #a71e5b04
-def _at(v, shape)->np.ndarray: # `shape`
+def _at(v, shape) -> np.ndarray:  # `shape`
     "A small volume on fewer voxels, by averaging"
-    d,h,w = shape; size = lambda im,wh: np.array(Image.fromarray(im).resize(wh, Image.Resampling.BOX))
-    v = np.stack([size(s,(w,h)) for s in v])
-    return size(np.ascontiguousarray(v.reshape(len(v),h*w)), (h*w,d)).reshape(d,h,w)
+    d, h, w = shape
+
+    def size(im, wh):
+        return np.array(Image.fromarray(im).resize(wh, Image.Resampling.BOX))
+
+    v = np.stack([size(s, (w, h)) for s in v])
+    return size(np.ascontiguousarray(v.reshape(len(v), h * w)), (h * w, d)).reshape(d, h, w)
+
 
 def vessel_print(
-    greys:np.ndarray, # `(D,h,w)`, see `small_greys`
-    shape=(32,64,64), # of the print
-)->np.ndarray: # int8 `shape`: pattern in −127 … 127, −128 where there is no lung; centred zero padding by −128
+    greys: np.ndarray,  # `(D,h,w)`, see `small_greys`
+    shape=(32, 64, 64),  # of the print
+) -> (
+    np.ndarray
+):  # int8 `shape`: pattern in −127 … 127, −128 where there is no lung; centred zero padding by −128
     "The pattern of the vessels, deep in the lungs"
-    side = [min(shape[0],greys.shape[0]), *(min(b,2*n//3) for b,n in zip(shape[1:],greys.shape[1:]))]      # fewer than there are: what a kernel does to single blocks is averaged out
-    g = _at(greys, side); mean = ndi.uniform_filter(g, 3)
-    deep = ndi.minimum_filter(((mean<.35)&(mean>.04)).astype('u1'), (3,5,5))>0
-    out = np.full(shape, -128, 'i1'); at = tuple(slice((a-b)//2,(a-b)//2+b) for a,b in zip(shape, g.shape))
-    out[at] = np.where(deep, np.rint(np.clip((g-mean)/.05,-1,1)*127), -128)
+    side = [
+        min(shape[0], greys.shape[0]),
+        *(min(b, 2 * n // 3) for b, n in zip(shape[1:], greys.shape[1:], strict=False)),
+    ]  # fewer than there are: what a kernel does to single blocks is averaged out
+    g = _at(greys, side)
+    mean = ndi.uniform_filter(g, 3)
+    deep = ndi.minimum_filter(((mean < 0.35) & (mean > 0.04)).astype('u1'), (3, 5, 5)) > 0
+    out = np.full(shape, -128, 'i1')
+    at = tuple(slice((a - b) // 2, (a - b) // 2 + b) for a, b in zip(shape, g.shape, strict=False))
+    out[at] = np.where(deep, np.rint(np.clip((g - mean) / 0.05, -1, 1) * 127), -128)
     return out
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #fc54a1d5
 def vessel_similarity(
-    prints, # `(N,…)` int8 from `vessel_print`
-    overlap:int=500, # voxels of lung that two prints must share
-    block:int=256, # prints that are compared at once
-)->np.ndarray: # `(N,N)` float32, correlation −1 … 1; nan where they share too little
+    prints,  # `(N,…)` int8 from `vessel_print`
+    overlap: int = 500,  # voxels of lung that two prints must share
+    block: int = 256,  # prints that are compared at once
+) -> np.ndarray:  # `(N,N)` float32, correlation −1 … 1; nan where they share too little
     "How alike the vessels of each two scans are"
-    v = np.asarray(prints).reshape(len(prints),-1); seen = (v>-128).sum(0); out = np.full((len(v),)*2, np.nan, 'f4')
-    total = sum(np.where(b>-128,b,0).sum(0,'f4') for b in np.array_split(v, -(-len(v)//block)))
-    mean,used = (total/np.maximum(seen,1), seen>=4) if len(v)>=10 else (np.zeros(v.shape[1],'f4'), seen>0)
+    v = np.asarray(prints).reshape(len(prints), -1)
+    seen = (v > -128).sum(0)
+    out = np.full((len(v),) * 2, np.nan, 'f4')
+    total = sum(
+        np.where(b > -128, b, 0).sum(0, 'f4') for b in np.array_split(v, -(-len(v) // block))
+    )
+    mean, used = (
+        (total / np.maximum(seen, 1), seen >= 4)
+        if len(v) >= 10
+        else (np.zeros(v.shape[1], 'f4'), seen > 0)
+    )
+
     def part(i):
-        mask = ((v[i:i+block]>-128)&used).astype('f4'); x = v[i:i+block]*mask
-        gain = (x@mean)/np.maximum(mask@mean**2, 1e-9)                                               # a sharp kernel makes all vessels stand out more
-        return (x-gain[:,None]*mean*mask)/127, mask
+        mask = ((v[i : i + block] > -128) & used).astype('f4')
+        x = v[i : i + block] * mask
+        gain = (x @ mean) / np.maximum(
+            mask @ mean**2, 1e-9
+        )  # a sharp kernel makes all vessels stand out more
+        return (x - gain[:, None] * mean * mask) / 127, mask
+
     for i in range(0, len(v), block):
-        f,m = part(i)
+        f, m = part(i)
         for j in range(i, len(v), block):
-            g,n = part(j) if j>i else (f,m); both = f**2@n.T, m@(g**2).T
-            with np.errstate(invalid='ignore', divide='ignore'): c = np.where(m@n.T>=overlap, f@g.T/np.sqrt(both[0]*both[1]), np.nan)
-            out[i:i+block,j:j+block] = c; out[j:j+block,i:i+block] = c.T
+            g, n = part(j) if j > i else (f, m)
+            both = f**2 @ n.T, m @ (g**2).T
+            with np.errstate(invalid='ignore', divide='ignore'):
+                c = np.where(m @ n.T >= overlap, f @ g.T / np.sqrt(both[0] * both[1]), np.nan)
+            out[i : i + block, j : j + block] = c
+            out[j : j + block, i : i + block] = c.T
     return out
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #341618b0
 def background_facts(
-    voxels:np.ndarray, # `(D,H,W)` in `units`
-    units:str='HU', # `HU`, `uint8` or `unit`
-    slices:int=12, # how many to look at
-)->dict: # plain numbers; nan where a scan shows no background
+    voxels: np.ndarray,  # `(D,H,W)` in `units`
+    units: str = 'HU',  # `HU`, `uint8` or `unit`
+    slices: int = 12,  # how many to look at
+) -> dict:  # plain numbers; nan where a scan shows no background
     "Air and table around the body: level, noise, its grain, wiped share"
-    v = voxels[np.unique(np.linspace(0, len(voxels)-1, slices).round().astype(int))]
-    g,empty = small_greys(v, units); k = v.shape[1]//g.shape[1]
-    dark,_ = ndi.label(empty if empty.any() else g<_DARK, _PLANE); rim = np.unique(np.concatenate([dark[:,[0,-1]].ravel(), dark[:,:,[0,-1]].ravel()]))
-    out = ndi.minimum_filter(np.isin(dark, rim[rim>0]).astype('u1'), (1,3,3))>0
-    big = out.repeat(k,1).repeat(k,2); (_,h,w),(lo,width) = big.shape, _scale_of(v, units)
-    x = (v[:,:h,:w].astype('f4')-lo)/width; a = x[big]
-    if len(a)<100: return dict.fromkeys(('bg_level','bg_noise','bg_grain','bg_wiped','bg_bright','bg_share'), float('nan'))
-    step = lambda n: (np.abs(x[:,:,n:]-x[:,:,:-n])[big[:,:,n:]&big[:,:,:-n]]).mean()
-    one,two = step(1),step(2)
-    return dict(bg_level=float(np.median(a)), bg_noise=float(one), bg_grain=float(two/max(one,1e-6)), bg_wiped=float(_wiped_voxels(v,units)[:,:h,:w][big].mean()),
-                bg_bright=float((a>np.median(a)+.1).mean()), bg_share=float(out.mean()))
+    v = voxels[np.unique(np.linspace(0, len(voxels) - 1, slices).round().astype(int))]
+    g, empty = small_greys(v, units)
+    k = v.shape[1] // g.shape[1]
+    dark, _ = ndi.label(empty if empty.any() else g < _DARK, _PLANE)
+    rim = np.unique(np.concatenate([dark[:, [0, -1]].ravel(), dark[:, :, [0, -1]].ravel()]))
+    out = ndi.minimum_filter(np.isin(dark, rim[rim > 0]).astype('u1'), (1, 3, 3)) > 0
+    big = out.repeat(k, 1).repeat(k, 2)
+    (_, h, w), (lo, width) = big.shape, _scale_of(v, units)
+    x = (v[:, :h, :w].astype('f4') - lo) / width
+    a = x[big]
+    if len(a) < 100:
+        return dict.fromkeys(
+            ('bg_level', 'bg_noise', 'bg_grain', 'bg_wiped', 'bg_bright', 'bg_share'), float('nan')
+        )
+
+    def step(n):
+        return (np.abs(x[:, :, n:] - x[:, :, :-n])[big[:, :, n:] & big[:, :, :-n]]).mean()
+
+    one, two = step(1), step(2)
+    return dict(
+        bg_level=float(np.median(a)),
+        bg_noise=float(one),
+        bg_grain=float(two / max(one, 1e-6)),
+        bg_wiped=float(_wiped_voxels(v, units)[:, :h, :w][big].mean()),
+        bg_bright=float((a > np.median(a) + 0.1).mean()),
+        bg_share=float(out.mean()),
+    )

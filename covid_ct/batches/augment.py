@@ -9,186 +9,306 @@ __all__ = ['SIX_VIEWS', 'AUGMENTS', 'Augment', 'seeded_generator', 'identity_vie
 # %% ../../nbs/06_batches/01_augment.ipynb #e29932e1
 import hashlib
 from dataclasses import dataclass, fields
+
 import torch
 import torch.nn.functional as F
+
 from ..scan import DataError
 
 # %% ../../nbs/06_batches/01_augment.ipynb #2b751a7b
 @dataclass(frozen=True)
 class Augment:
     "Ranges that views are drawn from, uniformly; the default tosses the flip and nothing else; raises `DataError` for a range upside down"
-    flip:float=.5 # probability of a left-right flip (last axis), [0,1]
-    flip_zy:tuple=(0.,0.) # probabilities of flips head-foot and front-back, [0,1]
-    quarter:bool=False # turn by 0, 90, 180 or 270°, each as likely (H must equal W)
-    rotate_deg:tuple=(0.,0.) # in-plane rotation, degrees, positive from x (left) to y (back)
-    shift_px:tuple=(0.,0.) # in-plane shift, network pixels, x and y drawn apart
-    zoom:tuple=(1.,1.) # in-plane magnification
-    stretch:bool=False # True: zoom of x and of y drawn apart
-    among:tuple=() # instead of `quarter` and `zoom`: pairs (quarter turns, zoom) to choose one of, each as likely
-    gain:tuple=(1.,1.) # factor on grey values
-    offset:tuple=(0.,0.) # then added to grey values, in windows ([0,1])
-    noise:tuple=(0.,0.) # standard deviation of Gaussian noise, in windows
+
+    flip: float = 0.5  # probability of a left-right flip (last axis), [0,1]
+    flip_zy: tuple = (0.0, 0.0)  # probabilities of flips head-foot and front-back, [0,1]
+    quarter: bool = False  # turn by 0, 90, 180 or 270°, each as likely (H must equal W)
+    rotate_deg: tuple = (0.0, 0.0)  # in-plane rotation, degrees, positive from x (left) to y (back)
+    shift_px: tuple = (0.0, 0.0)  # in-plane shift, network pixels, x and y drawn apart
+    zoom: tuple = (1.0, 1.0)  # in-plane magnification
+    stretch: bool = False  # True: zoom of x and of y drawn apart
+    among: tuple = ()  # instead of `quarter` and `zoom`: pairs (quarter turns, zoom) to choose one of, each as likely
+    gain: tuple = (1.0, 1.0)  # factor on grey values
+    offset: tuple = (0.0, 0.0)  # then added to grey values, in windows ([0,1])
+    noise: tuple = (0.0, 0.0)  # standard deviation of Gaussian noise, in windows
 
     def __post_init__(self):
-        bad = [k for k in ('rotate_deg','shift_px','zoom','gain','offset','noise') if not (len(r:=getattr(self, k))==2 and r[0]<=r[1])]
-        bad += [k for k,p in (('flip',[self.flip]), ('flip_zy',self.flip_zy)) if not all(0<=x<=1 for x in p)]
-        bad += [k for k in ('zoom','gain') if min(getattr(self, k))<=0] + ['noise']*(min(self.noise)<0) + ['among']*any(z<=0 for _,z in self.among)
-        if bad: raise DataError('Augment', f'{bad[0]}={getattr(self, bad[0])}', 'Ranges are (low, high), probabilities in [0,1], zoom and gain positive.')
+        bad = [
+            k
+            for k in ('rotate_deg', 'shift_px', 'zoom', 'gain', 'offset', 'noise')
+            if not (len(r := getattr(self, k)) == 2 and r[0] <= r[1])
+        ]
+        bad += [
+            k
+            for k, p in (('flip', [self.flip]), ('flip_zy', self.flip_zy))
+            if not all(0 <= x <= 1 for x in p)
+        ]
+        bad += (
+            [k for k in ('zoom', 'gain') if min(getattr(self, k)) <= 0]
+            + ['noise'] * (min(self.noise) < 0)
+            + ['among'] * any(z <= 0 for _, z in self.among)
+        )
+        if bad:
+            raise DataError(
+                'Augment',
+                f'{bad[0]}={getattr(self, bad[0])}',
+                'Ranges are (low, high), probabilities in [0,1], zoom and gain positive.',
+            )
 
 # %% ../../nbs/06_batches/01_augment.ipynb #1d73580c
-SIX_VIEWS = ((0,1.), (1,1.), (2,1.), (3,1.), (0,.5), (0,1.5)) # quarter turns and scale of the views of a slice (Chen et al. 2020, III-B)
+SIX_VIEWS = (
+    (0, 1.0),
+    (1, 1.0),
+    (2, 1.0),
+    (3, 1.0),
+    (0, 0.5),
+    (0, 1.5),
+)  # quarter turns and scale of the views of a slice (Chen et al. 2020, III-B)
 
 AUGMENTS = {
-    'none': Augment(flip=0.),
-    'darnet': Augment(flip=.5, rotate_deg=(-5,5), shift_px=(-5,5), zoom=(.9,1.1), stretch=True),
-    'darnet-release': Augment(flip=1., rotate_deg=(-5,5), shift_px=(-5,5), zoom=(.9,1.1), stretch=True),
-    'dual': Augment(flip=0.),
-    'raunet': Augment(flip=0., among=SIX_VIEWS),
-    'prior': Augment(flip=.5, flip_zy=(.5,.5), quarter=True),
-    'flips': Augment(flip=.5, flip_zy=(.5,.5)),
+    'none': Augment(flip=0.0),
+    'darnet': Augment(
+        flip=0.5, rotate_deg=(-5, 5), shift_px=(-5, 5), zoom=(0.9, 1.1), stretch=True
+    ),
+    'darnet-release': Augment(
+        flip=1.0, rotate_deg=(-5, 5), shift_px=(-5, 5), zoom=(0.9, 1.1), stretch=True
+    ),
+    'dual': Augment(flip=0.0),
+    'raunet': Augment(flip=0.0, among=SIX_VIEWS),
+    'prior': Augment(flip=0.5, flip_zy=(0.5, 0.5), quarter=True),
+    'flips': Augment(flip=0.5, flip_zy=(0.5, 0.5)),
 }
 
 # %% ../../nbs/06_batches/01_augment.ipynb #7bb83895
 def seeded_generator(
-    *words, # seed, purpose, epoch …: anything with a `str`
-)->torch.Generator: # on the CPU, the same for the same words on every machine
+    *words,  # seed, purpose, epoch …: anything with a `str`
+) -> torch.Generator:  # on the CPU, the same for the same words on every machine
     "Random generator that depends on its words and on nothing else"
     digest = hashlib.sha256('|'.join(map(str, words)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big')>>1)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'big') >> 1)
 
 # %% ../../nbs/06_batches/01_augment.ipynb #39ab8cef
 @dataclass(frozen=True, eq=False)
 class _View:
     "What was drawn for each scan of a batch"
-    flip:torch.Tensor # `(B,3)` bool: flip along z, y, x
-    turns:torch.Tensor # `(B,)` int: quarter turns from x to y
-    angle:torch.Tensor # `(B,)` radians, from x to y
-    zoom:torch.Tensor # `(B,2)` magnification of x, y
-    shift:torch.Tensor # `(B,2)` pixels, x, y
-    gain:torch.Tensor # `(B,)` factor on grey values
-    offset:torch.Tensor # `(B,)` added to grey values
-    noise:torch.Tensor # `(B,)` standard deviation
-    seed:torch.Tensor # `(B,)` seed of the noise
 
-    def __len__(self)->int: return len(self.angle)
-    def __getitem__(self, rows)->'_View': return _View(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+    flip: torch.Tensor  # `(B,3)` bool: flip along z, y, x
+    turns: torch.Tensor  # `(B,)` int: quarter turns from x to y
+    angle: torch.Tensor  # `(B,)` radians, from x to y
+    zoom: torch.Tensor  # `(B,2)` magnification of x, y
+    shift: torch.Tensor  # `(B,2)` pixels, x, y
+    gain: torch.Tensor  # `(B,)` factor on grey values
+    offset: torch.Tensor  # `(B,)` added to grey values
+    noise: torch.Tensor  # `(B,)` standard deviation
+    seed: torch.Tensor  # `(B,)` seed of the noise
+
+    def __len__(self) -> int:
+        return len(self.angle)
+
+    def __getitem__(self, rows) -> '_View':
+        return _View(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
 
 def identity_view(
-    n:int, # number of scans B
-    **changes, # fields of `_View`, `(B,)` or of the field's own shape; all others change nothing
-)->_View: # numbers for `n` scans
+    n: int,  # number of scans B
+    **changes,  # fields of `_View`, `(B,)` or of the field's own shape; all others change nothing
+) -> _View:  # numbers for `n` scans
     "The view that changes nothing but what is said"
     zero, one = torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
-    base = dict(flip=torch.zeros(n,3).bool(), turns=zero.long(), angle=zero, zoom=torch.stack([one,one], 1), shift=torch.stack([zero,zero], 1),
-                gain=one, offset=zero, noise=zero, seed=zero.long())
-    for k,v in changes.items():
+    base = dict(
+        flip=torch.zeros(n, 3).bool(),
+        turns=zero.long(),
+        angle=zero,
+        zoom=torch.stack([one, one], 1),
+        shift=torch.stack([zero, zero], 1),
+        gain=one,
+        offset=zero,
+        noise=zero,
+        seed=zero.long(),
+    )
+    for k, v in changes.items():
         v = torch.as_tensor(v, dtype=base[k].dtype)
-        base[k] = v[:,None].expand_as(base[k]) if v.ndim<base[k].ndim else v.expand_as(base[k])
+        base[k] = v[:, None].expand_as(base[k]) if v.ndim < base[k].ndim else v.expand_as(base[k])
     return _View(**base)
 
 # %% ../../nbs/06_batches/01_augment.ipynb #7f71d495
 def draw_view(
-    aug:Augment, # ranges to draw from
-    n:int, # number of scans B
-    generator:torch.Generator, # on the CPU; see `seeded_generator`
-)->_View: # numbers for `n` scans, float64 on the CPU
+    aug: Augment,  # ranges to draw from
+    n: int,  # number of scans B
+    generator: torch.Generator,  # on the CPU; see `seeded_generator`
+) -> _View:  # numbers for `n` scans, float64 on the CPU
     "Draw a view for each scan of a batch"
     u = torch.rand(n, 13, generator=generator, dtype=torch.float64)
-    def within(r, k): return r[0]+(r[1]-r[0])*u[:,k]
+
+    def within(r, k):
+        return r[0] + (r[1] - r[0]) * u[:, k]
+
     zoom = torch.stack([within(aug.zoom, 4), within(aug.zoom, 5 if aug.stretch else 4)], 1)
     shift = torch.stack([within(aug.shift_px, 6), within(aug.shift_px, 7)], 1)
-    turns = (u[:,8]*4*aug.quarter).long()
+    turns = (u[:, 8] * 4 * aug.quarter).long()
     if aug.among:
-        k, z = torch.tensor(aug.among, dtype=torch.float64)[(u[:,8]*len(aug.among)).long()].T
-        turns, zoom = k.long(), torch.stack([z,z], 1)
-    return _View(u[:,:3]<torch.tensor([*aug.flip_zy, aug.flip]), turns, torch.deg2rad(within(aug.rotate_deg, 3)), zoom, shift,
-                within(aug.gain, 9), within(aug.offset, 10), within(aug.noise, 11), (u[:,12]*2**53).long())
+        k, z = torch.tensor(aug.among, dtype=torch.float64)[(u[:, 8] * len(aug.among)).long()].T
+        turns, zoom = k.long(), torch.stack([z, z], 1)
+    return _View(
+        u[:, :3] < torch.tensor([*aug.flip_zy, aug.flip]),
+        turns,
+        torch.deg2rad(within(aug.rotate_deg, 3)),
+        zoom,
+        shift,
+        within(aug.gain, 9),
+        within(aug.offset, 10),
+        within(aug.noise, 11),
+        (u[:, 12] * 2**53).long(),
+    )
 
 # %% ../../nbs/06_batches/01_augment.ipynb #33fa4c97
 def _check_turns(x, view):
     "Raise `DataError` for a quarter turn of slices that are not square"
-    if x.shape[-1]!=x.shape[-2] and (view.turns%2).any():
-        raise DataError('Augment', f'a quarter turn of {tuple(x.shape[-2:])} pixels is not {tuple(x.shape[-2:])}', 'Use quarter=False or a square network input.')
+    if x.shape[-1] != x.shape[-2] and (view.turns % 2).any():
+        raise DataError(
+            'Augment',
+            f'a quarter turn of {tuple(x.shape[-2:])} pixels is not {tuple(x.shape[-2:])}',
+            'Use quarter=False or a square network input.',
+        )
+
 
 def permute(
-    x:torch.Tensor, # `(B,C,D,H,W)`
-    view:_View, # `B` views
-)->torch.Tensor: # the same shape and type; a copy
+    x: torch.Tensor,  # `(B,C,D,H,W)`
+    view: _View,  # `B` views
+) -> torch.Tensor:  # the same shape and type; a copy
     "Flips, then quarter turns, exact to the bit (@eq-group); raises `DataError` for an odd turn of a slice that is not square"
     _check_turns(x, view)
     out = torch.empty_like(x)
-    for i,(*flips,k) in enumerate(zip(*view.flip.T.tolist(), view.turns.tolist())):
-        axes = [a for a,f,turned in zip((-3,-2,-1), flips, (False, k in (1,2), k in (2,3))) if f!=turned]
+    for i, (*flips, k) in enumerate(zip(*view.flip.T.tolist(), view.turns.tolist(), strict=False)):
+        axes = [
+            a
+            for a, f, turned in zip(
+                (-3, -2, -1), flips, (False, k in (1, 2), k in (2, 3)), strict=False
+            )
+            if f != turned
+        ]
         y = x[i].flip(axes) if axes else x[i]
-        out[i] = y.mT if k%2 else y
+        out[i] = y.mT if k % 2 else y
     return out
 
 # %% ../../nbs/06_batches/01_augment.ipynb #5df869d8
 def theta(
-    view:_View, # what was drawn
-    size:tuple, # `(H,W)` in pixels
-)->torch.Tensor: # `(B,2,3)` float64, from new to old places, in the units of `grid_sample`
+    view: _View,  # what was drawn
+    size: tuple,  # `(H,W)` in pixels
+) -> torch.Tensor:  # `(B,2,3)` float64, from new to old places, in the units of `grid_sample`
     "Matrix that looks up where each new pixel came from (@eq-affine)"
-    angle, zoom, shift = view.angle.double()+view.turns.double()*torch.pi/2, view.zoom.double(), view.shift.double()
-    c,s,sign = angle.cos(), angle.sin(), 1.-2*view.flip[:,[2,1]].double()
-    ZRF = zoom[:,:,None]*torch.stack([torch.stack([c,-s], 1), torch.stack([s,c], 1)], 1)*sign[:,None,:]
-    back, half = torch.linalg.inv(ZRF), torch.tensor([size[1]/2, size[0]/2], dtype=torch.float64)
-    return torch.cat([back*half[None,None,:], -back@shift[:,:,None]], 2)/half[None,:,None]
+    angle, zoom, shift = (
+        view.angle.double() + view.turns.double() * torch.pi / 2,
+        view.zoom.double(),
+        view.shift.double(),
+    )
+    c, s, sign = angle.cos(), angle.sin(), 1.0 - 2 * view.flip[:, [2, 1]].double()
+    ZRF = (
+        zoom[:, :, None]
+        * torch.stack([torch.stack([c, -s], 1), torch.stack([s, c], 1)], 1)
+        * sign[:, None, :]
+    )
+    back, half = (
+        torch.linalg.inv(ZRF),
+        torch.tensor([size[1] / 2, size[0] / 2], dtype=torch.float64),
+    )
+    return (
+        torch.cat([back * half[None, None, :], -back @ shift[:, :, None]], 2) / half[None, :, None]
+    )
 
 # %% ../../nbs/06_batches/01_augment.ipynb #88b3aa66
 def _nearest(grid, H, W):
     "Number of the nearest old pixel and whether it lies inside, `(B,1,H·W)` each"
-    size = torch.tensor([W,H])
-    at = (((grid+1)*size-1)/2).round().long()
-    inside = ((at>=0)&(at<size)).all(-1)
-    return (((at[...,1]*W+at[...,0])*inside).flatten(1)[:,None], inside.flatten(1)[:,None])
+    size = torch.tensor([W, H])
+    at = (((grid + 1) * size - 1) / 2).round().long()
+    inside = ((at >= 0) & (at < size)).all(-1)
+    return (
+        ((at[..., 1] * W + at[..., 0]) * inside).flatten(1)[:, None],
+        inside.flatten(1)[:, None],
+    )
+
 
 def warp(
-    x:torch.Tensor, # `(B,C,D,H,W)`: floats are images, bool and integers are masks
-    view:_View, # `B` views
-)->torch.Tensor: # the same shape and type
+    x: torch.Tensor,  # `(B,C,D,H,W)`: floats are images, bool and integers are masks
+    view: _View,  # `B` views
+) -> torch.Tensor:  # the same shape and type
     "Flip, turn, rotate, zoom and shift every slice of a scan alike, in one look-up"
-    B,C,D,H,W = x.shape
-    if (rows := view.flip[:,0]).any(): x = torch.where(rows.to(x.device).view(-1,1,1,1,1), x.flip(2), x)
-    grid = F.affine_grid(theta(view, (H,W)), (B,1,H,W), align_corners=False)
-    if x.is_floating_point(): return F.grid_sample(x.reshape(B,C*D,H,W), grid.to(x), align_corners=False).reshape(x.shape)
+    B, C, D, H, W = x.shape
+    if (rows := view.flip[:, 0]).any():
+        x = torch.where(rows.to(x.device).view(-1, 1, 1, 1, 1), x.flip(2), x)
+    grid = F.affine_grid(theta(view, (H, W)), (B, 1, H, W), align_corners=False)
+    if x.is_floating_point():
+        return F.grid_sample(x.reshape(B, C * D, H, W), grid.to(x), align_corners=False).reshape(
+            x.shape
+        )
     pick, inside = (n.to(x.device) for n in _nearest(grid, H, W))
-    return (x.reshape(B,C*D,H*W).gather(2, pick.expand(-1,C*D,-1))*inside).reshape(x.shape)
+    return (x.reshape(B, C * D, H * W).gather(2, pick.expand(-1, C * D, -1)) * inside).reshape(
+        x.shape
+    )
 
 # %% ../../nbs/06_batches/01_augment.ipynb #226442bf
 def shade(
-    x:torch.Tensor, # `(B,C,D,H,W)` floats in [0,1]
-    view:_View, # `B` views
-)->torch.Tensor: # the same shape, in [0,1] where anything was changed
+    x: torch.Tensor,  # `(B,C,D,H,W)` floats in [0,1]
+    view: _View,  # `B` views
+) -> torch.Tensor:  # the same shape, in [0,1] where anything was changed
     "Gain, offset and noise of the grey values"
-    rows = ((view.gain!=1)|(view.offset!=0)|(view.noise!=0)).nonzero()[:,0].tolist()
+    rows = ((view.gain != 1) | (view.offset != 0) | (view.noise != 0)).nonzero()[:, 0].tolist()
     x = x.clone() if rows else x
     for i in rows:
-        eps = torch.randn(x[i].shape, generator=torch.Generator(x.device).manual_seed(int(view.seed[i])), device=x.device, dtype=x.dtype) if view.noise[i] else 0
-        x[i] = (x[i]*float(view.gain[i])+float(view.offset[i])+float(view.noise[i])*eps).clamp(0,1)
+        eps = (
+            torch.randn(
+                x[i].shape,
+                generator=torch.Generator(x.device).manual_seed(int(view.seed[i])),
+                device=x.device,
+                dtype=x.dtype,
+            )
+            if view.noise[i]
+            else 0
+        )
+        x[i] = (
+            x[i] * float(view.gain[i]) + float(view.offset[i]) + float(view.noise[i]) * eps
+        ).clamp(0, 1)
     return x
 
 # %% ../../nbs/06_batches/01_augment.ipynb #279f23f0
 def _one(x, view):
     "One volume tensor through warp or permutation, and shading"
-    if x.ndim==4: return _one(x[:,:,None], view)[:,:,0]
-    if x.ndim!=5 or len(x)!=len(view): raise DataError('apply', f'{len(view)} views do not fit a tensor {tuple(x.shape)}', 'Give (B,C,D,H,W) or (B,C,H,W) and draw B views.')
+    if x.ndim == 4:
+        return _one(x[:, :, None], view)[:, :, 0]
+    if x.ndim != 5 or len(x) != len(view):
+        raise DataError(
+            'apply',
+            f'{len(view)} views do not fit a tensor {tuple(x.shape)}',
+            'Give (B,C,D,H,W) or (B,C,H,W) and draw B views.',
+        )
     _check_turns(x, view)
-    moved = (view.angle!=0)|(view.zoom!=1).any(1)|(view.shift!=0).any(1)
-    if moved.all(): y = warp(x, view)
-    elif not moved.any(): y = permute(x, view)
+    moved = (view.angle != 0) | (view.zoom != 1).any(1) | (view.shift != 0).any(1)
+    if moved.all():
+        y = warp(x, view)
+    elif not moved.any():
+        y = permute(x, view)
     else:
         y, rows = torch.empty_like(x), moved.to(x.device)
         y[rows], y[~rows] = warp(x[rows], view[moved]), permute(x[~rows], view[~moved])
     return shade(y, view) if x.is_floating_point() else y
 
+
 def apply_view(
-    batch, # tensor `(B,C,D,H,W)` or `(B,C,H,W)`, or a batch dict: images and masks in it are moved, with a channel axis or without, the rest is passed on
-    view:_View, # `B` views from `draw_view`
-    mask:torch.Tensor=None, # bool or integers, shape of the image, moved like it
-)->torch.Tensor|dict|tuple: # what came in, moved; `(image, mask)` where a mask was given
+    batch,  # tensor `(B,C,D,H,W)` or `(B,C,H,W)`, or a batch dict: images and masks in it are moved, with a channel axis or without, the rest is passed on
+    view: _View,  # `B` views from `draw_view`
+    mask: torch.Tensor = None,  # bool or integers, shape of the image, moved like it
+) -> torch.Tensor | dict | tuple:  # what came in, moved; `(image, mask)` where a mask was given
     "Move images linearly and masks by nearest voxel, with the same numbers; the same view, the same result"
     if isinstance(batch, dict):
-        axes = batch['image'].ndim                                # a mask of class numbers (B,…) has no channel axis, and moves all the same
-        return {k: x if not torch.is_tensor(x) or x.ndim<axes-1 or x.ndim<3 else _one(x, view) if x.ndim==axes else _one(x[:,None], view)[:,0] for k,x in batch.items()}
+        axes = batch[
+            'image'
+        ].ndim  # a mask of class numbers (B,…) has no channel axis, and moves all the same
+        return {
+            k: x
+            if not torch.is_tensor(x) or x.ndim < axes - 1 or x.ndim < 3
+            else _one(x, view)
+            if x.ndim == axes
+            else _one(x[:, None], view)[:, 0]
+            for k, x in batch.items()
+        }
     return _one(batch, view) if mask is None else (_one(batch, view), _one(mask, view))

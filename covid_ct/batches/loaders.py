@@ -8,215 +8,337 @@ __all__ = ['ScanDataset', 'collate', 'prefetch', 'ProcessShare', 'Loader', 'make
 # %% ../../nbs/06_batches/04_loaders.ipynb #a378f6f5
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
-from ..scan import CohortError
-from ..cohort.table import load_row
-from ..preprocess.lungs import lung_mask
-from ..cohort.splits import assert_disjoint
+
 from .augment import apply_view, draw_view, seeded_generator
-from ..preprocess.cache import (PREPARED_MASKS, Cache, check_table, has_mask, prep_of_recipe, prepare_cohort,
-                                 prepare_row, reading_row, unpack)
 from .samplers import CompositionSampler, UniformSampler
+from ..cohort.splits import assert_disjoint
+from ..cohort.table import load_row
+from covid_ct.preprocess.cache import (
+    PREPARED_MASKS,
+    Cache,
+    check_table,
+    has_mask,
+    prep_of_recipe,
+    prepare_cohort,
+    prepare_row,
+    reading_row,
+    unpack,
+)
+from ..preprocess.lungs import lung_mask
+from ..scan import CohortError
 
 # %% ../../nbs/06_batches/04_loaders.ipynb #dfe1ca87
-_CLASSES = ('healthy','cap','covid')
+_CLASSES = ('healthy', 'cap', 'covid')
 
-def _check(cohort, classes, masks, from_files)->None:
+
+def _check(cohort, classes, masks, from_files) -> None:
     "Raise `CohortError` for a table that cannot be loaded"
-    check_table(cohort, masks, ('patient_id','scan_id','label'))
-    for _,r in cohort.iterrows():
+    check_table(cohort, masks, ('patient_id', 'scan_id', 'label'))
+    for _, r in cohort.iterrows():
         if r.label not in classes:
             fault = f'its label {r.label!r} is not one of {tuple(classes)}'
             remedy = 'Drop such rows, or choose a recipe with this class (in Python give classes=).'
             raise CohortError(f'scan {r.scan_id}', fault, remedy)
-        for m in masks if from_files else (): has_mask(r, m)
+        for m in masks if from_files else ():
+            has_mask(r, m)
 
 # %% ../../nbs/06_batches/04_loaders.ipynb #1d90b352
 class ScanDataset(Dataset):
     "Prepared scans of a cohort as dicts; raises `CohortError` for a table that cannot be loaded"
-    def __init__(self,
-                 cohort:pd.DataFrame, # one row per scan: `patient_id scan_id label`, and `path` for files
-                 prep, # row of `PREPS`, its name, or a recipe that has one
-                 classes=_CLASSES, # labels in the order of the network's outputs
-                 root=None, # folder that paths in the table start from; None: the one that `check_cohort` noted
-                 load=None, # function from a row to a `Scan` or a `Phantom`; None: read `path`
-                 cache=None, # folder for prepared scans; None: prepare every time
-                 masks=(), # masks to give along, of `PREPARED_MASKS`
-                 lungs=lung_mask, # function that finds the lungs where the table names no mask
-                ):
+
+    def __init__(
+        self,
+        cohort: pd.DataFrame,  # one row per scan: `patient_id scan_id label`, and `path` for files
+        prep,  # row of `PREPS`, its name, or a recipe that has one
+        classes=_CLASSES,  # labels in the order of the network's outputs
+        root=None,  # folder that paths in the table start from; None: the one that `check_cohort` noted
+        load=None,  # function from a row to a `Scan` or a `Phantom`; None: read `path`
+        cache=None,  # folder for prepared scans; None: prepare every time
+        masks=(),  # masks to give along, of `PREPARED_MASKS`
+        lungs=lung_mask,  # function that finds the lungs where the table names no mask
+    ):
         _check(cohort, classes, masks, load is None)
-        self.cohort, self.prep, self.classes, self.masks, self.lungs = cohort, prep_of_recipe(prep), tuple(classes), tuple(masks), lungs
+        self.cohort, self.prep, self.classes, self.masks, self.lungs = (
+            cohort,
+            prep_of_recipe(prep),
+            tuple(classes),
+            tuple(masks),
+            lungs,
+        )
         self.root, self.load = cohort.attrs.get('root') if root is None else root, load or load_row
         self.cache = Cache(cache, self.prep, self.load, lungs) if cache else None
 
-    def __len__(self)->int: return len(self.cohort)
+    def __len__(self) -> int:
+        return len(self.cohort)
 
-    def row(self, i:int)->pd.Series:
+    def row(self, i: int) -> pd.Series:
         "Row number `i`, its paths below `root`"
         return reading_row(self.cohort, i, self.root)
 
-    def prepared(self, i:int)->tuple:
+    def prepared(self, i: int) -> tuple:
         "Arrays of scan number `i`, and a dict that says whose `lungs` were used"
         row = self.row(i)
-        if not self.cache: return prepare_row(row, self.prep, self.masks, self.load, self.lungs)
+        if not self.cache:
+            return prepare_row(row, self.prep, self.masks, self.load, self.lungs)
         arrays = self.cache.arrays(row, self.masks)
-        return arrays,self.cache.about(row)
+        return arrays, self.cache.about(row)
 
-    def arrays(self, i:int)->dict:
+    def arrays(self, i: int) -> dict:
         "Prepared scan number `i`: `image` uint16 and masks bool, `(D,H,W)`"
         return self.prepared(i)[0]
 
-    def fill(self, jobs:int=2, progress:bool=True):
+    def fill(self, jobs: int = 2, progress: bool = True):
         "Prepare every scan that is not in the cache yet, as `prepare_cohort` does; raises `CohortError` without a cache"
-        if not self.cache: raise CohortError('dataset', 'has no cache to fill', 'Give cache=, a folder.')
-        return prepare_cohort(self.cohort, self.prep, self.cache.folder.parent, self.masks, jobs, progress, self.root, load=self.load, lungs=self.lungs)
+        if not self.cache:
+            raise CohortError('dataset', 'has no cache to fill', 'Give cache=, a folder.')
+        return prepare_cohort(
+            self.cohort,
+            self.prep,
+            self.cache.folder.parent,
+            self.masks,
+            jobs,
+            progress,
+            self.root,
+            load=self.load,
+            lungs=self.lungs,
+        )
 
-    def stored(self, i:int)->dict:
+    def stored(self, i: int) -> dict:
         "Scan number `i` as it is kept: `image` uint16 and masks bool, arrays `(1,D,H,W)`, and the rest of an item"
         row = self.cohort.iloc[i]
-        arrays,about = self.prepared(i)
-        rest = dict(label=self.classes.index(row.label), ratio=_ratio(row, arrays),
-                    lungs=about['lungs'], scan_id=str(row.scan_id), patient_id=str(row.patient_id))
-        return {k: v[None] for k,v in arrays.items()} | rest
+        arrays, about = self.prepared(i)
+        rest = dict(
+            label=self.classes.index(row.label),
+            ratio=_ratio(row, arrays),
+            lungs=about['lungs'],
+            scan_id=str(row.scan_id),
+            patient_id=str(row.patient_id),
+        )
+        return {k: v[None] for k, v in arrays.items()} | rest
 
-    def __getitem__(self, i:int)->dict:
+    def __getitem__(self, i: int) -> dict:
         "Scan number `i`: `image` float32 and masks bool `(1,D,H,W)`, and the rest of an item"
-        item = self.stored(i); item['image'] = unpack(item['image'])
-        return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k,v in item.items()}
+        item = self.stored(i)
+        item['image'] = unpack(item['image'])
+        return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in item.items()}
 
 # %% ../../nbs/06_batches/04_loaders.ipynb #b5eb9dfd
 def _ratio(row, masks):
     "Infection ratio of the table, else of the masks, else nan"
-    if not pd.isna(row.get('infection_ratio')): return float(row.infection_ratio)
-    if not set(PREPARED_MASKS)<=set(masks): return float('nan')
-    return float((masks['infection']&masks['lung']).sum()/max(1, masks['lung'].sum()))
+    if not pd.isna(row.get('infection_ratio')):
+        return float(row.infection_ratio)
+    if not set(PREPARED_MASKS) <= set(masks):
+        return float('nan')
+    return float((masks['infection'] & masks['lung']).sum() / max(1, masks['lung'].sum()))
 
 # %% ../../nbs/06_batches/04_loaders.ipynb #69a7146b
 def collate(
-    items:list, # of `ScanDataset`
-)->dict: # a batch
+    items: list,  # of `ScanDataset`
+) -> dict:  # a batch
     "Stack tensors, arrays and numbers, keep names as lists"
+
     def together(v):
-        if isinstance(v[0], np.ndarray): return torch.from_numpy(np.stack(v))
-        return torch.stack(v) if torch.is_tensor(v[0]) else list(v) if isinstance(v[0], str) else torch.tensor(v)
+        if isinstance(v[0], np.ndarray):
+            return torch.from_numpy(np.stack(v))
+        return (
+            torch.stack(v)
+            if torch.is_tensor(v[0])
+            else list(v)
+            if isinstance(v[0], str)
+            else torch.tensor(v)
+        )
+
     return {k: together([it[k] for it in items]) for k in items[0]}
 
 # %% ../../nbs/06_batches/04_loaders.ipynb #37c8dddd
 def prefetch(
-    batches, # any iterator
-): # the same, in the same order
+    batches,  # any iterator
+):  # the same, in the same order
     "Make the next batch in a thread while this one is used"
-    batches,end = iter(batches),object()
+    batches, end = iter(batches), object()
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, batches, end)
         while (batch := coming.result()) is not end:
             coming = pool.submit(next, batches, end)
             yield batch
 
+
 class _PackedDataset(Dataset):
     "A data set whose images are still two bytes a voxel"
-    def __init__(self, dataset:ScanDataset): self.dataset = dataset
-    def __len__(self)->int: return len(self.dataset)
-    def __getitem__(self, i:int)->dict: return self.dataset.stored(i)
+
+    def __init__(self, dataset: ScanDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> dict:
+        return self.dataset.stored(i)
 
 # %% ../../nbs/06_batches/04_loaders.ipynb #76c552f6
 class ProcessShare(Sampler):
     "Batches of row numbers, of which this process reads its part"
-    def __init__(self, batches): self.batches, self.rank, self.world, self.skip, self.sizes = batches, 0, 1, 0, deque() # a batch sampler
-    def __len__(self)->int: return len(self.batches)
-    def set_epoch(self, epoch:int)->None:
-        for s in (self.batches, getattr(self.batches, 'sampler', None)): getattr(s, 'set_epoch', lambda e: None)(epoch)
+
+    def __init__(self, batches):
+        self.batches, self.rank, self.world, self.skip, self.sizes = (
+            batches,
+            0,
+            1,
+            0,
+            deque(),
+        )  # a batch sampler
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        for s in (self.batches, getattr(self.batches, 'sampler', None)):
+            getattr(s, 'set_epoch', lambda e: None)(epoch)
+
     def __iter__(self):
         "Row numbers `rank`, `rank+world` … of each batch after the first `skip`; a batch with too few gives its first row. `sizes` tells how many each had"
         self.sizes.clear()
-        for i,rows in enumerate(self.batches):
+        for i, rows in enumerate(self.batches):
             self.sizes.append(len(rows))
-            if i>=self.skip: yield list(rows)[self.rank::self.world] or list(rows)[:1]
+            if i >= self.skip:
+                yield list(rows)[self.rank :: self.world] or list(rows)[:1]
 
 # %% ../../nbs/06_batches/04_loaders.ipynb #06ab19bf
 class Loader:
     "Batches of one data set, moved and augmented; iterate it once per epoch, after `set_epoch`"
-    def __init__(self,
-                 dataset:ScanDataset, # what to read
-                 batches, # batch sampler: lists of row numbers
-                 workers:int=0, # processes that read
-                 augment=None, # an `Augment`; None: leave the batches as they are
-                 seed:int=0, # seed of the run
-                 device=None, # where batches should lie; None: leave them
-                ):
-        self.dataset, self.part, self.augment, self.seed, self.device, self.epoch = dataset, ProcessShare(batches), augment, seed, device, 0
-        self.loader = DataLoader(_PackedDataset(dataset), batch_sampler=self.part, num_workers=workers, collate_fn=collate, generator=seeded_generator(seed,'load'), persistent_workers=workers>0)
 
-    def __len__(self)->int: return len(self.loader)
+    def __init__(
+        self,
+        dataset: ScanDataset,  # what to read
+        batches,  # batch sampler: lists of row numbers
+        workers: int = 0,  # processes that read
+        augment=None,  # an `Augment`; None: leave the batches as they are
+        seed: int = 0,  # seed of the run
+        device=None,  # where batches should lie; None: leave them
+    ):
+        self.dataset, self.part, self.augment, self.seed, self.device, self.epoch = (
+            dataset,
+            ProcessShare(batches),
+            augment,
+            seed,
+            device,
+            0,
+        )
+        self.loader = DataLoader(
+            _PackedDataset(dataset),
+            batch_sampler=self.part,
+            num_workers=workers,
+            collate_fn=collate,
+            generator=seeded_generator(seed, 'load'),
+            persistent_workers=workers > 0,
+        )
 
-    def set_epoch(self, epoch:int)->None:
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
         "Choose the epoch of sampler and views"
-        self.epoch = epoch; self.part.set_epoch(epoch)
+        self.epoch = epoch
+        self.part.set_epoch(epoch)
 
-    def share(self, rank:int, world:int)->None:
+    def share(self, rank: int, world: int) -> None:
         "Read the scans of one of `world` processes: every `world`-th of each batch, which then says in `of` how many the batch has"
         self.part.rank, self.part.world = rank, world
 
-    def skip(self, batches:int)->None:
+    def skip(self, batches: int) -> None:
         "Begin every epoch from now on after so many batches, which are not read"
         self.part.skip = batches
 
     def _batches(self, read):
         g, p = seeded_generator(self.seed, 'augment', self.epoch), self.part
-        for i,batch in enumerate(read):
-            for _ in range(1+p.skip*(i==0)):                      # the views of batches passed over are drawn all the same
-                n = p.sizes.popleft(); views = draw_view(self.augment, n, g) if self.augment else None
-            batch = _to_device(batch, self.device) | ({'of':n} if p.world>1 else {})
-            yield apply_view(batch, views[slice(p.rank, None, p.world) if p.rank<n else slice(1)]) if views else batch
+        for i, batch in enumerate(read):
+            for _ in range(
+                1 + p.skip * (i == 0)
+            ):  # the views of batches passed over are drawn all the same
+                n = p.sizes.popleft()
+                views = draw_view(self.augment, n, g) if self.augment else None
+            batch = _to_device(batch, self.device) | ({'of': n} if p.world > 1 else {})
+            yield (
+                apply_view(batch, views[slice(p.rank, None, p.world) if p.rank < n else slice(1)])
+                if views
+                else batch
+            )
 
-    def __iter__(self): return prefetch(self._batches(iter(self.loader)))
+    def __iter__(self):
+        return prefetch(self._batches(iter(self.loader)))
 
 # %% ../../nbs/06_batches/04_loaders.ipynb #d4299bc7
 def _to_device(
-    batch:dict, # from `collate`; an image may still be uint16
-    device=None, # where it should lie; None: where it is
-)->dict: # image float32 in [0,1]
+    batch: dict,  # from `collate`; an image may still be uint16
+    device=None,  # where it should lie; None: where it is
+) -> dict:  # image float32 in [0,1]
     "Move a batch, and unpack its image on the accelerator if it goes to one"
-    x,fast = batch['image'],device is not None and torch.device(device).type=='cuda'
-    if x.dtype==torch.uint16 and not fast: batch = {**batch, 'image':torch.from_numpy(unpack(x.numpy()))}
-    if device is not None: batch = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k,v in batch.items()}
-    return {**batch, 'image':batch['image'].float().mul_(1/65535)} if x.dtype==torch.uint16 and fast else batch
+    x, fast = batch['image'], device is not None and torch.device(device).type == 'cuda'
+    if x.dtype == torch.uint16 and not fast:
+        batch = {**batch, 'image': torch.from_numpy(unpack(x.numpy()))}
+    if device is not None:
+        batch = {
+            k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v
+            for k, v in batch.items()
+        }
+    return (
+        {**batch, 'image': batch['image'].float().mul_(1 / 65535)}
+        if x.dtype == torch.uint16 and fast
+        else batch
+    )
 
 # %% ../../nbs/06_batches/04_loaders.ipynb #f3783db2
 def make_loader(
-    dataset:ScanDataset, # what to read
-    batch_size:int, # scans in a batch
-    sampler=None, # order of the rows, or a `CompositionSampler` of whole batches; None: as in the table
-    workers:int=0, # processes that read
-    seed:int=0, # seed of the run
-    augment=None, # an `Augment`; for training only
-    drop_last:bool=False, # leave out a last batch that is not full
-    device=None, # where batches should lie
-)->Loader: # iterable of batches
+    dataset: ScanDataset,  # what to read
+    batch_size: int,  # scans in a batch
+    sampler=None,  # order of the rows, or a `CompositionSampler` of whole batches; None: as in the table
+    workers: int = 0,  # processes that read
+    seed: int = 0,  # seed of the run
+    augment=None,  # an `Augment`; for training only
+    drop_last: bool = False,  # leave out a last batch that is not full
+    device=None,  # where batches should lie
+) -> Loader:  # iterable of batches
     "Batches of a data set; raises `CohortError` for a size that gives none"
     n = len(sampler) if sampler is not None else len(dataset)
-    if not n: raise CohortError('dataset', 'has no scans', 'Check the filter or the fold that made it.')
+    if not n:
+        raise CohortError('dataset', 'has no scans', 'Check the filter or the fold that made it.')
     whole = isinstance(sampler, CompositionSampler)
-    if batch_size<1 or (drop_last and batch_size>n and not whole): raise CohortError('loader', f'batches of {batch_size} cannot be made of {n} scans', f'Use 1 … {n}.')
-    batches = sampler if whole else BatchSampler(SequentialSampler(dataset) if sampler is None else sampler, batch_size, drop_last)
+    if batch_size < 1 or (drop_last and batch_size > n and not whole):
+        raise CohortError(
+            'loader', f'batches of {batch_size} cannot be made of {n} scans', f'Use 1 … {n}.'
+        )
+    batches = (
+        sampler
+        if whole
+        else BatchSampler(
+            SequentialSampler(dataset) if sampler is None else sampler, batch_size, drop_last
+        )
+    )
     return Loader(dataset, batches, workers, augment, seed, device)
 
 # %% ../../nbs/06_batches/04_loaders.ipynb #40228e50
 def make_loaders(
-    train:ScanDataset, # what is trained on
-    valid:ScanDataset, # what is looked at after each epoch
-    batch_size:int, # scans in a batch
-    sampler=None, # for training; None: `UniformSampler`
-    workers:int=0, # processes that read, for each
-    seed:int=0, # seed of the run
-    augment=None, # an `Augment`, for training
-    device=None, # where batches should lie
-)->tuple: # `(train, valid)` loaders
+    train: ScanDataset,  # what is trained on
+    valid: ScanDataset,  # what is looked at after each epoch
+    batch_size: int,  # scans in a batch
+    sampler=None,  # for training; None: `UniformSampler`
+    workers: int = 0,  # processes that read, for each
+    seed: int = 0,  # seed of the run
+    augment=None,  # an `Augment`, for training
+    device=None,  # where batches should lie
+) -> tuple:  # `(train, valid)` loaders
     "Loaders for training and validation; raises `SplitError` if they share a patient"
     assert_disjoint(train.cohort, valid.cohort)
-    if (train.classes,train.prep)!=(valid.classes,valid.prep): raise CohortError('valid', 'has other classes or another preprocessing than train', 'Give both the same.')
+    if (train.classes, train.prep) != (valid.classes, valid.prep):
+        raise CohortError(
+            'valid', 'has other classes or another preprocessing than train', 'Give both the same.'
+        )
     sampler = UniformSampler(train, seed=seed) if sampler is None else sampler
-    return make_loader(train, batch_size, sampler, workers, seed, augment, device=device), make_loader(valid, batch_size, workers=workers, seed=seed, device=device)
+    return make_loader(
+        train, batch_size, sampler, workers, seed, augment, device=device
+    ), make_loader(valid, batch_size, workers=workers, seed=seed, device=device)

@@ -11,233 +11,388 @@ import numpy as np
 import pandas as pd
 import torch
 from torch.utils.data import Sampler
-from ..scan import CohortError
+
 from .augment import seeded_generator
+from ..scan import CohortError
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #b6ad8300
 class _Stream(Sampler):
     "Rows of an epoch, a function of seed and epoch, dealt to `world` readers; raises `CohortError` for no rows or a reader that is not there"
-    def __init__(self,
-                 num_samples:int, # rows of an epoch, over all readers
-                 seed:int=0, # seed of the run
-                 rank:int=0, # which reader this is, 0 … world−1
-                 world:int=1, # readers that share the stream; 1 where the training loop deals out whole batches
-                ):
-        if num_samples<1: raise CohortError('sampler', f'num_samples={num_samples}', 'Draw at least one scan, or leave it out.')
-        if not 0<=rank<world: raise CohortError('sampler', f'rank={rank} of world={world}', 'Ranks count from 0 to world−1.')
-        self.num_samples, self.seed, self.rank, self.world, self.epoch = int(num_samples), seed, rank, world, 0
 
-    def rows(self, n:int)->list: raise NotImplementedError
-    def generator(self, *words)->torch.Generator: return seeded_generator(self.seed, 'sample', self.epoch, *words)
-    def set_epoch(self, epoch:int)->None: self.epoch = epoch
-    def __len__(self)->int: return -(-self.num_samples//self.world)
-    def __iter__(self): yield from self.rows(len(self)*self.world)[self.rank::self.world]
+    def __init__(
+        self,
+        num_samples: int,  # rows of an epoch, over all readers
+        seed: int = 0,  # seed of the run
+        rank: int = 0,  # which reader this is, 0 … world−1
+        world: int = 1,  # readers that share the stream; 1 where the training loop deals out whole batches
+    ):
+        if num_samples < 1:
+            raise CohortError(
+                'sampler', f'num_samples={num_samples}', 'Draw at least one scan, or leave it out.'
+            )
+        if not 0 <= rank < world:
+            raise CohortError(
+                'sampler', f'rank={rank} of world={world}', 'Ranks count from 0 to world−1.'
+            )
+        self.num_samples, self.seed, self.rank, self.world, self.epoch = (
+            int(num_samples),
+            seed,
+            rank,
+            world,
+            0,
+        )
+
+    def rows(self, n: int) -> list:
+        raise NotImplementedError
+
+    def generator(self, *words) -> torch.Generator:
+        return seeded_generator(self.seed, 'sample', self.epoch, *words)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.world)
+
+    def __iter__(self):
+        yield from self.rows(len(self) * self.world)[self.rank :: self.world]
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #2de18c8f
 def _rows_of(cohort):
     "The table behind a data set, or the table itself; raises `CohortError` without rows"
-    if not len(cohort): raise CohortError('cohort', 'has no scans to draw from', 'Check the filter or the fold that made it.')
+    if not len(cohort):
+        raise CohortError(
+            'cohort', 'has no scans to draw from', 'Check the filter or the fold that made it.'
+        )
     return getattr(cohort, 'cohort', cohort)
+
 
 class UniformSampler(_Stream):
     "Every scan equally often, in random order; raises `CohortError` for an empty cohort"
-    def __init__(self,
-                 cohort, # table or data set of N scans; only its length matters
-                 num_samples:int=None, # rows an epoch; N if `None`. More than N: shuffles one behind the other
-                 seed:int=0, # seed of the run
-                 rank:int=0, # which reader this is
-                 world:int=1, # readers that share the stream
-                ):
+
+    def __init__(
+        self,
+        cohort,  # table or data set of N scans; only its length matters
+        num_samples: int = None,  # rows an epoch; N if `None`. More than N: shuffles one behind the other
+        seed: int = 0,  # seed of the run
+        rank: int = 0,  # which reader this is
+        world: int = 1,  # readers that share the stream
+    ):
         self.n = len(_rows_of(cohort))
         super().__init__(self.n if num_samples is None else num_samples, seed, rank, world)
 
-    def rows(self, n:int)->list:
+    def rows(self, n: int) -> list:
         "`n` rows, shuffle behind shuffle"
         g = self.generator()
-        return torch.cat([torch.randperm(self.n, generator=g) for _ in range(-(-n//self.n))])[:n].tolist()
+        return torch.cat([torch.randperm(self.n, generator=g) for _ in range(-(-n // self.n))])[
+            :n
+        ].tolist()
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #a123bbac
 def draw_rows(
-    weights, # `(N,)` chance of each row, ≥ 0, in any unit
-    n:int, # rows to draw
-    generator:torch.Generator, # see `seeded_generator`
-)->list: # `n` row numbers, with replacement
+    weights,  # `(N,)` chance of each row, ≥ 0, in any unit
+    n: int,  # rows to draw
+    generator: torch.Generator,  # see `seeded_generator`
+) -> list:  # `n` row numbers, with replacement
     "Draw rows in proportion to their weights (@eq-draw)"
     upto = np.cumsum(np.asarray(weights, 'f8'))
-    u = torch.rand(n, generator=generator, dtype=torch.float64).numpy()*upto[-1]
+    u = torch.rand(n, generator=generator, dtype=torch.float64).numpy() * upto[-1]
     return np.searchsorted(upto, u, side='right').tolist()
+
 
 class WeightedSampler(_Stream):
     "Rows drawn by weight; raises `CohortError` for weights that are negative, not finite or all zero"
-    def __init__(self,
-                 weights, # `(N,)` chance of each row
-                 num_samples:int=None, # rows an epoch; N if `None`
-                 seed:int=0, # seed of the run
-                 rank:int=0, # which reader this is
-                 world:int=1, # readers that share the stream
-                ):
-        self.weights = np.asarray(weights, 'f8')
-        if not (np.isfinite(self.weights).all() and (self.weights>=0).all() and self.weights.sum()>0):
-            raise CohortError('weights', 'negative, not finite or all zero', 'Give every row a chance ≥ 0 and at least one more than 0.')
-        super().__init__(len(self.weights) if num_samples is None else num_samples, seed, rank, world)
 
-    def rows(self, n:int)->list: return draw_rows(self.weights, n, self.generator())
+    def __init__(
+        self,
+        weights,  # `(N,)` chance of each row
+        num_samples: int = None,  # rows an epoch; N if `None`
+        seed: int = 0,  # seed of the run
+        rank: int = 0,  # which reader this is
+        world: int = 1,  # readers that share the stream
+    ):
+        self.weights = np.asarray(weights, 'f8')
+        if not (
+            np.isfinite(self.weights).all() and (self.weights >= 0).all() and self.weights.sum() > 0
+        ):
+            raise CohortError(
+                'weights',
+                'negative, not finite or all zero',
+                'Give every row a chance ≥ 0 and at least one more than 0.',
+            )
+        super().__init__(
+            len(self.weights) if num_samples is None else num_samples, seed, rank, world
+        )
+
+    def rows(self, n: int) -> list:
+        return draw_rows(self.weights, n, self.generator())
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #35b18fdf
 class ClassBalancedSampler(WeightedSampler):
     "Every class equally often, its scans alike inside; raises `CohortError` for an empty class"
-    def __init__(self,
-                 cohort, # table with the column `label`, or a data set that has one as `cohort`
-                 classes=None, # labels that must all be drawn; those of the cohort if `None`
-                 **stream, # `num_samples`, `seed`, `rank`, `world` of a `_Stream`; N rows unless told
-                ):
+
+    def __init__(
+        self,
+        cohort,  # table with the column `label`, or a data set that has one as `cohort`
+        classes=None,  # labels that must all be drawn; those of the cohort if `None`
+        **stream,  # `num_samples`, `seed`, `rank`, `world` of a `_Stream`; N rows unless told
+    ):
         label = pd.Series(list(_rows_of(cohort).label), dtype=object)
         count = label.value_counts().reindex(list(classes or sorted(set(label))), fill_value=0)
-        if (count==0).any(): raise CohortError('cohort', f'has no scan of class {count.idxmin()!r}', f'Add some, or balance {sorted(set(label))} alone.')
-        super().__init__(label.map(1/(len(count)*count)).fillna(0), **stream)
+        if (count == 0).any():
+            raise CohortError(
+                'cohort',
+                f'has no scan of class {count.idxmin()!r}',
+                f'Add some, or balance {sorted(set(label))} alone.',
+            )
+        super().__init__(label.map(1 / (len(count) * count)).fillna(0), **stream)
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #9f91c58c
 def count_draws(
-    sampler, # any sampler with `set_epoch`
-    cohort:pd.DataFrame, # the rows it draws from
-    epochs:int=1, # epochs to count, from 0 on
-)->pd.DataFrame: # the cohort with `count_draws`, times each scan was shown
+    sampler,  # any sampler with `set_epoch`
+    cohort: pd.DataFrame,  # the rows it draws from
+    epochs: int = 1,  # epochs to count, from 0 on
+) -> pd.DataFrame:  # the cohort with `count_draws`, times each scan was shown
     "Count what a sampler shows, scan by scan"
     count, before = np.zeros(len(cohort), int), sampler.epoch
     for e in range(epochs):
-        sampler.set_epoch(e); np.add.at(count, list(sampler), 1)
+        sampler.set_epoch(e)
+        np.add.at(count, list(sampler), 1)
     sampler.set_epoch(before)
     return cohort.assign(drawn=count)
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #1e43a702
-SIZE_GROUPS = ('covid_small','covid_large','cap_small','cap_large')
+SIZE_GROUPS = ('covid_small', 'covid_large', 'cap_small', 'cap_large')
+
 
 def _ratios(rows, classes):
     "Infection ratios of a table of two classes, float64; raises `CohortError` naming the first row that cannot be used"
-    lacking = [c for c in ('label','infection_ratio') if c not in rows]
-    if lacking: raise CohortError('cohort', f'has no column {lacking[0]!r}', 'Give each scan its infected voxels over its lung voxels, from masks or a segmentation.')
+    lacking = [c for c in ('label', 'infection_ratio') if c not in rows]
+    if lacking:
+        raise CohortError(
+            'cohort',
+            f'has no column {lacking[0]!r}',
+            'Give each scan its infected voxels over its lung voxels, from masks or a segmentation.',
+        )
     ratio = pd.to_numeric(rows.infection_ratio, errors='coerce')
-    for bad,fault,remedy in ((~rows.label.isin(classes), 'has a label other than '+' and '.join(map(repr, classes)), 'Keep the rows of these two, or name your own with classes=.'),
-                             (ratio.isna(), 'has no infection_ratio', 'Segment it, or drop the row.'),
-                             (~ratio.between(0,1), 'has an infection_ratio outside [0,1]', 'Give infected voxels over lung voxels, not percent or mL.')):
-        if bad.any(): raise CohortError(f'scan {rows[bad].get("scan_id", rows[bad].index.to_series()).iloc[0]}', f'{fault} ({int(bad.sum())} of {len(rows)} scans)', remedy)
+    for bad, fault, remedy in (
+        (
+            ~rows.label.isin(classes),
+            'has a label other than ' + ' and '.join(map(repr, classes)),
+            'Keep the rows of these two, or name your own with classes=.',
+        ),
+        (ratio.isna(), 'has no infection_ratio', 'Segment it, or drop the row.'),
+        (
+            ~ratio.between(0, 1),
+            'has an infection_ratio outside [0,1]',
+            'Give infected voxels over lung voxels, not percent or mL.',
+        ),
+    ):
+        if bad.any():
+            raise CohortError(
+                f'scan {rows[bad].get("scan_id", rows[bad].index.to_series()).iloc[0]}',
+                f'{fault} ({int(bad.sum())} of {len(rows)} scans)',
+                remedy,
+            )
     return ratio
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #6fe61e50
 def size_groups(
-    cohort, # table with `label` and `infection_ratio` in [0,1], or a data set that has one as `cohort`
-    classes=('covid','cap'), # the class with large infections, the class with small ones
-    small:float=.030, # a `covid` ratio below it is small
-    large:float=.001, # a `cap` ratio above it is large
-)->pd.Series: # one of `SIZE_GROUPS` for each row, index of the cohort
+    cohort,  # table with `label` and `infection_ratio` in [0,1], or a data set that has one as `cohort`
+    classes=('covid', 'cap'),  # the class with large infections, the class with small ones
+    small: float = 0.030,  # a `covid` ratio below it is small
+    large: float = 0.001,  # a `cap` ratio above it is large
+) -> pd.Series:  # one of `SIZE_GROUPS` for each row, index of the cohort
     "Groups by class and size of infection (Ouyang et al. 2020, §III-C); raises `CohortError` for ratios or labels that do not serve"
-    rows = _rows_of(cohort); ratio, covid = _ratios(rows, classes), rows.label==classes[0]
-    big = np.where(covid, ~(ratio<small), ratio>large)
-    return pd.Series(pd.Categorical(np.array(SIZE_GROUPS)[2*~covid.to_numpy()+big], SIZE_GROUPS), rows.index, name='group')
+    rows = _rows_of(cohort)
+    ratio, covid = _ratios(rows, classes), rows.label == classes[0]
+    big = np.where(covid, ~(ratio < small), ratio > large)
+    return pd.Series(
+        pd.Categorical(np.array(SIZE_GROUPS)[2 * ~covid.to_numpy() + big], SIZE_GROUPS),
+        rows.index,
+        name='group',
+    )
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #99dcb3fa
 def size_weights(
-    counts, # scans in each of `SIZE_GROUPS`, as a Series or dict by name, or four numbers in that order
-)->pd.Series: # weights W by group
+    counts,  # scans in each of `SIZE_GROUPS`, as a Series or dict by name, or four numbers in that order
+) -> pd.Series:  # weights W by group
     "Weights of the four groups (Ouyang et al. 2020, §III-C); raises `CohortError` for an empty group or a class without scans"
-    n = pd.Series(dict(zip(SIZE_GROUPS, counts)) if not hasattr(counts, 'keys') else dict(counts)).reindex(list(SIZE_GROUPS)).fillna(0).astype(float)
-    for c,(s,l) in dict(covid=SIZE_GROUPS[:2], cap=SIZE_GROUPS[2:]).items():
-        if n[s]+n[l]==0: raise CohortError('cohort', f'has no {c} scan, one class only', 'Balance by size needs scans of both classes; use UniformSampler for one.')
-        if not min(n[s], n[l])>0: raise CohortError('cohort', f'has no scan in group {s if n[s]==0 else l!r}', f'Choose the threshold {"small" if c=="covid" else "large"}= so that both sizes of {c} occur, or add scans.')
-    return pd.Series({'covid_small':n.covid_large/n.covid_small, 'covid_large':1., 'cap_small':1., 'cap_large':n.cap_small/n.cap_large})
+    n = (
+        pd.Series(
+            dict(zip(SIZE_GROUPS, counts, strict=False))
+            if not hasattr(counts, 'keys')
+            else dict(counts)
+        )
+        .reindex(list(SIZE_GROUPS))
+        .fillna(0)
+        .astype(float)
+    )
+    for c, (s, l) in dict(covid=SIZE_GROUPS[:2], cap=SIZE_GROUPS[2:]).items():
+        if n[s] + n[l] == 0:
+            raise CohortError(
+                'cohort',
+                f'has no {c} scan, one class only',
+                'Balance by size needs scans of both classes; use UniformSampler for one.',
+            )
+        if not min(n[s], n[l]) > 0:
+            raise CohortError(
+                'cohort',
+                f'has no scan in group {s if n[s] == 0 else l!r}',
+                f'Choose the threshold {"small" if c == "covid" else "large"}= so that both sizes of {c} occur, or add scans.',
+            )
+    return pd.Series(
+        {
+            'covid_small': n.covid_large / n.covid_small,
+            'covid_large': 1.0,
+            'cap_small': 1.0,
+            'cap_large': n.cap_small / n.cap_large,
+        }
+    )
+
 
 def size_chances(
-    counts, # scans in each of `SIZE_GROUPS`, as for `size_weights`
-)->pd.Series: # chances P by group, sum 1
+    counts,  # scans in each of `SIZE_GROUPS`, as for `size_weights`
+) -> pd.Series:  # chances P by group, sum 1
     "Chance of each group to be drawn from (@eq-size)"
     w = size_weights(counts)
-    return w/w.sum()
+    return w / w.sum()
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #86f2d5ee
 class SizeBalancedSampler(WeightedSampler):
     "A group by weight, then a scan of it uniformly (Ouyang et al. 2020, §III-C); raises `CohortError` for ratios, labels or groups that do not serve"
-    def __init__(self,
-                 cohort, # table with `label` and `infection_ratio`, or a data set that has one as `cohort`
-                 classes=('covid','cap'), # as for `size_groups`
-                 small:float=.030, # a `covid` ratio below it is small
-                 large:float=.001, # a `cap` ratio above it is large
-                 **stream, # `num_samples`, `seed`, `rank`, `world` of a `_Stream`; N rows unless told
-                ):
+
+    def __init__(
+        self,
+        cohort,  # table with `label` and `infection_ratio`, or a data set that has one as `cohort`
+        classes=('covid', 'cap'),  # as for `size_groups`
+        small: float = 0.030,  # a `covid` ratio below it is small
+        large: float = 0.001,  # a `cap` ratio above it is large
+        **stream,  # `num_samples`, `seed`, `rank`, `world` of a `_Stream`; N rows unless told
+    ):
         self.groups = size_groups(cohort, classes, small, large)
         self.counts = self.groups.value_counts().reindex(list(SIZE_GROUPS))
         self.chances = size_chances(self.counts)
-        super().__init__(self.groups.map(self.chances/self.counts).astype(float), **stream)
+        super().__init__(self.groups.map(self.chances / self.counts).astype(float), **stream)
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #54d67688
 def draws_figure(
-    counts:pd.DataFrame, # of `count_draws`: `label infection_ratio drawn`
-    classes=('covid','cap'), # one panel each
-    thresholds=(.030,.001), # line in each panel, a ratio
-    bins:int=24, # bars, even in the logarithm; the first holds all ratios up to 10⁻⁴ too
-)->object: # a `Picture`: share of the draws over the ratio, and the cohort as a line
+    counts: pd.DataFrame,  # of `count_draws`: `label infection_ratio drawn`
+    classes=('covid', 'cap'),  # one panel each
+    thresholds=(0.030, 0.001),  # line in each panel, a ratio
+    bins: int = 24,  # bars, even in the logarithm; the first holds all ratios up to 10⁻⁴ too
+) -> object:  # a `Picture`: share of the draws over the ratio, and the cohort as a line
     "What was drawn against the infection ratio, beside the cohort it was drawn from"
     from covid_ct.plot import Picture
+
     ratio = counts.infection_ratio.clip(lower=1e-4)
-    edges, fig = np.geomspace(ratio.min(), ratio.max()*1.001, bins+1), Picture(figsize=(7.5,2.4), layout='constrained')
-    for ax,c,t in zip(fig.subplots(1, len(classes), sharey=True, squeeze=False)[0], classes, thresholds):
-        rows = (counts.label==c).to_numpy(); of = dict(bins=edges, weights=counts.drawn[rows]/counts.drawn.sum())
-        ax.hist(ratio[rows], **of, color='#56b4e9', label='drawn'); ax.hist(ratio[rows], bins=edges, weights=np.full(rows.sum(), 1/len(counts)), histtype='step', color='k', label='cohort')
-        ax.axvline(t, color='#d55e00', ls='--', lw=1); ax.set(xscale='log', title=c, xlabel='infection / lung'); ax.spines[['top','right']].set_visible(False)
-    ax.legend(frameon=False, fontsize=8); fig.axes[0].set_ylabel('share of the draws')
+    edges, fig = (
+        np.geomspace(ratio.min(), ratio.max() * 1.001, bins + 1),
+        Picture(figsize=(7.5, 2.4), layout='constrained'),
+    )
+    for ax, c, t in zip(
+        fig.subplots(1, len(classes), sharey=True, squeeze=False)[0],
+        classes,
+        thresholds,
+        strict=False,
+    ):
+        rows = (counts.label == c).to_numpy()
+        of = dict(bins=edges, weights=counts.drawn[rows] / counts.drawn.sum())
+        ax.hist(ratio[rows], **of, color='#56b4e9', label='drawn')
+        ax.hist(
+            ratio[rows],
+            bins=edges,
+            weights=np.full(rows.sum(), 1 / len(counts)),
+            histtype='step',
+            color='k',
+            label='cohort',
+        )
+        ax.axvline(t, color='#d55e00', ls='--', lw=1)
+        ax.set(xscale='log', title=c, xlabel='infection / lung')
+        ax.spines[['top', 'right']].set_visible(False)
+    ax.legend(frameon=False, fontsize=8)
+    fig.axes[0].set_ylabel('share of the draws')
     return fig
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #e6cda37c
 def dual_samplers(
-    cohort, # table with `label` and `infection_ratio`, or a data set that has one as `cohort`
-    num_samples:int=None, # rows an epoch of each; N if `None`
-    seed:int=0, # seed of the run
-    rank:int=0, # which reader this is
-    world:int=1, # readers that share the stream
-    **sizes, # `classes`, `small`, `large` of `size_groups`
-)->dict: # `{'us': UniformSampler, 'ss': SizeBalancedSampler}`
+    cohort,  # table with `label` and `infection_ratio`, or a data set that has one as `cohort`
+    num_samples: int = None,  # rows an epoch of each; N if `None`
+    seed: int = 0,  # seed of the run
+    rank: int = 0,  # which reader this is
+    world: int = 1,  # readers that share the stream
+    **sizes,  # `classes`, `small`, `large` of `size_groups`
+) -> dict:  # `{'us': UniformSampler, 'ss': SizeBalancedSampler}`
     "The streams of the two networks (Ouyang et al. 2020, Fig. 2: US and SS)"
     n = len(_rows_of(cohort)) if num_samples is None else num_samples
     stream = dict(num_samples=n, seed=seed, rank=rank, world=world)
-    return dict(us=UniformSampler(cohort, **stream), ss=SizeBalancedSampler(cohort, **sizes, **stream))
+    return dict(
+        us=UniformSampler(cohort, **stream), ss=SizeBalancedSampler(cohort, **sizes, **stream)
+    )
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #c48bcc93
 def _deal_blocks(
-    n:int, # cards in the deck
-    size:int, # cards in a block, at most `n`
-    blocks:int, # blocks to deal
-    generator:torch.Generator, # see `seeded_generator`
-)->list: # `blocks` lists of `size` numbers 0 … n−1
+    n: int,  # cards in the deck
+    size: int,  # cards in a block, at most `n`
+    blocks: int,  # blocks to deal
+    generator: torch.Generator,  # see `seeded_generator`
+) -> list:  # `blocks` lists of `size` numbers 0 … n−1
     "Blocks from a deck that is shuffled again when it runs out; none holds a card twice"
     hand, out = [], []
     for _ in range(blocks):
-        if len(hand)<size:
+        if len(hand) < size:
             new, left = torch.randperm(n, generator=generator).tolist(), set(hand)
-            hand = hand+[c for c in new if c not in left]+[c for c in new if c in left]
-        out.append(hand[:size]); hand = hand[size:]
+            hand = hand + [c for c in new if c not in left] + [c for c in new if c in left]
+        out.append(hand[:size])
+        hand = hand[size:]
     return out
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #503b41db
 class CompositionSampler(_Stream):
     "Batches with a fixed number of scans of each class (Wang et al. 2020, §IV-B); raises `CohortError` for a batch that cannot be composed"
-    def __init__(self,
-                 cohort, # table with the column `label`, or a data set that has one as `cohort`
-                 composition:dict, # scans of each class in a batch, as `{'healthy':4, 'ild':3, 'covid':3}`
-                 batches:int=None, # batches an epoch, over all readers; None: until every scan of these classes was shown
-                 seed:int=0, # seed of the run
-                 rank:int=0, # which reader this is
-                 world:int=1, # readers that share the stream of batches
-                ):
+
+    def __init__(
+        self,
+        cohort,  # table with the column `label`, or a data set that has one as `cohort`
+        composition: dict,  # scans of each class in a batch, as `{'healthy':4, 'ild':3, 'covid':3}`
+        batches: int = None,  # batches an epoch, over all readers; None: until every scan of these classes was shown
+        seed: int = 0,  # seed of the run
+        rank: int = 0,  # which reader this is
+        world: int = 1,  # readers that share the stream of batches
+    ):
         label = np.asarray(list(_rows_of(cohort).label), dtype=object)
-        if not composition or min(composition.values())<1: raise CohortError('composition', f'{composition}', 'Give each class at least one scan of the batch.')
-        self.composition, self.decks = dict(composition), {c: np.flatnonzero(label==c) for c in composition}
-        for c,k in composition.items():
-            if (n := len(self.decks[c]))<k: raise CohortError('cohort', f'has {n} scan(s) of class {c!r}, a batch needs {k}', f'Add scans, or compose batches of {sorted(set(label))} with no more than there are.')
-        super().__init__(max(-(-len(d)//composition[c]) for c,d in self.decks.items()) if batches is None else batches, seed, rank, world)
+        if not composition or min(composition.values()) < 1:
+            raise CohortError(
+                'composition', f'{composition}', 'Give each class at least one scan of the batch.'
+            )
+        self.composition, self.decks = (
+            dict(composition),
+            {c: np.flatnonzero(label == c) for c in composition},
+        )
+        for c, k in composition.items():
+            if (n := len(self.decks[c])) < k:
+                raise CohortError(
+                    'cohort',
+                    f'has {n} scan(s) of class {c!r}, a batch needs {k}',
+                    f'Add scans, or compose batches of {sorted(set(label))} with no more than there are.',
+                )
+        super().__init__(
+            max(-(-len(d) // composition[c]) for c, d in self.decks.items())
+            if batches is None
+            else batches,
+            seed,
+            rank,
+            world,
+        )
 
     @property
-    def batch_size(self)->int: return sum(self.composition.values())
+    def batch_size(self) -> int:
+        return sum(self.composition.values())
 
-    def rows(self, n:int)->list:
+    def rows(self, n: int) -> list:
         "`n` batches, each a list of row numbers, class by class; every class has its own random numbers"
-        parts = [[d[b].tolist() for b in _deal_blocks(len(d), self.composition[c], n, self.generator(c))] for c,d in self.decks.items()]
-        return [sum(blocks, []) for blocks in zip(*parts)]
+        parts = [
+            [d[b].tolist() for b in _deal_blocks(len(d), self.composition[c], n, self.generator(c))]
+            for c, d in self.decks.items()
+        ]
+        return [sum(blocks, []) for blocks in zip(*parts, strict=False)]

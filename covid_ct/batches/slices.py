@@ -8,6 +8,7 @@ __all__ = ['SLICE_CLASSES', 'lesion_classes', 'lesion_labels', 'phantom_chest', 
 
 # %% ../../nbs/06_batches/03_slices.ipynb #8742a98c
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import torch
@@ -15,237 +16,357 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage as ndi
 from torch.utils.data import Dataset, default_collate
-from ..phantom.anatomy import draw_anatomy, random_stream
-from .augment import AUGMENTS, SIX_VIEWS, apply_view, draw_view, seeded_generator, identity_view
-from ..cohort.table import load_mask, load_row
-from ..io.read import PICTURE_ENDINGS, file_ending
-from ..io.labels import recode
-from ..preprocess.resample import Prep, prepare
+
+from covid_ct.batches.augment import (
+    AUGMENTS,
+    SIX_VIEWS,
+    apply_view,
+    draw_view,
+    identity_view,
+    seeded_generator,
+)
 from ..cohort.splits import patient_known
+from ..cohort.table import load_mask, load_row
+from ..io.labels import recode
+from ..io.read import PICTURE_ENDINGS, file_ending
+from ..phantom.anatomy import draw_anatomy, random_stream
 from ..phantom.chest import draw_effusion, draw_lesions, draw_tissue, scan_chest
+from ..preprocess.resample import Prep, prepare
 from ..scan import CohortError, DataError, GeometryError, Scan, UnitsError, evaluating
 
 # %% ../../nbs/06_batches/03_slices.ipynb #27d70664
-SLICE_CLASSES = ('background','ggo','consolidation','effusion') # order of the logits
-_CLASS = np.array([0,1,2,1,3,1], 'u1') # from the house's lesion numbers
-_HOUSE = np.array([0,1,2,4], 'u1') # and back
+SLICE_CLASSES = ('background', 'ggo', 'consolidation', 'effusion')  # order of the logits
+_CLASS = np.array([0, 1, 2, 1, 3, 1], 'u1')  # from the house's lesion numbers
+_HOUSE = np.array([0, 1, 2, 4], 'u1')  # and back
 _AS_IS = {k: k for k in range(len(SLICE_CLASSES))}
 
+
 def lesion_classes(
-    lesions:np.ndarray, # house numbers 0 … 5, any shape
-)->np.ndarray: # uint8, 0 … 3 in the order of `SLICE_CLASSES`
+    lesions: np.ndarray,  # house numbers 0 … 5, any shape
+) -> np.ndarray:  # uint8, 0 … 3 in the order of `SLICE_CLASSES`
     "What the paper's four classes make of the house's lesions (Chen et al. 2020, III-A)"
     return _CLASS[np.asarray(lesions)]
 
+
 def lesion_labels(
-    classes:np.ndarray, # 0 … 3 in the order of `SLICE_CLASSES`, any shape
-)->np.ndarray: # uint8, lesion numbers of the house: 1 ground glass, 2 consolidation, 4 effusion
+    classes: np.ndarray,  # 0 … 3 in the order of `SLICE_CLASSES`, any shape
+) -> np.ndarray:  # uint8, lesion numbers of the house: 1 ground glass, 2 consolidation, 4 effusion
     "The same lesions in the numbers that masks are written with and `burden` counts"
     return _HOUSE[np.asarray(classes)]
 
 # %% ../../nbs/06_batches/03_slices.ipynb #295f0fcb
 def phantom_chest(
-    seed:int, # patient and disease
-    shape=(24,64,64), # voxels `(D,H,W)`
-    ratio:float=.15, # infected share of the lungs
-)->tuple: # HU int16 and classes uint8, both `(D,H,W)`
+    seed: int,  # patient and disease
+    shape=(24, 64, 64),  # voxels `(D,H,W)`
+    ratio: float = 0.15,  # infected share of the lungs
+) -> tuple:  # HU int16 and classes uint8, both `(D,H,W)`
     "A chest with ground glass, consolidation and, in two of three, an effusion"
-    c,rng = draw_anatomy(tuple(shape), seed), random_stream(seed, 4)
-    draw_tissue(c, random_stream(seed,5)); draw_lesions(c, rng, ('covid','cap')[seed%2], ratio)
-    c.hu += c.at['tree']*np.maximum(45-c.hu, 0)
-    if seed%3: draw_effusion(c, rng, (1,-1)[seed%2], rng.uniform(12,26))
-    hu = scan_chest(c, random_stream(seed,6), 'soft', 20., True)
+    c, rng = draw_anatomy(tuple(shape), seed), random_stream(seed, 4)
+    draw_tissue(c, random_stream(seed, 5))
+    draw_lesions(c, rng, ('covid', 'cap')[seed % 2], ratio)
+    c.hu += c.at['tree'] * np.maximum(45 - c.hu, 0)
+    if seed % 3:
+        draw_effusion(c, rng, (1, -1)[seed % 2], rng.uniform(12, 26))
+    hu = scan_chest(c, random_stream(seed, 6), 'soft', 20.0, True)
     return np.clip(hu.round(), -1024, 3071).astype('i2'), lesion_classes(c.at['lesions'])
 
+
 def phantom_slices(
-    n:int, # slices
-    size:int=64, # pixels of a side
-    seed:int=0, # of the first patient
-    per_patient:int=2, # slices of each chest
-)->list: # dicts `image (H,W)` in HU, `mask (H,W)`, `slice_id`, `patient_id`
+    n: int,  # slices
+    size: int = 64,  # pixels of a side
+    seed: int = 0,  # of the first patient
+    per_patient: int = 2,  # slices of each chest
+) -> list:  # dicts `image (H,W)` in HU, `mask (H,W)`, `slice_id`, `patient_id`
     "Slices with known lesions, each chest's fullest ones, at least three apart"
-    out,patient = [],1000*seed
-    while len(out)<n:
-        hu,mask = phantom_chest(patient, (24,size,size)); full = (mask>0).sum((1,2)).astype(float)
-        for k in range(min(per_patient, n-len(out))):
-            z = int(full.argmax()); full[max(0,z-2):z+3] = -1
-            out.append(dict(image=hu[z], mask=mask[z], slice_id=f'P{patient}-{z:02d}', patient_id=f'P{patient}'))
+    out, patient = [], 1000 * seed
+    while len(out) < n:
+        hu, mask = phantom_chest(patient, (24, size, size))
+        full = (mask > 0).sum((1, 2)).astype(float)
+        for k in range(min(per_patient, n - len(out))):
+            z = int(full.argmax())
+            full[max(0, z - 2) : z + 3] = -1
+            out.append(
+                dict(
+                    image=hu[z],
+                    mask=mask[z],
+                    slice_id=f'P{patient}-{z:02d}',
+                    patient_id=f'P{patient}',
+                )
+            )
         patient += 1
     return out
 
 # %% ../../nbs/06_batches/03_slices.ipynb #221666e6
 def _to_unit(
-    voxels, # any shape: HU, or 8-bit greys
-    units:str='HU', # 'HU' or 'uint8'
-    window=(-1350.,150.), # HU that become 0 and 1
-)->np.ndarray: # float32 in [0,1]
+    voxels,  # any shape: HU, or 8-bit greys
+    units: str = 'HU',  # 'HU' or 'uint8'
+    window=(-1350.0, 150.0),  # HU that become 0 and 1
+) -> np.ndarray:  # float32 in [0,1]
     "Greys of a network from HU through a window, or from 8 bits as they are"
     v = np.asarray(voxels, 'f4')
-    return v/255 if units=='uint8' else np.clip((v-window[0])/(window[1]-window[0]), 0, 1)
+    return v / 255 if units == 'uint8' else np.clip((v - window[0]) / (window[1] - window[0]), 0, 1)
 
-def _grey(path)->None:
+
+def _grey(path) -> None:
     "Raise `UnitsError` for a picture that is not grey, 8 bit"
-    if file_ending(path) not in PICTURE_ENDINGS: return
+    if file_ending(path) not in PICTURE_ENDINGS:
+        return
     with Image.open(path) as im:
-        v = np.asarray(im.convert('RGB')) if im.mode not in ('L','I;16','I','F') else None
-        if im.mode in ('I;16','I','F') or (v is not None and (v!=v[...,:1]).any()): raise UnitsError(path, f'is {im.mode}, not 8-bit grey', 'Give the grey pictures; paint on them would tell the class.')
+        v = np.asarray(im.convert('RGB')) if im.mode not in ('L', 'I;16', 'I', 'F') else None
+        if im.mode in ('I;16', 'I', 'F') or (v is not None and (v != v[..., :1]).any()):
+            raise UnitsError(
+                path,
+                f'is {im.mode}, not 8-bit grey',
+                'Give the grey pictures; paint on them would tell the class.',
+            )
+
 
 def read_pair(
-    row, # of a cohort of slices, as `open_cohort` makes it: Series or dict
-    root=None, # folder that its paths start from; None: the present folder
-    window=(-1350.,150.), # HU that become 0 and 1; 8-bit greys stay as they are
-)->tuple: # image `(H,W)` float32 in [0,1], mask `(H,W)` uint8 classes
+    row,  # of a cohort of slices, as `open_cohort` makes it: Series or dict
+    root=None,  # folder that its paths start from; None: the present folder
+    window=(-1350.0, 150.0),  # HU that become 0 and 1; 8-bit greys stay as they are
+) -> tuple:  # image `(H,W)` float32 in [0,1], mask `(H,W)` uint8 classes
     "A slice and its classes, upright; raises `ReadError`, `CohortError`, `UnitsError`, `VoxelError` or `GeometryError`"
     scan = load_row(row, root)
     _grey(Path(scan.source))
-    if scan.shape[0]!=1:
-        raise GeometryError(scan.source, f'is a volume of {scan.shape[0]} slices, one slice is needed',
-                            'Give a cohort of slices; a trained network segments a volume by segment_scan.')
+    if scan.shape[0] != 1:
+        raise GeometryError(
+            scan.source,
+            f'is a volume of {scan.shape[0]} slices, one slice is needed',
+            'Give a cohort of slices; a trained network segments a volume by segment_scan.',
+        )
     mask = load_mask(row, 'infection_mask', root, scan)
     return _to_unit(scan.voxels[0], scan.units, window), lesion_classes(mask[0])
 
+
 def _check_pair(
-    image:np.ndarray, # `(H,W)`
-    mask:np.ndarray, # `(H,W)`
-    source='slice', # what to name in the error
-)->None:
+    image: np.ndarray,  # `(H,W)`
+    mask: np.ndarray,  # `(H,W)`
+    source='slice',  # what to name in the error
+) -> None:
     "Raise `GeometryError` unless a picture and its mask are of one size"
-    if np.shape(image)!=np.shape(mask) or np.ndim(image)!=2:
-        raise GeometryError(source, f'is {np.shape(mask)}, its picture {np.shape(image)}', 'Resize neither: find the mask that was drawn on this picture.')
+    if np.shape(image) != np.shape(mask) or np.ndim(image) != 2:
+        raise GeometryError(
+            source,
+            f'is {np.shape(mask)}, its picture {np.shape(image)}',
+            'Resize neither: find the mask that was drawn on this picture.',
+        )
 
 # %% ../../nbs/06_batches/03_slices.ipynb #038fed13
 def _neighbour_dissimilarity(
-    voxels:np.ndarray, # `(D,H,W)`, at least 4 slices
-)->float: # @eq-strangers: small for a volume, near 1 for a stack of unrelated slices
+    voxels: np.ndarray,  # `(D,H,W)`, at least 4 slices
+) -> float:  # @eq-strangers: small for a volume, near 1 for a stack of unrelated slices
     "How unlike neighbouring slices are, relative to slices half the volume apart"
-    v = np.asarray(voxels)[:,::2,::2].astype('f4'); far = np.abs(np.roll(v, len(v)//2, 0)-v).mean()
-    return float(np.abs(np.diff(v, axis=0)).mean()/far) if far>0 else 0.
+    v = np.asarray(voxels)[:, ::2, ::2].astype('f4')
+    far = np.abs(np.roll(v, len(v) // 2, 0) - v).mean()
+    return float(np.abs(np.diff(v, axis=0)).mean() / far) if far > 0 else 0.0
+
 
 def _require_volume(
-    scan:Scan, # to be used slice by slice or whole
-    limit:float=.8, # largest @eq-strangers of a volume
-)->Scan: # the same scan
+    scan: Scan,  # to be used slice by slice or whole
+    limit: float = 0.8,  # largest @eq-strangers of a volume
+) -> Scan:  # the same scan
     "Raise `GeometryError` for a stack of unrelated slices that calls itself a scan"
-    g = _neighbour_dissimilarity(scan.voxels) if scan.shape[0]>=4 else 0
-    if g>limit: raise GeometryError(scan.source or scan.scan_id or 'scan', f'neighbouring slices are as unlike as strangers ({g:.2f})', 'Its third axis is no anatomy: use the slices one by one.')
+    g = _neighbour_dissimilarity(scan.voxels) if scan.shape[0] >= 4 else 0
+    if g > limit:
+        raise GeometryError(
+            scan.source or scan.scan_id or 'scan',
+            f'neighbouring slices are as unlike as strangers ({g:.2f})',
+            'Its third axis is no anatomy: use the slices one by one.',
+        )
     return scan
 
 # %% ../../nbs/06_batches/03_slices.ipynb #19f67f51
 def _body_box(
-    image:np.ndarray, # `(H,W)` in [0,1]
-    mask:np.ndarray=None, # `(H,W)` classes, which stay inside
-    level:float=.01, # brighter than this is not frame
-)->tuple: # two `slice`, rows and columns; the whole picture where nothing is brighter
+    image: np.ndarray,  # `(H,W)` in [0,1]
+    mask: np.ndarray = None,  # `(H,W)` classes, which stay inside
+    level: float = 0.01,  # brighter than this is not frame
+) -> tuple:  # two `slice`, rows and columns; the whole picture where nothing is brighter
     "Box around all that is not black or has a label; small white pieces are lettering and do not count"
-    pieces,n = ndi.label(np.asarray(image)>level, np.ones((3,3)))
-    area,white = np.bincount(pieces.ravel(), minlength=n+1)[1:], ndi.maximum(image, pieces, range(1, n+1))
-    keep = np.r_[False, (area>=area.max(initial=0)/100)|(np.asarray(white)<.8)][pieces]
-    if mask is not None: keep = keep|(np.asarray(mask)>0)
-    return tuple(slice(int(a.argmax()), len(a)-int(a[::-1].argmax())) if a.any() else slice(0, len(a)) for a in (keep.any(1), keep.any(0)))
+    pieces, n = ndi.label(np.asarray(image) > level, np.ones((3, 3)))
+    area, white = (
+        np.bincount(pieces.ravel(), minlength=n + 1)[1:],
+        ndi.maximum(image, pieces, range(1, n + 1)),
+    )
+    keep = np.r_[False, (area >= area.max(initial=0) / 100) | (np.asarray(white) < 0.8)][pieces]
+    if mask is not None:
+        keep = keep | (np.asarray(mask) > 0)
+    return tuple(
+        slice(int(a.argmax()), len(a) - int(a[::-1].argmax())) if a.any() else slice(0, len(a))
+        for a in (keep.any(1), keep.any(0))
+    )
+
 
 def fit_slice(
-    image:np.ndarray, # `(H,W)` in [0,1]
-    mask:np.ndarray=None, # `(H,W)` classes
-    size:int=369, # pixels of a side
-    crop:bool=True, # cut the black frame off
-)->tuple: # image `(size,size)` float32, mask `(size,size)` int64 or None
+    image: np.ndarray,  # `(H,W)` in [0,1]
+    mask: np.ndarray = None,  # `(H,W)` classes
+    size: int = 369,  # pixels of a side
+    crop: bool = True,  # cut the black frame off
+) -> tuple:  # image `(size,size)` float32, mask `(size,size)` int64 or None
     "Crop the frame, pad to a square, scale; the mask by nearest pixel; raises `GeometryError` for two sizes"
-    if mask is not None: _check_pair(image, mask)
-    rows,cols = _body_box(image, mask) if crop else (slice(None), slice(None))
+    if mask is not None:
+        _check_pair(image, mask)
+    rows, cols = _body_box(image, mask) if crop else (slice(None), slice(None))
+
     def fit(v, mode, **kw):
-        v = torch.as_tensor(np.ascontiguousarray(v[rows,cols])).float(); h,w = v.shape; s = max(h,w)
-        v = F.pad(v, ((s-w)//2, s-w-(s-w)//2, (s-h)//2, s-h-(s-h)//2))
-        return v if s==size else F.interpolate(v[None,None], (size,size), mode=mode, **kw)[0,0]
-    picture = fit(image, 'bilinear', antialias=True, align_corners=False).clamp(0,1)
+        v = torch.as_tensor(np.ascontiguousarray(v[rows, cols])).float()
+        h, w = v.shape
+        s = max(h, w)
+        v = F.pad(v, ((s - w) // 2, s - w - (s - w) // 2, (s - h) // 2, s - h - (s - h) // 2))
+        return v if s == size else F.interpolate(v[None, None], (size, size), mode=mode, **kw)[0, 0]
+
+    picture = fit(image, 'bilinear', antialias=True, align_corners=False).clamp(0, 1)
     return picture, None if mask is None else fit(mask, 'nearest-exact').long()
 
 # %% ../../nbs/06_batches/03_slices.ipynb #cf38c9fc
 class SliceDataset(Dataset):
     "Slices and classes at one size, in memory; raises what `read_pair` raises"
-    def __init__(self,
-                 slices, # cohort of slices, or dicts with `image` in HU and `mask`
-                 size:int=369, # pixels of a side
-                 crop:bool=True, # cut the black frame off
-                 window=(-1350.,150.), # HU that become 0 and 1
-                 root=None, # folder that paths start from; None: the cohort's own
-                ):
-        table = isinstance(slices, pd.DataFrame); rows = slices.to_dict('records') if table else list(slices)
-        if not rows: raise CohortError('slices', 'has no rows', 'Check the filter that made it.')
-        name = lambda r: str(r['slice_id'] if 'slice_id' in r else r['scan_id'])
-        if table and root is None: root = slices.attrs.get('root')
-        load = lambda r: read_pair(r, root, window) if 'path' in r else (_to_unit(r['image'], window=window), recode(r['mask'], _AS_IS, name(r)))
+
+    def __init__(
+        self,
+        slices,  # cohort of slices, or dicts with `image` in HU and `mask`
+        size: int = 369,  # pixels of a side
+        crop: bool = True,  # cut the black frame off
+        window=(-1350.0, 150.0),  # HU that become 0 and 1
+        root=None,  # folder that paths start from; None: the cohort's own
+    ):
+        table = isinstance(slices, pd.DataFrame)
+        rows = slices.to_dict('records') if table else list(slices)
+        if not rows:
+            raise CohortError('slices', 'has no rows', 'Check the filter that made it.')
+
+        def name(r):
+            return str(r['slice_id'] if 'slice_id' in r else r['scan_id'])
+
+        if table and root is None:
+            root = slices.attrs.get('root')
+
+        def load(r):
+            return (
+                read_pair(r, root, window)
+                if 'path' in r
+                else (_to_unit(r['image'], window=window), recode(r['mask'], _AS_IS, name(r)))
+            )
+
         pairs = [fit_slice(*load(r), size, crop) for r in rows]
-        self.image,self.mask = torch.stack([i for i,_ in pairs])[:,None],torch.stack([m for _,m in pairs])
+        self.image, self.mask = (
+            torch.stack([i for i, _ in pairs])[:, None],
+            torch.stack([m for _, m in pairs]),
+        )
         self.slice_id, self.size = [name(r) for r in rows], size
         who = [r.get('patient_id', 'unknown') for r in rows]
         self.cohort = pd.DataFrame(dict(scan_id=self.slice_id, patient_id=who))
-        known = patient_known(self.cohort)                  # each slice of an unknown patient counts alone
-        self.patient_id = [str(p) if k else f'scan {s}' for p,k,s in zip(who, known, self.slice_id)]
+        known = patient_known(self.cohort)  # each slice of an unknown patient counts alone
+        self.patient_id = [
+            str(p) if k else f'scan {s}' for p, k, s in zip(who, known, self.slice_id, strict=False)
+        ]
 
-    def __len__(self)->int: return len(self.image)
-    def __getitem__(self, i:int)->dict: # `image (1,H,W)`, `mask (H,W)`, `scan_id`, `patient_id`
-        return dict(image=self.image[i], mask=self.mask[i], scan_id=self.slice_id[i], patient_id=self.patient_id[i])
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, i: int) -> dict:  # `image (1,H,W)`, `mask (H,W)`, `scan_id`, `patient_id`
+        return dict(
+            image=self.image[i],
+            mask=self.mask[i],
+            scan_id=self.slice_id[i],
+            patient_id=self.patient_id[i],
+        )
 
 # %% ../../nbs/06_batches/03_slices.ipynb #28ad21ea
 class SliceBatches:
     "Batches of a `SliceDataset`, shuffled and moved anew each epoch"
-    def __init__(self,
-                 data:SliceDataset, # or a `Subset` of one
-                 batch_size:int=8, # slices in a batch
-                 augment:str='none', # key of `AUGMENTS`
-                 shuffle:bool=True, # another order each epoch
-                 seed:int=0, # of order and views
-                ):
-        if augment not in AUGMENTS: raise DataError('SliceBatches', f'unknown augment {augment!r}', f'Use one of {", ".join(AUGMENTS)}.')
-        self.data,self.batch_size,self.augment,self.shuffle,self.seed,self.epoch = data,batch_size,AUGMENTS[augment],shuffle,seed,0
 
-    def set_epoch(self, epoch:int)->None: self.epoch = epoch
-    def __len__(self)->int: return -(-len(self.data)//self.batch_size)
+    def __init__(
+        self,
+        data: SliceDataset,  # or a `Subset` of one
+        batch_size: int = 8,  # slices in a batch
+        augment: str = 'none',  # key of `AUGMENTS`
+        shuffle: bool = True,  # another order each epoch
+        seed: int = 0,  # of order and views
+    ):
+        if augment not in AUGMENTS:
+            raise DataError(
+                'SliceBatches', f'unknown augment {augment!r}', f'Use one of {", ".join(AUGMENTS)}.'
+            )
+        self.data, self.batch_size, self.augment, self.shuffle, self.seed, self.epoch = (
+            data,
+            batch_size,
+            AUGMENTS[augment],
+            shuffle,
+            seed,
+            0,
+        )
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.data) // self.batch_size)
 
     def __iter__(self):
         g = seeded_generator(self.seed, 'slices', self.epoch)
-        order = torch.randperm(len(self.data), generator=g) if self.shuffle else torch.arange(len(self.data))
+        order = (
+            torch.randperm(len(self.data), generator=g)
+            if self.shuffle
+            else torch.arange(len(self.data))
+        )
         for rows in order.split(self.batch_size):
             b = default_collate([self.data[int(i)] for i in rows])
-            image,mask = apply_view(b['image'], draw_view(self.augment, len(rows), g), b['mask'][:,None])
-            yield b | dict(image=image, mask=mask[:,0])
+            image, mask = apply_view(
+                b['image'], draw_view(self.augment, len(rows), g), b['mask'][:, None]
+            )
+            yield b | dict(image=image, mask=mask[:, 0])
 
 # %% ../../nbs/06_batches/03_slices.ipynb #358ebd4f
 def augmented_six(
-    image:torch.Tensor, # `(B,1,H,W)`, H = W
-    mask:torch.Tensor, # `(B,H,W)` classes
-)->tuple: # `(6B,1,H,W)` and `(6B,H,W)`: as it is, three turns, scales 0.5 and 1.5; view by view
+    image: torch.Tensor,  # `(B,1,H,W)`, H = W
+    mask: torch.Tensor,  # `(B,H,W)` classes
+) -> tuple:  # `(6B,1,H,W)` and `(6B,H,W)`: as it is, three turns, scales 0.5 and 1.5; view by view
     "The paper's augmentation (Chen et al. 2020, III-B)"
-    turns,zoom = torch.tensor(SIX_VIEWS).T.repeat_interleave(len(image), 1)
-    out = apply_view(dict(image=image.repeat(6,1,1,1), mask=mask.repeat(6,1,1)), identity_view(6*len(image), turns=turns, zoom=zoom))
+    turns, zoom = torch.tensor(SIX_VIEWS).T.repeat_interleave(len(image), 1)
+    out = apply_view(
+        dict(image=image.repeat(6, 1, 1, 1), mask=mask.repeat(6, 1, 1)),
+        identity_view(6 * len(image), turns=turns, zoom=zoom),
+    )
     return out['image'], out['mask']
 
 # %% ../../nbs/06_batches/03_slices.ipynb #7a5a3d04
 @torch.no_grad()
 def segment_scan(
-    model:torch.nn.Module, # gives logits `(B,K,H,W)` for `(B,1,H,W)`; its mode is restored
-    scan:Scan, # in HU
-    size:int=369, # pixels of a side in the network
-    crop:str='none', # 'none', or 'lungs' to look only there
-    window=(-1350.,150.), # HU that become 0 and 1
-    lungs=None, # for `crop='lungs'`: bool mask, or a function of the scan
-    batch:int=4, # slices at a time
-)->np.ndarray: # classes uint8 on the grid of the scan; 0 outside the crop
+    model: torch.nn.Module,  # gives logits `(B,K,H,W)` for `(B,1,H,W)`; its mode is restored
+    scan: Scan,  # in HU
+    size: int = 369,  # pixels of a side in the network
+    crop: str = 'none',  # 'none', or 'lungs' to look only there
+    window=(-1350.0, 150.0),  # HU that become 0 and 1
+    lungs=None,  # for `crop='lungs'`: bool mask, or a function of the scan
+    batch: int = 4,  # slices at a time
+) -> np.ndarray:  # classes uint8 on the grid of the scan; 0 outside the crop
     "Segment a scan with a network for slices; raises `UnitsError`, or `GeometryError` for a stack that is no volume"
-    q = prepare(_require_volume(scan.require('HU')), Prep((scan.shape[0],size,size), crop=crop, window=tuple(window)), lungs)
+    q = prepare(
+        _require_volume(scan.require('HU')),
+        Prep((scan.shape[0], size, size), crop=crop, window=tuple(window)),
+        lungs,
+    )
     at = next((p.device for p in model.parameters()), torch.device('cpu'))
-    views = torch.from_numpy(q.voxels.copy())[:,None].split(batch)
+    views = torch.from_numpy(q.voxels.copy())[:, None].split(batch)
     with evaluating(model):
         prob = torch.cat([model(x.to(at)).float().softmax(1).cpu() for x in views], 0)
-    back = np.stack([q.back(p) for p in prob.movedim(1,0)[1:].numpy()])           # background is what is left
-    return np.where(1-back.sum(0)>=back.max(0), 0, 1+back.argmax(0)).astype('u1')
+    back = np.stack(
+        [q.back(p) for p in prob.movedim(1, 0)[1:].numpy()]
+    )  # background is what is left
+    return np.where(1 - back.sum(0) >= back.max(0), 0, 1 + back.argmax(0)).astype('u1')
 
 # %% ../../nbs/06_batches/03_slices.ipynb #7dbac86b
 def class_volumes_ml(
-    classes:np.ndarray, # on the grid of the scan
-    scan:Scan, # with known geometry
-)->pd.Series: # ml of each lesion class
+    classes: np.ndarray,  # on the grid of the scan
+    scan: Scan,  # with known geometry
+) -> pd.Series:  # ml of each lesion class
     "Volume of each class; raises `GeometryError` where the spacing is unknown"
-    if not scan.geometry_known: raise GeometryError(scan.source or 'scan', 'has no known spacing', 'Volumes need millimetres: read the original files.')
+    if not scan.geometry_known:
+        raise GeometryError(
+            scan.source or 'scan',
+            'has no known spacing',
+            'Volumes need millimetres: read the original files.',
+        )
     n = np.bincount(np.asarray(classes).ravel(), minlength=len(SLICE_CLASSES))
-    return pd.Series({c: n[k]*scan.grid.voxel_ml for k,c in enumerate(SLICE_CLASSES) if k})
+    return pd.Series({c: n[k] * scan.grid.voxel_ml for k, c in enumerate(SLICE_CLASSES) if k})

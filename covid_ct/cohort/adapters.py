@@ -9,299 +9,623 @@ __all__ = ['ADAPTERS', 'restore_hu', 'open_cohort']
 import re
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pandas as pd
-from ..scan import CohortError, GeometryError, Scan
-from ..io.archive import scans_in
-from .table import LABEL_OF, check_cohort, cohort_from_folder, read_cohort
-from ..io.volume import IO_OF_ENDING, volume_header
-from ..io.read import PICTURE_ENDINGS, file_ending, natural_key, file_stem, orientation
+
+import numpy as np
+import pandas as pd
+
 from .datasets import DATASETS, DatasetFacts
+from .table import LABEL_OF, check_cohort, cohort_from_folder, read_cohort
+from ..io.archive import scans_in
+from ..io.read import PICTURE_ENDINGS, file_ending, file_stem, natural_key, orientation
+from ..io.volume import IO_OF_ENDING, volume_header
+from ..scan import CohortError, GeometryError, Scan
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #5f3ee0d6
-_TABLES = dict(unzip_filenames='zip_file label patient_id scan_id n_slice',
-               CT_cleaned_v2='cls pid scan_id is_seg is_repeat repeat_ids re_order',
-               release_split_train_val='patient_id scan_id label', release_predictions='patient_id scan_id label')
-_KEY = ['label','patient_id','scan_id']
+_TABLES = dict(
+    unzip_filenames='zip_file label patient_id scan_id n_slice',
+    CT_cleaned_v2='cls pid scan_id is_seg is_repeat repeat_ids re_order',
+    release_split_train_val='patient_id scan_id label',
+    release_predictions='patient_id scan_id label',
+)
+_KEY = ['label', 'patient_id', 'scan_id']
 
-def _table(folder, name)->pd.DataFrame:
+
+def _table(folder, name) -> pd.DataFrame:
     "One table of CC-CCII as text, columns and classes named as in the house; None where it is missing"
-    csv = Path(folder)/f'{name}.csv'
-    if not csv.is_file(): return None
-    try: df = pd.read_csv(csv, dtype=str)
-    except Exception as e: raise CohortError(csv, f'is no CSV table ({type(e).__name__})', 'Copy it again.') from e
+    csv = Path(folder) / f'{name}.csv'
+    if not csv.is_file():
+        return None
+    try:
+        df = pd.read_csv(csv, dtype=str)
+    except Exception as e:
+        raise CohortError(csv, f'is no CSV table ({type(e).__name__})', 'Copy it again.') from e
     lacking = [c for c in _TABLES[name].split() if c not in df]
-    if lacking: raise CohortError(csv, f'has no column {", ".join(lacking)}', f'The table has {_TABLES[name]}.')
-    df = df.rename(columns=dict(cls='label', pid='patient_id')); odd = df[~df.label.isin(_CLASSES)]
-    if len(odd): raise CohortError(f'{csv} row {odd.index[0]}', f'names the class {odd.label.iloc[0]!r}', f'Classes are {", ".join(_CLASSES)}.')
+    if lacking:
+        raise CohortError(
+            csv, f'has no column {", ".join(lacking)}', f'The table has {_TABLES[name]}.'
+        )
+    df = df.rename(columns=dict(cls='label', pid='patient_id'))
+    odd = df[~df.label.isin(_CLASSES)]
+    if len(odd):
+        raise CohortError(
+            f'{csv} row {odd.index[0]}',
+            f'names the class {odd.label.iloc[0]!r}',
+            f'Classes are {", ".join(_CLASSES)}.',
+        )
     return df.assign(label=df.label.str.lower().map(LABEL_OF))
 
-_CLASSES = ('CP','NCP','Normal')
+
+_CLASSES = ('CP', 'NCP', 'Normal')
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #0ddc1b88
-def _flags(df, folder)->tuple:
+def _flags(df, folder) -> tuple:
     "Flags of the cleaning table beside each scan, and the flagged scans that `df` does not know"
     c = _table(folder, 'CT_cleaned_v2')
-    none = pd.array([pd.NA]*len(df), 'boolean')
-    if c is None: return df.assign(already_masked=none, repeats=none, repeat_ids=None, order=None),[]
+    none = pd.array([pd.NA] * len(df), 'boolean')
+    if c is None:
+        return df.assign(already_masked=none, repeats=none, repeat_ids=None, order=None), []
     c = c.drop_duplicates(_KEY).assign(order=c.re_order.fillna('as named'), flagged=True)
-    df = df.merge(c, on=_KEY, how='left'); known = df.flagged.notna()
-    for new,old in dict(already_masked='is_seg', repeats='is_repeat').items(): df[new] = (df[old]=='1').where(known).astype('boolean')
+    df = df.merge(c, on=_KEY, how='left')
+    known = df.flagged.notna()
+    for new, old in dict(already_masked='is_seg', repeats='is_repeat').items():
+        df[new] = (df[old] == '1').where(known).astype('boolean')
     lost = c.merge(df[_KEY], on=_KEY, how='left', indicator='side').query("side=='left_only'")
-    return df.drop(columns=['is_seg','is_repeat','re_order','flagged']),list(lost.scan_id)
+    return df.drop(columns=['is_seg', 'is_repeat', 're_order', 'flagged']), list(lost.scan_id)
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #0d8f2786
-def _cc_ccii_tables(folder, # holds `unzip_filenames.csv`; the cleaning flags and the release's split where they are there
-                  )->pd.DataFrame: # cohort without paths: `n_slice zip_file already_masked repeats repeat_ids order release_split`
+def _cc_ccii_tables(
+    folder,  # holds `unzip_filenames.csv`; the cleaning flags and the release's split where they are there
+) -> (
+    pd.DataFrame
+):  # cohort without paths: `n_slice zip_file already_masked repeats repeat_ids order release_split`
     "All scans of CC-CCII as its tables describe them, no pixel needed; raises `CohortError` for tables that are missing or damaged"
     df = _table(folder, 'unzip_filenames')
-    if df is None: raise CohortError(folder, 'has no unzip_filenames.csv', f'It comes with the set: {_TABLES["unzip_filenames"]}.')
+    if df is None:
+        raise CohortError(
+            folder,
+            'has no unzip_filenames.csv',
+            f'It comes with the set: {_TABLES["unzip_filenames"]}.',
+        )
     n = pd.to_numeric(df.n_slice, errors='coerce')
     if n.isna().any():
         i = n.index[n.isna()][0]
-        raise CohortError(f'{folder} row {i}', f'n_slice {df.n_slice[i]!r} is no number', 'Copy unzip_filenames.csv again.')
-    df,lost = _flags(df.assign(n_slice=n.astype(int)), folder); df['release_split'] = ''
-    for name,part in dict(release_split_train_val='train_val', release_predictions='test').items():
+        raise CohortError(
+            f'{folder} row {i}',
+            f'n_slice {df.n_slice[i]!r} is no number',
+            'Copy unzip_filenames.csv again.',
+        )
+    df, lost = _flags(df.assign(n_slice=n.astype(int)), folder)
+    df['release_split'] = ''
+    for name, part in dict(release_split_train_val='train_val', release_predictions='test').items():
         t = _table(folder, name)
-        if t is not None: df.loc[df.scan_id.isin(t.scan_id),'release_split'] = part
-    df = check_cohort(df[['patient_id','scan_id','label',*(c for c in df if c not in _KEY)]], folder, pixels=False)
+        if t is not None:
+            df.loc[df.scan_id.isin(t.scan_id), 'release_split'] = part
+    df = check_cohort(
+        df[['patient_id', 'scan_id', 'label', *(c for c in df if c not in _KEY)]],
+        folder,
+        pixels=False,
+    )
     df.attrs['left_out'] = [f'CT_cleaned_v2.csv: scan {s}' for s in lost]
     return df
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #284fdefc
-def _count(names)->tuple:
+def _count(names) -> tuple:
     "Pictures and other files"
     picture = [file_ending(Path(n)) in PICTURE_ENDINGS for n in names]
-    return sum(picture),len(picture)-sum(picture)
+    return sum(picture), len(picture) - sum(picture)
 
-def _folders(path)->list: return sorted((p for p in path.iterdir() if p.is_dir()), key=natural_key) if path.is_dir() else []
 
-def _in_folders(root)->list:
+def _folders(path) -> list:
+    return (
+        sorted((p for p in path.iterdir() if p.is_dir()), key=natural_key) if path.is_dir() else []
+    )
+
+
+def _in_folders(root) -> list:
     "Scans that lie unpacked: class, patient, scan, path, folder inside a zip file, pictures, other files"
-    return [(c.name, p.name, s.name, s.relative_to(root).as_posix(), None, *_count(f.name for f in s.iterdir()))
-            for c in (root/k for k in _CLASSES) for p in _folders(c) for s in _folders(p)]
+    return [
+        (
+            c.name,
+            p.name,
+            s.name,
+            s.relative_to(root).as_posix(),
+            None,
+            *_count(f.name for f in s.iterdir()),
+        )
+        for c in (root / k for k in _CLASSES)
+        for p in _folders(c)
+        for s in _folders(p)
+    ]
 
-def _in_zips(root)->list:
+
+def _in_zips(root) -> list:
     "Scans that lie in zip files, the same"
     rows = []
     for z in sorted(root.glob('*-*.zip'), key=natural_key):
         cls = z.stem.split('-')[0]
-        for folder,names in scans_in(z).items() if cls in _CLASSES else ():
+        for folder, names in scans_in(z).items() if cls in _CLASSES else ():
             parts = folder.split('/')
-            if len(parts)<2 or (len(parts)>2 and parts[-3]!=cls):
-                raise CohortError(z, f'has files in {folder!r}', f'Expected {cls}/patient/scan/slice.')
+            if len(parts) < 2 or (len(parts) > 2 and parts[-3] != cls):
+                raise CohortError(
+                    z, f'has files in {folder!r}', f'Expected {cls}/patient/scan/slice.'
+                )
             rows.append((cls, *parts[-2:], z.name, folder, *_count(names)))
     return rows
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #7fe6eb06
-def _lesion_slices(csv, # `lesions_slices.csv`: one column `imgpath`
-                 )->pd.DataFrame: # `label patient_id scan_id slice`, one row a slice that shows a lesion
+def _lesion_slices(
+    csv,  # `lesions_slices.csv`: one column `imgpath`
+) -> pd.DataFrame:  # `label patient_id scan_id slice`, one row a slice that shows a lesion
     "Slices of CC-CCII with lesions; raises `CohortError` for a line that is no path of the set"
     lines = [x.strip() for x in Path(csv).read_text('utf-8').splitlines()[1:] if x.strip()]
-    for i,x in enumerate(lines,1):
-        if len(x.split('/'))<4 or x.split('/')[-4] not in _CLASSES:
-            raise CohortError(f'{csv} line {i}', f'{x!r} is not class/patient/scan/slice', 'Copy the table again.')
-    df = pd.DataFrame([x.split('/')[-4:] for x in lines], columns=[*_KEY,'slice'])
+    for i, x in enumerate(lines, 1):
+        if len(x.split('/')) < 4 or x.split('/')[-4] not in _CLASSES:
+            raise CohortError(
+                f'{csv} line {i}', f'{x!r} is not class/patient/scan/slice', 'Copy the table again.'
+            )
+    df = pd.DataFrame([x.split('/')[-4:] for x in lines], columns=[*_KEY, 'slice'])
     return df.assign(label=df.label.str.lower().map(LABEL_OF))
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #2d1df684
-def _read_cc_ccii(root, # zip files, folders of classes, or the tables alone
-                )->pd.DataFrame: # one row a scan; without pixels where there are only tables
+def _read_cc_ccii(
+    root,  # zip files, folders of classes, or the tables alone
+) -> pd.DataFrame:  # one row a scan; without pixels where there are only tables
     "Cohort of CC-CCII; raises `CohortError` or `ReadError`"
-    root = Path(root).resolve(); rows = _in_folders(root); there = {r[:3] for r in rows}
+    root = Path(root).resolve()
+    rows = _in_folders(root)
+    there = {r[:3] for r in rows}
     rows += [r for r in _in_zips(root) if r[:3] not in there]
-    disk = pd.DataFrame(rows, columns=[*_KEY,'path','inside','slices_found','others'])
-    listed = _cc_ccii_tables(root) if (root/'unzip_filenames.csv').is_file() else None
-    if not len(disk) and listed is not None: return listed
-    odd = [f'{r.path}: {r.others} files that are no pictures' if r.slices_found else f'{r.path}: no picture in it'
-           for r in disk.itertuples() if r.others or not r.slices_found]
-    disk = disk[disk.slices_found>0].drop(columns='others').assign(label=lambda d: d.label.str.lower().map(LABEL_OF))
+    disk = pd.DataFrame(rows, columns=[*_KEY, 'path', 'inside', 'slices_found', 'others'])
+    listed = _cc_ccii_tables(root) if (root / 'unzip_filenames.csv').is_file() else None
+    if not len(disk) and listed is not None:
+        return listed
+    odd = [
+        f'{r.path}: {r.others} files that are no pictures'
+        if r.slices_found
+        else f'{r.path}: no picture in it'
+        for r in disk.itertuples()
+        if r.others or not r.slices_found
+    ]
+    disk = (
+        disk[disk.slices_found > 0]
+        .drop(columns='others')
+        .assign(label=lambda d: d.label.str.lower().map(LABEL_OF))
+    )
     df = _flags(disk, root)[0] if listed is None else disk.merge(listed, on=_KEY, how='left')
     df = df.assign(units='uint8', geometry='unknown')
-    if (root/'lesions_slices.csv').is_file():
-        n = _lesion_slices(root/'lesions_slices.csv').groupby(_KEY).size().rename('lesion_slices').reset_index()
-        df = df.merge(n, on=_KEY, how='left').fillna(dict(lesion_slices=0)).astype(dict(lesion_slices=int))
-    df['n_slice'] = df.slices_found if listed is None else df.n_slice.fillna(df.slices_found).astype(int)
-    df = check_cohort(df[['patient_id','scan_id','label','path',*(c for c in df if c not in (*_KEY,'path'))]], root)
-    gone = [] if listed is None else [f'{r.zip_file}: scan {r.scan_id}' for r in listed[~listed.scan_id.isin(df.scan_id)].itertuples()]
+    if (root / 'lesions_slices.csv').is_file():
+        n = (
+            _lesion_slices(root / 'lesions_slices.csv')
+            .groupby(_KEY)
+            .size()
+            .rename('lesion_slices')
+            .reset_index()
+        )
+        df = (
+            df.merge(n, on=_KEY, how='left')
+            .fillna(dict(lesion_slices=0))
+            .astype(dict(lesion_slices=int))
+        )
+    df['n_slice'] = (
+        df.slices_found if listed is None else df.n_slice.fillna(df.slices_found).astype(int)
+    )
+    df = check_cohort(
+        df[
+            ['patient_id', 'scan_id', 'label', 'path', *(c for c in df if c not in (*_KEY, 'path'))]
+        ],
+        root,
+    )
+    gone = (
+        []
+        if listed is None
+        else [
+            f'{r.zip_file}: scan {r.scan_id}'
+            for r in listed[~listed.scan_id.isin(df.scan_id)].itertuples()
+        ]
+    )
     df.attrs['left_out'] = [*odd, *gone, *([] if listed is None else listed.attrs['left_out'])]
     return df
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #100c12ee
-def _pictures(folder)->dict:
+def _pictures(folder) -> dict:
     "Pictures below a folder by their path without ending, in natural order"
-    files = (f for f in sorted(Path(folder).rglob('*'), key=natural_key) if file_ending(f) in PICTURE_ENDINGS and not f.name.startswith('.'))
-    return {f.relative_to(folder).with_suffix('').as_posix():f for f in files}
+    files = (
+        f
+        for f in sorted(Path(folder).rglob('*'), key=natural_key)
+        if file_ending(f) in PICTURE_ENDINGS and not f.name.startswith('.')
+    )
+    return {f.relative_to(folder).with_suffix('').as_posix(): f for f in files}
 
-def _cohort(rows, root, left=())->pd.DataFrame:
-    if not rows: raise CohortError(root, 'has the folders of a set and no scan in them', 'Is the download complete?')
-    df = check_cohort(pd.DataFrame(rows), root); df.attrs['left_out'] = [Path(f).relative_to(root).as_posix() for f in left]
+
+def _cohort(rows, root, left=()) -> pd.DataFrame:
+    if not rows:
+        raise CohortError(
+            root, 'has the folders of a set and no scan in them', 'Is the download complete?'
+        )
+    df = check_cohort(pd.DataFrame(rows), root)
+    df.attrs['left_out'] = [Path(f).relative_to(root).as_posix() for f in left]
     return df
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #9dc0aa6f
 _SLICE = dict(units='uint8', geometry='unknown', slice=0)
 
-def _read_cc_ccii_lesions(root, # folder with `ct_lesion_seg`, or that folder
-                       )->pd.DataFrame: # one row a slice
-    "Cohort of the lesion slices of CC-CCII"
-    root = Path(root).resolve(); home = root/'ct_lesion_seg' if (root/'ct_lesion_seg').is_dir() else root
-    im,mask = (_pictures(home/k) for k in ('image','mask')); both = [k for k in im if k in mask]
-    rows = [dict(patient_id=k.split('/')[0], scan_id=k.replace('/','-'), label='covid', path=im[k], lung_mask=mask[k],
-                 infection_mask=mask[k], codes='cc_ccii_lesions', **_SLICE) for k in both]
-    return _cohort(rows, root, [f for d in (im,mask) for k,f in d.items() if k not in both])
 
-def _read_medseg100_png(root, # folder with `im` and `mask`
-                     )->pd.DataFrame: # one row a slice
+def _read_cc_ccii_lesions(
+    root,  # folder with `ct_lesion_seg`, or that folder
+) -> pd.DataFrame:  # one row a slice
+    "Cohort of the lesion slices of CC-CCII"
+    root = Path(root).resolve()
+    home = root / 'ct_lesion_seg' if (root / 'ct_lesion_seg').is_dir() else root
+    im, mask = (_pictures(home / k) for k in ('image', 'mask'))
+    both = [k for k in im if k in mask]
+    rows = [
+        dict(
+            patient_id=k.split('/')[0],
+            scan_id=k.replace('/', '-'),
+            label='covid',
+            path=im[k],
+            lung_mask=mask[k],
+            infection_mask=mask[k],
+            codes='cc_ccii_lesions',
+            **_SLICE,
+        )
+        for k in both
+    ]
+    return _cohort(rows, root, [f for d in (im, mask) for k, f in d.items() if k not in both])
+
+
+def _read_medseg100_png(
+    root,  # folder with `im` and `mask`
+) -> pd.DataFrame:  # one row a slice
     "Cohort of the PNG pairs of MedSeg, which lie on their side"
     root = Path(root).resolve()
-    im,masks = ({re.sub(r'\D','',k):f for k,f in _pictures(root/p).items()} for p in ('im/256','mask/multi/256'))
-    rows = [dict(patient_id='unknown', scan_id=n, label='covid', path=f, infection_mask=masks.get(n), axes='PLS',
-                 codes='medseg_png', **_SLICE) for n,f in im.items()]
-    return _cohort(rows, root, [f for n,f in masks.items() if n not in im])
+    im, masks = (
+        {re.sub(r'\D', '', k): f for k, f in _pictures(root / p).items()}
+        for p in ('im/256', 'mask/multi/256')
+    )
+    rows = [
+        dict(
+            patient_id='unknown',
+            scan_id=n,
+            label='covid',
+            path=f,
+            infection_mask=masks.get(n),
+            axes='PLS',
+            codes='medseg_png',
+            **_SLICE,
+        )
+        for n, f in im.items()
+    ]
+    return _cohort(rows, root, [f for n, f in masks.items() if n not in im])
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #26e28b07
-def _read_sars_cov_2(root, # folder with `COVID` and `non-COVID`
-                  )->pd.DataFrame: # one row a slice
+def _read_sars_cov_2(
+    root,  # folder with `COVID` and `non-COVID`
+) -> pd.DataFrame:  # one row a slice
     "Cohort of the SARS-CoV-2 CT-scan slices"
     root = Path(root).resolve()
-    return _cohort([dict(patient_id='unknown', scan_id=k, label=label, path=f, **_SLICE)
-                    for c,label in (('COVID','covid'),('non-COVID','other')) for k,f in _pictures(root/c).items()], root)
+    return _cohort(
+        [
+            dict(patient_id='unknown', scan_id=k, label=label, path=f, **_SLICE)
+            for c, label in (('COVID', 'covid'), ('non-COVID', 'other'))
+            for k, f in _pictures(root / c).items()
+        ],
+        root,
+    )
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #fa8a04d0
-def _header(path)->tuple:
+def _header(path) -> tuple:
     "Shape `(D,H,W)` and axes of a volume file, no voxel read"
-    _,grid = volume_header(path)
-    return grid.shape,orientation(grid)
+    _, grid = volume_header(path)
+    return grid.shape, orientation(grid)
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #08e2d662
-def _read_medseg100(root, # folder with `tr_im` and `tr_mask`
-                 )->pd.DataFrame: # one row a slice
+def _read_medseg100(
+    root,  # folder with `tr_im` and `tr_mask`
+) -> pd.DataFrame:  # one row a slice
     "Cohort of the slices of MedSeg 100, kept as a stack; raises `GeometryError` where masks do not fit it"
-    root,rows = Path(root).resolve(),[]; files = {file_stem(f):f for f in root.iterdir() if file_ending(f) in IO_OF_ENDING}
-    for part,image,masks in (('tr','tr_im',dict(infection_mask='tr_mask', lung_mask='tr_lungmasks_updated')),('val','val_im',{})):
-        if image not in files: continue
-        size,_ = _header(files[image]); masks = {c:files[m] for c,m in masks.items() if m in files}
+    root, rows = Path(root).resolve(), []
+    files = {file_stem(f): f for f in root.iterdir() if file_ending(f) in IO_OF_ENDING}
+    for part, image, masks in (
+        ('tr', 'tr_im', dict(infection_mask='tr_mask', lung_mask='tr_lungmasks_updated')),
+        ('val', 'val_im', {}),
+    ):
+        if image not in files:
+            continue
+        size, _ = _header(files[image])
+        masks = {c: files[m] for c, m in masks.items() if m in files}
         for f in masks.values():
-            if (got := _header(f)[0])!=size: raise GeometryError(f, f'has shape {got}, {files[image].name} has {size}', 'Get both files again.')
-        rows += [dict(patient_id='unknown', scan_id=f'{part}-{k+1:03d}', label='covid', path=files[image], slice=k, axes='LPS',
-                      geometry='unknown', codes='medseg', **masks) for k in range(size[0])]
+            if (got := _header(f)[0]) != size:
+                raise GeometryError(
+                    f, f'has shape {got}, {files[image].name} has {size}', 'Get both files again.'
+                )
+        rows += [
+            dict(
+                patient_id='unknown',
+                scan_id=f'{part}-{k + 1:03d}',
+                label='covid',
+                path=files[image],
+                slice=k,
+                axes='LPS',
+                geometry='unknown',
+                codes='medseg',
+                **masks,
+            )
+            for k in range(size[0])
+        ]
     return _cohort(rows, root)
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #61cdc738
-def _volumes(folder)->dict:
+def _volumes(folder) -> dict:
     "Volume files below a folder by stem, in natural order"
-    return {file_stem(f):f for f in sorted(Path(folder).rglob('*'), key=natural_key) if file_ending(f) in IO_OF_ENDING and not f.name.startswith('.')}
+    return {
+        file_stem(f): f
+        for f in sorted(Path(folder).rglob('*'), key=natural_key)
+        if file_ending(f) in IO_OF_ENDING and not f.name.startswith('.')
+    }
 
-def _read_mosmed(root, # folder with `studies` and `masks`
-              )->pd.DataFrame: # one row a scan
+
+def _read_mosmed(
+    root,  # folder with `studies` and `masks`
+) -> pd.DataFrame:  # one row a scan
     "Cohort of MosMedData; the label is the grade that a reader gave"
-    root,rows = Path(root).resolve(),[]; masks = {k.removesuffix('_mask'):f for k,f in _volumes(root/'masks').items()}
-    for g in _folders(root/'studies'):
-        if not re.fullmatch('CT-[0-4]', g.name): raise CohortError(g, f'no grade is called {g.name!r}', 'Grades are CT-0 … CT-4.')
-        rows += [dict(patient_id=k, scan_id=k, label='covid' if g.name!='CT-0' else 'healthy', path=f, infection_mask=masks.pop(k,None),
-                      severity=int(g.name[-1]), units='HU', codes='mosmed') for k,f in _volumes(g).items()]
+    root, rows = Path(root).resolve(), []
+    masks = {k.removesuffix('_mask'): f for k, f in _volumes(root / 'masks').items()}
+    for g in _folders(root / 'studies'):
+        if not re.fullmatch('CT-[0-4]', g.name):
+            raise CohortError(g, f'no grade is called {g.name!r}', 'Grades are CT-0 … CT-4.')
+        rows += [
+            dict(
+                patient_id=k,
+                scan_id=k,
+                label='covid' if g.name != 'CT-0' else 'healthy',
+                path=f,
+                infection_mask=masks.pop(k, None),
+                severity=int(g.name[-1]),
+                units='HU',
+                codes='mosmed',
+            )
+            for k, f in _volumes(g).items()
+        ]
     return _cohort(rows, root, masks.values())
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #0cf53501
-def _read_ct_seg(root, # folder with the scans and the folders of masks
-              )->pd.DataFrame: # one row a scan
+def _read_ct_seg(
+    root,  # folder with the scans and the folders of masks
+) -> pd.DataFrame:  # one row a scan
     "Cohort of COVID-19-CT-Seg: scale from the name, axes from the header"
-    root,rows = Path(root).resolve(),[]
-    lung,ill,both = (_volumes(root/f) for f in ('Lung_Mask','Infection_Mask','Lung_and_Infection_Mask')); left = [f for d in (lung,ill,both) for f in d.values()]
-    for k,f in _volumes(root/'COVID-19-CT-Seg_20cases').items():
+    root, rows = Path(root).resolve(), []
+    lung, ill, both = (
+        _volumes(root / f) for f in ('Lung_Mask', 'Infection_Mask', 'Lung_and_Infection_Mask')
+    )
+    left = [f for d in (lung, ill, both) for f in d.values()]
+    for k, f in _volumes(root / 'COVID-19-CT-Seg_20cases').items():
         m = re.match(r'(coronacases|radiopaedia)_\d+', k)
-        if not m: left.append(f); continue
-        one = k in both and not (k in lung and k in ill); hu = m[1]=='coronacases'; left = [x for x in left if file_stem(x)!=k]
-        masks = dict(lung_mask=both[k], infection_mask=both[k]) if one else dict(lung_mask=lung.get(k), infection_mask=ill.get(k))
-        scale = dict(units='HU', window_low=np.nan, window_high=np.nan) if hu else dict(units='uint8', window_low=-1250, window_high=250)
-        rows.append(dict(patient_id=m[0], scan_id=k, label='covid', path=f, **masks, **scale, stored_as=_header(f)[1],
-                         centre=m[1], codes='ct_seg_combined' if one else 'ct_seg'))
+        if not m:
+            left.append(f)
+            continue
+        one = k in both and not (k in lung and k in ill)
+        hu = m[1] == 'coronacases'
+        left = [x for x in left if file_stem(x) != k]
+        masks = (
+            dict(lung_mask=both[k], infection_mask=both[k])
+            if one
+            else dict(lung_mask=lung.get(k), infection_mask=ill.get(k))
+        )
+        scale = (
+            dict(units='HU', window_low=np.nan, window_high=np.nan)
+            if hu
+            else dict(units='uint8', window_low=-1250, window_high=250)
+        )
+        rows.append(
+            dict(
+                patient_id=m[0],
+                scan_id=k,
+                label='covid',
+                path=f,
+                **masks,
+                **scale,
+                stored_as=_header(f)[1],
+                centre=m[1],
+                codes='ct_seg_combined' if one else 'ct_seg',
+            )
+        )
     return _cohort(rows, root, left)
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #7471096f
-def restore_hu(scan:Scan, # grey values of a known window
-               low=-1250, # HU that became 0
-               high=250, # HU that became 255
-              )->Scan: # HU, float32, within half a grey step inside the window, cut off outside
+def restore_hu(
+    scan: Scan,  # grey values of a known window
+    low=-1250,  # HU that became 0
+    high=250,  # HU that became 255
+) -> Scan:  # HU, float32, within half a grey step inside the window, cut off outside
     "HU of a scan that was stored as grey values of a documented window; raises `UnitsError` for other than uint8"
-    v = scan.require('uint8').voxels.astype('f4')*((high-low)/255)+low
-    return scan.replace(voxels=v, units='HU', remarks=(*scan.remarks, f'HU restored from grey values, window {low:g} … {high:g}: rounded and cut off'))
+    v = scan.require('uint8').voxels.astype('f4') * ((high - low) / 255) + low
+    return scan.replace(
+        voxels=v,
+        units='HU',
+        remarks=(
+            *scan.remarks,
+            f'HU restored from grey values, window {low:g} … {high:g}: rounded and cut off',
+        ),
+    )
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #c5f20087
-def _read_medseg9(root, # folder with `rp_im`, `rp_msk`, `rp_lung_msk`
-               )->pd.DataFrame: # one row a scan
+def _read_medseg9(
+    root,  # folder with `rp_im`, `rp_msk`, `rp_lung_msk`
+) -> pd.DataFrame:  # one row a scan
     "Cohort of MedSeg 9"
-    root = Path(root).resolve(); im,ill,lung = (_volumes(root/f) for f in ('rp_im','rp_msk','rp_lung_msk'))
-    rows = [dict(patient_id=f'rp-{k}', scan_id=f'rp-{k}', label='covid', path=f, infection_mask=ill.get(k), lung_mask=lung.get(k),
-                 stored_as=_header(f)[1], codes='medseg') for k,f in im.items()]
-    return _cohort(rows, root, [f for d in (ill,lung) for k,f in d.items() if k not in im])
+    root = Path(root).resolve()
+    im, ill, lung = (_volumes(root / f) for f in ('rp_im', 'rp_msk', 'rp_lung_msk'))
+    rows = [
+        dict(
+            patient_id=f'rp-{k}',
+            scan_id=f'rp-{k}',
+            label='covid',
+            path=f,
+            infection_mask=ill.get(k),
+            lung_mask=lung.get(k),
+            stored_as=_header(f)[1],
+            codes='medseg',
+        )
+        for k, f in im.items()
+    ]
+    return _cohort(rows, root, [f for d in (ill, lung) for k, f in d.items() if k not in im])
 
-def _read_luna16(root, # folder with `subset0` … and `annotations`
-              )->pd.DataFrame: # one row a scan
+
+def _read_luna16(
+    root,  # folder with `subset0` … and `annotations`
+) -> pd.DataFrame:  # one row a scan
     "Cohort of LUNA16 with the lobes where they were drawn"
-    root = Path(root).resolve(); scans = {f.stem:f for f in sorted([*root.glob('subset*/*.mhd'),*root.glob('images/*.mhd')])}
-    lobes = {k.removesuffix('_LobeSegmentation'):f for k,f in _volumes(root/'annotations').items()}
-    rows = [dict(patient_id=k, scan_id=k, label='other', path=f, lobe_mask=lobes.pop(k,None), units='HU', codes='luna16')
-            for k,f in scans.items()]
+    root = Path(root).resolve()
+    scans = {f.stem: f for f in sorted([*root.glob('subset*/*.mhd'), *root.glob('images/*.mhd')])}
+    lobes = {
+        k.removesuffix('_LobeSegmentation'): f for k, f in _volumes(root / 'annotations').items()
+    }
+    rows = [
+        dict(
+            patient_id=k,
+            scan_id=k,
+            label='other',
+            path=f,
+            lobe_mask=lobes.pop(k, None),
+            units='HU',
+            codes='luna16',
+        )
+        for k, f in scans.items()
+    ]
     return _cohort(rows, root, lobes.values())
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #6d141795
 @dataclass(frozen=True)
 class _Adapter(DatasetFacts):
     "How one layout becomes a cohort, and everything known about the set"
-    reader:object=None # function from a folder to a cohort
-    seen:object=None # function from a folder to whether it looks like this set
 
-def _cc_seen(p)->bool:
+    reader: object = None  # function from a folder to a cohort
+    seen: object = None  # function from a folder to whether it looks like this set
+
+
+def _cc_seen(p) -> bool:
     packed = any(z.stem.split('-')[0] in _CLASSES for z in p.glob('*-*.zip'))
-    return packed or (p/'unzip_filenames.csv').is_file() or any(file_ending(f) in PICTURE_ENDINGS for c in _CLASSES for f in (p/c).glob('*/*/*'))
+    return (
+        packed
+        or (p / 'unzip_filenames.csv').is_file()
+        or any(file_ending(f) in PICTURE_ENDINGS for c in _CLASSES for f in (p / c).glob('*/*/*'))
+    )
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #162a76c2
-_READERS = dict(cc_ccii=(_read_cc_ccii, _cc_seen),
-    cc_ccii_lesions=(_read_cc_ccii_lesions, lambda p: any((q/'image').is_dir() and (q/'mask').is_dir() for q in (p,p/'ct_lesion_seg'))),
-    sars_cov_2=(_read_sars_cov_2, lambda p: (p/'COVID').is_dir() and (p/'non-COVID').is_dir()),
-    mosmed=(_read_mosmed, lambda p: any((p/'studies').glob('CT-[0-4]'))), ct_seg=(_read_ct_seg, lambda p: (p/'COVID-19-CT-Seg_20cases').is_dir()),
-    luna16=(_read_luna16, lambda p: any(p.glob('subset*/*.mhd')) or (any(p.glob('images/*.mhd')) and (p/'annotations').is_dir())),
-    medseg100=(_read_medseg100, lambda p: any((p/f'tr_im{e}').is_file() for e in IO_OF_ENDING)),
-    medseg100_png=(_read_medseg100_png, lambda p: (p/'im'/'256').is_dir() and (p/'mask'/'multi').is_dir()),
-    medseg9=(_read_medseg9, lambda p: (p/'rp_im').is_dir()))
+_READERS = dict(
+    cc_ccii=(_read_cc_ccii, _cc_seen),
+    cc_ccii_lesions=(
+        _read_cc_ccii_lesions,
+        lambda p: any(
+            (q / 'image').is_dir() and (q / 'mask').is_dir() for q in (p, p / 'ct_lesion_seg')
+        ),
+    ),
+    sars_cov_2=(_read_sars_cov_2, lambda p: (p / 'COVID').is_dir() and (p / 'non-COVID').is_dir()),
+    mosmed=(_read_mosmed, lambda p: any((p / 'studies').glob('CT-[0-4]'))),
+    ct_seg=(_read_ct_seg, lambda p: (p / 'COVID-19-CT-Seg_20cases').is_dir()),
+    luna16=(
+        _read_luna16,
+        lambda p: (
+            any(p.glob('subset*/*.mhd'))
+            or (any(p.glob('images/*.mhd')) and (p / 'annotations').is_dir())
+        ),
+    ),
+    medseg100=(_read_medseg100, lambda p: any((p / f'tr_im{e}').is_file() for e in IO_OF_ENDING)),
+    medseg100_png=(
+        _read_medseg100_png,
+        lambda p: (p / 'im' / '256').is_dir() and (p / 'mask' / 'multi').is_dir(),
+    ),
+    medseg9=(_read_medseg9, lambda p: (p / 'rp_im').is_dir()),
+)
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #9032b148
-def _phantoms(path)->pd.DataFrame: return read_cohort(Path(path)/'cohort.csv')
+def _phantoms(path) -> pd.DataFrame:
+    return read_cohort(Path(path) / 'cohort.csv')
 
-ADAPTERS = {**{k:_Adapter(**vars(DATASETS[k]), reader=r, seen=s) for k,(r,s) in _READERS.items()},
-    'phantom':_Adapter('Phantoms','Apache-2.0 (synthetic)','covid_ct','made here','phantoms.json and cohort.csv',
-        ('synthetic: results on it are results on phantoms',), reader=_phantoms, seen=lambda p: (p/'phantoms.json').is_file()),
-    'csv':_Adapter('A table','as the table says','','your own','a CSV file with patient_id, scan_id, label, path',
-        ('patient ids that are numbers lose their zeros in other programs',), reader=read_cohort, seen=lambda p: p.suffix.lower()=='.csv'),
-    'generic':_Adapter('A folder','not known','','your own','class/patient/scan, where a scan is a volume file or a folder of slices',
-        ('the label is a folder name, not a test result','a person in two folders is two patients here'),
-        reader=cohort_from_folder, seen=lambda p: any(d.name.lower() in LABEL_OF for d in _folders(p)))}
+
+ADAPTERS = {
+    **{k: _Adapter(**vars(DATASETS[k]), reader=r, seen=s) for k, (r, s) in _READERS.items()},
+    'phantom': _Adapter(
+        'Phantoms',
+        'Apache-2.0 (synthetic)',
+        'covid_ct',
+        'made here',
+        'phantoms.json and cohort.csv',
+        ('synthetic: results on it are results on phantoms',),
+        reader=_phantoms,
+        seen=lambda p: (p / 'phantoms.json').is_file(),
+    ),
+    'csv': _Adapter(
+        'A table',
+        'as the table says',
+        '',
+        'your own',
+        'a CSV file with patient_id, scan_id, label, path',
+        ('patient ids that are numbers lose their zeros in other programs',),
+        reader=read_cohort,
+        seen=lambda p: p.suffix.lower() == '.csv',
+    ),
+    'generic': _Adapter(
+        'A folder',
+        'not known',
+        '',
+        'your own',
+        'class/patient/scan, where a scan is a volume file or a folder of slices',
+        (
+            'the label is a folder name, not a test result',
+            'a person in two folders is two patients here',
+        ),
+        reader=cohort_from_folder,
+        seen=lambda p: any(d.name.lower() in LABEL_OF for d in _folders(p)),
+    ),
+}
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #3c03e915
-def _home(path, names)->tuple:
+def _home(path, names) -> tuple:
     "The one of `names` that recognises a path or, failing that, a folder in it, and that folder; None for none"
-    below = sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith('.')) if path.is_dir() else []
+    below = (
+        sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith('.'))
+        if path.is_dir()
+        else []
+    )
     for places in ([path], below):
-        found = [(n,p) for n in names for p in places if ADAPTERS[n].seen(p)]
-        if ('cc_ccii',path) in found: found = [f for f in found if f[0]!='cc_ccii_lesions'] # its lesion set lies beside it
-        if len(found)>1:
-            several = ', '.join(f'{n} in {p.name}' for n,p in found)
-            raise CohortError(path, f'looks like several sets: {several}',
-                              'Give the folder of one of them, or in Python pass adapter=.')
-        if found: return found[0]
+        found = [(n, p) for n in names for p in places if ADAPTERS[n].seen(p)]
+        if ('cc_ccii', path) in found:
+            found = [f for f in found if f[0] != 'cc_ccii_lesions']  # its lesion set lies beside it
+        if len(found) > 1:
+            several = ', '.join(f'{n} in {p.name}' for n, p in found)
+            raise CohortError(
+                path,
+                f'looks like several sets: {several}',
+                'Give the folder of one of them, or in Python pass adapter=.',
+            )
+        if found:
+            return found[0]
 
-def open_cohort(path, # CSV file or folder
-                adapter:str=None, # row of `ADAPTERS`; None: the one that recognises the path
-               )->pd.DataFrame: # checked cohort; `attrs`: `root`, `adapter`, `traps`, `left_out`
+
+def open_cohort(
+    path,  # CSV file or folder
+    adapter: str = None,  # row of `ADAPTERS`; None: the one that recognises the path
+) -> pd.DataFrame:  # checked cohort; `attrs`: `root`, `adapter`, `traps`, `left_out`
     "Cohort of any layout that is known; raises `CohortError` listing the layouts that were expected"
     path = Path(path)
-    if adapter and adapter not in ADAPTERS: raise CohortError(path, f'no adapter is called {adapter!r}', f'Use one of {", ".join(ADAPTERS)}.')
-    if not path.exists(): raise CohortError(path, 'does not exist', 'Check the path, or fetch the set.')
-    names = [adapter] if adapter else [n for n in ADAPTERS if n!='generic']
+    if adapter and adapter not in ADAPTERS:
+        raise CohortError(
+            path, f'no adapter is called {adapter!r}', f'Use one of {", ".join(ADAPTERS)}.'
+        )
+    if not path.exists():
+        raise CohortError(path, 'does not exist', 'Check the path, or fetch the set.')
+    names = [adapter] if adapter else [n for n in ADAPTERS if n != 'generic']
     home = _home(path, names) or (None if adapter else _home(path, ['generic']))
     if home is None:
-        expected = '\n'.join(f'{n}: {ADAPTERS[n].layout}' for n in ([adapter] if adapter else ADAPTERS))
-        raise CohortError(path, f'looks like no {adapter or "set that is known here"}', f'Expected {expected}')
-    a = ADAPTERS[home[0]]; df = a.reader(home[1])
-    df.attrs.update(adapter=home[0], traps=list(a.traps), left_out=df.attrs.get('left_out',[]))
+        expected = '\n'.join(
+            f'{n}: {ADAPTERS[n].layout}' for n in ([adapter] if adapter else ADAPTERS)
+        )
+        raise CohortError(
+            path, f'looks like no {adapter or "set that is known here"}', f'Expected {expected}'
+        )
+    a = ADAPTERS[home[0]]
+    df = a.reader(home[1])
+    df.attrs.update(adapter=home[0], traps=list(a.traps), left_out=df.attrs.get('left_out', []))
     return df if 'licence' in df else df.assign(licence=a.licence)

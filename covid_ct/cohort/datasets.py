@@ -8,138 +8,261 @@ __all__ = ['DATASETS', 'DatasetFacts', 'known_set', 'fetch']
 # %% ../../nbs/03_cohort/01_datasets.ipynb #0fd9a06e
 from dataclasses import asdict, dataclass
 from pathlib import Path
-import pandas as pd, pooch
-from ..scan import ReadError
+
+import pandas as pd
+import pooch
+
 from ..io.archive import unzip
+from ..scan import ReadError
 
 # %% ../../nbs/03_cohort/01_datasets.ipynb #19bfa069
 @dataclass(frozen=True)
 class DatasetFacts:
     "Fact sheet of a public set"
-    title:str # what it is
-    licence:str # what it may be used for
-    citation:str # whom to name
-    address:str # where its authors keep it
-    layout:str # what the folder looks like
-    traps:tuple # what to beware of
-    uncertain:tuple=() # what was not seen with own eyes
-    files:tuple=() # `(name, url, checksum)` of what can be fetched; the checksum as `'md5:…'` or `'sha256:…'`
+
+    title: str  # what it is
+    licence: str  # what it may be used for
+    citation: str  # whom to name
+    address: str  # where its authors keep it
+    layout: str  # what the folder looks like
+    traps: tuple  # what to beware of
+    uncertain: tuple = ()  # what was not seen with own eyes
+    files: tuple = ()  # `(name, url, checksum)` of what can be fetched; the checksum as `'md5:…'` or `'sha256:…'`
 
 # %% ../../nbs/03_cohort/01_datasets.ipynb #9915e14a
 DATASETS = dict(
-    cc_ccii=DatasetFacts('CC-CCII: 4,178 scans of 2,742 patients as slices, three classes', 'not stated in what we saw: read the terms of its authors',
-        'Zhang et al. 2020, Cell 181:1423; cleaning flags: He et al. 2020', 'http://ncov-ai.big.ac.cn/download',
+    cc_ccii=DatasetFacts(
+        'CC-CCII: 4,178 scans of 2,742 patients as slices, three classes',
+        'not stated in what we saw: read the terms of its authors',
+        'Zhang et al. 2020, Cell 181:1423; cleaning flags: He et al. 2020',
+        'http://ncov-ai.big.ac.cn/download',
         '{CP,NCP,Normal}-k.zip, or unpacked {CP,NCP,Normal}/patient/scan/slice.jpg|png, with unzip_filenames.csv; the tables alone will do without pixels',
-        ('63 % of the flagged Normal scans are already masked, 0.3 % of CP','the number of slices alone tells the class',
-        'scan ids were given out class by class',
-         'a third of the patients have several scans: split by patient','repeated and reversed slices, mixed endings and names',
-        '8 bit: no HU, no millimetres, no orientation'),
-        ('licence','whether the first slice lies at the head or at the feet')))
+        (
+            '63 % of the flagged Normal scans are already masked, 0.3 % of CP',
+            'the number of slices alone tells the class',
+            'scan ids were given out class by class',
+            'a third of the patients have several scans: split by patient',
+            'repeated and reversed slices, mixed endings and names',
+            '8 bit: no HU, no millimetres, no orientation',
+        ),
+        ('licence', 'whether the first slice lies at the head or at the feet'),
+    )
+)
 
 # %% ../../nbs/03_cohort/01_datasets.ipynb #b5138b41
 DATASETS |= dict(
-    cc_ccii_lesions=DatasetFacts('CC-CCII lesion set: single slices with lung and lesion masks', 'as CC-CCII',
-        'Zhang et al. 2020, Cell 181:1423', 'http://ncov-ai.big.ac.cn/download',
+    cc_ccii_lesions=DatasetFacts(
+        'CC-CCII lesion set: single slices with lung and lesion masks',
+        'as CC-CCII',
+        'Zhang et al. 2020, Cell 181:1423',
+        'http://ncov-ai.big.ac.cn/download',
         'ct_lesion_seg/image/patient/n.jpg and ct_lesion_seg/mask/patient/n.png',
-        ('single slices, not volumes','a mask without its image, or an image without its mask, is left out and listed'),
-        ('codes 2 (ground glass) and 3 (consolidation)',)),
-    sars_cov_2=DatasetFacts('SARS-CoV-2 CT-scan: 2,482 slices, COVID or not', 'as Kaggle states',
+        (
+            'single slices, not volumes',
+            'a mask without its image, or an image without its mask, is left out and listed',
+        ),
+        ('codes 2 (ground glass) and 3 (consolidation)',),
+    ),
+    sars_cov_2=DatasetFacts(
+        'SARS-CoV-2 CT-scan: 2,482 slices, COVID or not',
+        'as Kaggle states',
         'Soares et al. 2020, medRxiv 2020.04.24.20078584',
-        'https://www.kaggle.com/datasets/plameneduardo/sarscov2-ctscan-dataset', 'COVID/*.png and non-COVID/*.png',
-        ('no patient ids: a split by patient is impossible','colour pictures occur in one class only: a shortcut in the file header',
-        'slices of many sizes',
-         'non-COVID is not healthy'), ('licence','how many patients')))
+        'https://www.kaggle.com/datasets/plameneduardo/sarscov2-ctscan-dataset',
+        'COVID/*.png and non-COVID/*.png',
+        (
+            'no patient ids: a split by patient is impossible',
+            'colour pictures occur in one class only: a shortcut in the file header',
+            'slices of many sizes',
+            'non-COVID is not healthy',
+        ),
+        ('licence', 'how many patients'),
+    ),
+)
 
 # %% ../../nbs/03_cohort/01_datasets.ipynb #82874c09
 DATASETS |= dict(
-    mosmed=DatasetFacts('MosMedData COVID19_1110: 1,110 scans in five degrees of severity', 'CC BY-NC-ND 3.0',
+    mosmed=DatasetFacts(
+        'MosMedData COVID19_1110: 1,110 scans in five degrees of severity',
+        'CC BY-NC-ND 3.0',
         'Morozov et al. 2020, medRxiv 2020.05.20.20100362',
-        'https://mosmed.ai/datasets/covid19_1110', 'studies/CT-{0,1,2,3,4}/study_0001.nii.gz and masks/study_0001_mask.nii.gz',
-        ('the label is a grade read from the scan, not a PCR test: CT-0 means no sign in the lungs','slices lie about 8 mm apart',
-        'CT-3 and CT-4 are rare (45 and 2)',
-         'masks for 50 scans only, all of CT-1','scans of 48 institutions, and the table does not say which'), ('one study a patient',)))
+        'https://mosmed.ai/datasets/covid19_1110',
+        'studies/CT-{0,1,2,3,4}/study_0001.nii.gz and masks/study_0001_mask.nii.gz',
+        (
+            'the label is a grade read from the scan, not a PCR test: CT-0 means no sign in the lungs',
+            'slices lie about 8 mm apart',
+            'CT-3 and CT-4 are rare (45 and 2)',
+            'masks for 50 scans only, all of CT-1',
+            'scans of 48 institutions, and the table does not say which',
+        ),
+        ('one study a patient',),
+    )
+)
 
 # %% ../../nbs/03_cohort/01_datasets.ipynb #0372035a
 DATASETS |= dict(
-    ct_seg=DatasetFacts('COVID-19-CT-Seg: 20 scans with lung and infection masks',
+    ct_seg=DatasetFacts(
+        'COVID-19-CT-Seg: 20 scans with lung and infection masks',
         'CC BY 4.0 on Zenodo; the scans come from Coronacases and Radiopaedia, who have terms of their own',
-        'Ma et al. 2021, doi 10.1002/mp.14676; Zenodo 3757476', 'https://zenodo.org/records/3757476',
+        'Ma et al. 2021, doi 10.1002/mp.14676; Zenodo 3757476',
+        'https://zenodo.org/records/3757476',
         'COVID-19-CT-Seg_20cases/*.nii.gz and the same names in Lung_Mask/, Infection_Mask/ or Lung_and_Infection_Mask/',
-        ('coronacases_* are in HU, radiopaedia_* are windowed [-1250,250] to [0,255]',
-        'the two halves lie along other axes: scale and axes tell the source',
-         'radiopaedia_10 and radiopaedia_29 are there twice: one patient each','may share patients with MedSeg 9'), ('licence',
-        'checksums, taken from public code')
-        , tuple((n, f'https://zenodo.org/records/3757476/files/{n}', f'sha256:{h}') for n,h in {
-            'COVID-19-CT-Seg_20cases.zip':'a5060480eff9315b069b086312dac4872777901fb80d268a5a83edd9f4e7b440',
-            'Lung_Mask.zip':'f060b0d0299939a6d95ddefdbfa281de1a779c4d230a5adbd32414711d6d8187',
-            'Infection_Mask.zip':'87901c73fdd2230260e61d2dbc57bf56026efc28264006b8ea2bf411453c1694',
-            'Lung_and_Infection_Mask.zip':'34f5a573cb8fb53cb15abe81868395d9addf436854826a6fd6e70c2b294f19c3'}.items())))
+        (
+            'coronacases_* are in HU, radiopaedia_* are windowed [-1250,250] to [0,255]',
+            'the two halves lie along other axes: scale and axes tell the source',
+            'radiopaedia_10 and radiopaedia_29 are there twice: one patient each',
+            'may share patients with MedSeg 9',
+        ),
+        ('licence', 'checksums, taken from public code'),
+        tuple(
+            (n, f'https://zenodo.org/records/3757476/files/{n}', f'sha256:{h}')
+            for n, h in {
+                'COVID-19-CT-Seg_20cases.zip': 'a5060480eff9315b069b086312dac4872777901fb80d268a5a83edd9f4e7b440',
+                'Lung_Mask.zip': 'f060b0d0299939a6d95ddefdbfa281de1a779c4d230a5adbd32414711d6d8187',
+                'Infection_Mask.zip': '87901c73fdd2230260e61d2dbc57bf56026efc28264006b8ea2bf411453c1694',
+                'Lung_and_Infection_Mask.zip': '34f5a573cb8fb53cb15abe81868395d9addf436854826a6fd6e70c2b294f19c3',
+            }.items()
+        ),
+    )
+)
 
 # %% ../../nbs/03_cohort/01_datasets.ipynb #343e4ab7
-DATASETS |= dict(luna16=DatasetFacts('LUNA16 with lobes: 888 screening scans, lobes drawn in some fifty', 'LIDC-IDRI: CC BY 3.0; the lobes: not stated',
+DATASETS |= dict(
+    luna16=DatasetFacts(
+        'LUNA16 with lobes: 888 screening scans, lobes drawn in some fifty',
+        'LIDC-IDRI: CC BY 3.0; the lobes: not stated',
         'Setio et al. 2017, Med Image Anal 42:1; lobes: Tang et al. 2019',
-        'https://luna16.grand-challenge.org', 'subset{0…9}/uid.mhd with .raw, and annotations/uid_LobeSegmentation.nrrd',
-        ('lobes are 7, 8, 4, 5, 6; others count 1 … 5','airways carry 512 more, and 1 is lung without a lobe',
-        'screening for nodules: no COVID, and not healthy','the direction of an axis is turned in some scans'),
-        ('licence of the lobes','one scan a patient')))
+        'https://luna16.grand-challenge.org',
+        'subset{0…9}/uid.mhd with .raw, and annotations/uid_LobeSegmentation.nrrd',
+        (
+            'lobes are 7, 8, 4, 5, 6; others count 1 … 5',
+            'airways carry 512 more, and 1 is lung without a lobe',
+            'screening for nodules: no COVID, and not healthy',
+            'the direction of an axis is turned in some scans',
+        ),
+        ('licence of the lobes', 'one scan a patient'),
+    )
+)
 
 # %% ../../nbs/03_cohort/01_datasets.ipynb #65b74c20
-_TRAPS = ('no patient ids, yet several slices of a patient: a split by patient is impossible','the third axis is not anatomy: these are slices')
+_TRAPS = (
+    'no patient ids, yet several slices of a patient: a split by patient is impossible',
+    'the third axis is not anatomy: these are slices',
+)
 DATASETS |= dict(
-    medseg100=DatasetFacts('MedSeg 100: a hundred slices with ground glass, consolidation and effusion', 'CC0', 'MedSeg, figshare 13521488',
+    medseg100=DatasetFacts(
+        'MedSeg 100: a hundred slices with ground glass, consolidation and effusion',
+        'CC0',
+        'MedSeg, figshare 13521488',
         'https://doi.org/10.6084/m9.figshare.13521488',
         'tr_im.nii.gz with tr_mask.nii.gz; tr_lungmasks_updated.nii.gz and val_im.nii.gz where they are there',
-        (*_TRAPS,'ten further slices, val_im, have no masks'),
-        ('HU, said to be restored from grey pictures','axes in the plane: those of the array are believed, not the header','checksums, taken from public code'),
-        tuple((n, f'https://ndownloader.figshare.com/files/{i}', f'md5:{h}') for n,i,h in (
-            ('tr_im.nii.gz',25953977,'54f82e3a9ac01bf6cc2300ca53d820ae'), ('tr_mask.nii.gz',25953980,'d11996de45d06d332658115d8b3cf6fc'),
-            ('val_im.nii.gz',25953983,'098e8ab8b2e85f7c66abf8a92721ee95')))))
+        (*_TRAPS, 'ten further slices, val_im, have no masks'),
+        (
+            'HU, said to be restored from grey pictures',
+            'axes in the plane: those of the array are believed, not the header',
+            'checksums, taken from public code',
+        ),
+        tuple(
+            (n, f'https://ndownloader.figshare.com/files/{i}', f'md5:{h}')
+            for n, i, h in (
+                ('tr_im.nii.gz', 25953977, '54f82e3a9ac01bf6cc2300ca53d820ae'),
+                ('tr_mask.nii.gz', 25953980, 'd11996de45d06d332658115d8b3cf6fc'),
+                ('val_im.nii.gz', 25953983, '098e8ab8b2e85f7c66abf8a92721ee95'),
+            )
+        ),
+    )
+)
 
 # %% ../../nbs/03_cohort/01_datasets.ipynb #b3aa8dfb
 DATASETS |= dict(
-    medseg100_png=DatasetFacts('MedSeg 100 as PNG pairs of 256 × 256', 'CC0', 'MedSeg, figshare 13521488',
+    medseg100_png=DatasetFacts(
+        'MedSeg 100 as PNG pairs of 256 × 256',
+        'CC0',
+        'MedSeg, figshare 13521488',
         'https://doi.org/10.6084/m9.figshare.13521488',
         'im/256/i001.png with mask/multi/256/tr_mask_z001.png, 0, 85, 170, 255',
-        (*_TRAPS,'8 bit, already cut to the lungs','transposed: rows run to the left of the patient, columns to the back'),
-        ('left and right, told by the heart',)),
-    medseg9=DatasetFacts('MedSeg 9: nine volumes with lung and lesion masks', 'CC0', 'MedSeg, figshare 13521509',
+        (
+            *_TRAPS,
+            '8 bit, already cut to the lungs',
+            'transposed: rows run to the left of the patient, columns to the back',
+        ),
+        ('left and right, told by the heart',),
+    ),
+    medseg9=DatasetFacts(
+        'MedSeg 9: nine volumes with lung and lesion masks',
+        'CC0',
+        'MedSeg, figshare 13521509',
         'https://doi.org/10.6084/m9.figshare.13521509',
-        'rp_im/N.nii.gz with rp_msk/N.nii.gz and rp_lung_msk/N.nii.gz', ('may share patients with COVID-19-CT-Seg',
-        'units differ: they are told from the values, or refused'), ('one patient a volume','label 3 (effusion)')))
+        'rp_im/N.nii.gz with rp_msk/N.nii.gz and rp_lung_msk/N.nii.gz',
+        (
+            'may share patients with COVID-19-CT-Seg',
+            'units differ: they are told from the values, or refused',
+        ),
+        ('one patient a volume', 'label 3 (effusion)'),
+    ),
+)
 
 # %% ../../nbs/03_cohort/01_datasets.ipynb #fe60eaef
-def known_set(name:str, # row of `DATASETS`
-             )->DatasetFacts: # its sheet
+def known_set(
+    name: str,  # row of `DATASETS`
+) -> DatasetFacts:  # its sheet
     "Sheet of a set; raises `ReadError` for a name that is not in `DATASETS`"
-    if name not in DATASETS: raise ReadError(name, 'is no public set that is known here', f'Use one of {", ".join(DATASETS)}.')
+    if name not in DATASETS:
+        raise ReadError(
+            name, 'is no public set that is known here', f'Use one of {", ".join(DATASETS)}.'
+        )
     return DATASETS[name]
 
-def _fact_sheet(name:str, # row of `DATASETS`
-              )->pd.DataFrame: # one line a fact
+
+def _fact_sheet(
+    name: str,  # row of `DATASETS`
+) -> pd.DataFrame:  # one line a fact
     "Everything known about a set, line by line"
-    lines = [(k,x) for k,v in asdict(known_set(name)).items() for x in (v if isinstance(v, tuple) else (v,))]
-    return pd.DataFrame([(k, x[0] if isinstance(x, tuple) else x) for k,x in lines], columns=['fact','what'])
+    lines = [
+        (k, x)
+        for k, v in asdict(known_set(name)).items()
+        for x in (v if isinstance(v, tuple) else (v,))
+    ]
+    return pd.DataFrame(
+        [(k, x[0] if isinstance(x, tuple) else x) for k, x in lines], columns=['fact', 'what']
+    )
 
 # %% ../../nbs/03_cohort/01_datasets.ipynb #f8968ac1
-def _by_hand(facts)->str: return f'Get it from {facts.address} and lay it out as: {facts.layout}.'
+def _by_hand(facts) -> str:
+    return f'Get it from {facts.address} and lay it out as: {facts.layout}.'
 
-def _get(name, url, checksum, out, facts, progress)->Path:
+
+def _get(name, url, checksum, out, facts, progress) -> Path:
     "One file with the right checksum, downloaded unless it is there"
-    try: return Path(pooch.retrieve(url, checksum, name, out, progressbar=progress))
+    try:
+        return Path(pooch.retrieve(url, checksum, name, out, progressbar=progress))
     except ValueError as e:
-        if 'hash' not in str(e).lower(): raise ReadError(name, f'cannot be fetched ({type(e).__name__})', _by_hand(facts)) from e
-        raise ReadError(name, 'came with another checksum than its authors published', f'Try again later. {_by_hand(facts)}') from e
-    except OSError as e: raise ReadError(name, f'cannot be fetched from {url} ({type(e).__name__})', f'Is there a network? {_by_hand(facts)}') from e
+        if 'hash' not in str(e).lower():
+            raise ReadError(name, f'cannot be fetched ({type(e).__name__})', _by_hand(facts)) from e
+        raise ReadError(
+            name,
+            'came with another checksum than its authors published',
+            f'Try again later. {_by_hand(facts)}',
+        ) from e
+    except OSError as e:
+        raise ReadError(
+            name,
+            f'cannot be fetched from {url} ({type(e).__name__})',
+            f'Is there a network? {_by_hand(facts)}',
+        ) from e
 
-def fetch(name:str, # row of `DATASETS`
-          out, # folder to put it in
-          progress:bool=False, # show a bar for each file
-         )->Path: # the folder, ready for `open_cohort`
+
+def fetch(
+    name: str,  # row of `DATASETS`
+    out,  # folder to put it in
+    progress: bool = False,  # show a bar for each file
+) -> Path:  # the folder, ready for `open_cohort`
     "Download a public set, each file against its checksum; raises `ReadError` with address and layout where that cannot be done"
-    facts,out = known_set(name),Path(out)
-    if not facts.files: raise ReadError(name, 'is not fetched: no checksum of it is published', _by_hand(facts))
+    facts, out = known_set(name), Path(out)
+    if not facts.files:
+        raise ReadError(name, 'is not fetched: no checksum of it is published', _by_hand(facts))
     out.mkdir(parents=True, exist_ok=True)
-    for n,url,checksum in facts.files:
+    for n, url, checksum in facts.files:
         path = _get(n, url, checksum, out, facts, progress)
-        if path.suffix=='.zip' and not path.with_suffix('').exists(): unzip(path, path.with_suffix(''))
+        if path.suffix == '.zip' and not path.with_suffix('').exists():
+            unzip(path, path.with_suffix(''))
     return out

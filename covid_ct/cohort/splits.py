@@ -9,196 +9,283 @@ __all__ = ['patient_known', 'leak_share', 'expected_leak', 'shuffled_order', 'sp
 # %% ../../nbs/03_cohort/04_splits.ipynb #9d609465
 import hashlib
 from math import prod
+
 import numpy as np
 import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
 from ..scan import CohortError, SplitError, write_atomic
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #68e66f44
-_UNKNOWN = ('','nan','none','unknown') # a patient_id that is none, in any case
+_UNKNOWN = ('', 'nan', 'none', 'unknown')  # a patient_id that is none, in any case
+
 
 def _patients(rows):
     "Patient of each row as text, '' where nobody knows"
-    if 'patient_id' not in rows: return pd.Series('', rows.index)
-    return rows.patient_id.map(lambda i: '' if pd.isna(i) or str(i).strip().lower() in _UNKNOWN else str(i).strip()).astype(str)
+    if 'patient_id' not in rows:
+        return pd.Series('', rows.index)
+    return rows.patient_id.map(
+        lambda i: '' if pd.isna(i) or str(i).strip().lower() in _UNKNOWN else str(i).strip()
+    ).astype(str)
+
 
 def patient_known(
-    rows:pd.DataFrame, # one row per scan
-)->pd.Series: # bool, one per row
+    rows: pd.DataFrame,  # one row per scan
+) -> pd.Series:  # bool, one per row
     "Whether the patient of a scan is known"
-    return _patients(rows)!=''
+    return _patients(rows) != ''
+
 
 def _who(rows, source='cohort'):
     "Names that must not stand on two sides: patients, or scans of unknown patients in a split that says so; else raises `SplitError`"
-    ids = _patients(rows); lost = ids==''
-    if not lost.any(): return ids
+    ids = _patients(rows)
+    lost = ids == ''
+    if not lost.any():
+        return ids
     if not ('split_by' in rows and rows.split_by[lost].eq('scan_id').all()):
-        raise SplitError(source, f'{int(lost.sum())} of {len(rows)} scans have no patient_id, so that a split by patient is impossible',
-                         "Find the patients, drop these scans, or say group='scan_id' and report that both sides may show one patient.")
-    return ids.where(~lost, 'scan '+rows.scan_id.astype(str))
+        raise SplitError(
+            source,
+            f'{int(lost.sum())} of {len(rows)} scans have no patient_id, so that a split by patient is impossible',
+            "Find the patients, drop these scans, or say group='scan_id' and report that both sides may show one patient.",
+        )
+    return ids.where(~lost, 'scan ' + rows.scan_id.astype(str))
+
 
 def leak_share(
-    train:pd.DataFrame, # rows of the training set
-    test:pd.DataFrame, # rows of the test set
-)->float: # share of the test scans whose patient is in `train`, [0,1]
+    train: pd.DataFrame,  # rows of the training set
+    test: pd.DataFrame,  # rows of the test set
+) -> float:  # share of the test scans whose patient is in `train`, [0,1]
     "How much of a test set comes from patients that were trained on; raises `SplitError` where patients are unknown"
     return float(_who(test, 'test').isin(set(_who(train, 'train'))).mean())
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #1d341e2c
 def expected_leak(
-    cohort:pd.DataFrame, # one row per scan
-    test:float=.2, # share of the scans drawn for the test set, (0,1)
-)->float: # expected share of leaked test scans, [0,1]
+    cohort: pd.DataFrame,  # one row per scan
+    test: float = 0.2,  # share of the scans drawn for the test set, (0,1)
+) -> float:  # expected share of leaked test scans, [0,1]
     "Leak to expect when scans are shuffled instead of patients"
-    n = len(cohort); t = int(test*n+.5)
-    def clean(m): return prod(max(0, t-j)/(n-j) for j in range(1, m))
-    return float(sum(m*(1-clean(m)) for m in _who(cohort).value_counts())/n)
+    n = len(cohort)
+    t = int(test * n + 0.5)
+
+    def clean(m):
+        return prod(max(0, t - j) / (n - j) for j in range(1, m))
+
+    return float(sum(m * (1 - clean(m)) for m in _who(cohort).value_counts()) / n)
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #26e76206
 def shuffled_order(
-    ids, # patient names; anything with a `str`
-    seed:int=0, # another seed, another order
-)->list: # the names, without repeats, in the order of their hash
+    ids,  # patient names; anything with a `str`
+    seed: int = 0,  # another seed, another order
+) -> list:  # the names, without repeats, in the order of their hash
     "Order that depends on names and seed, on nothing else (@eq-order)"
     return sorted(set(map(str, ids)), key=lambda i: hashlib.sha256(f'{seed}|{i}'.encode()).digest())
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #19fea242
 def _connected_blocks(
-    cohort:pd.DataFrame, # one row per scan
-    group='patient_id', # column whose values stay together, or several; `'scan_id'`: patients, and scans of unknown patients alone
-    together=(), # sets of scan ids that stay together as well, as duplicates of one another
-)->pd.Series: # name of the block of each row, text
+    cohort: pd.DataFrame,  # one row per scan
+    group='patient_id',  # column whose values stay together, or several; `'scan_id'`: patients, and scans of unknown patients alone
+    together=(),  # sets of scan ids that stay together as well, as duplicates of one another
+) -> pd.Series:  # name of the block of each row, text
     "Connected components of rows that share a value or stand in one set; raises `SplitError` for a scan or a patient that is unknown"
     columns = [group] if isinstance(group, str) else list(group)
-    stamped = cohort.assign(split_by='scan_id') if columns==['scan_id'] else cohort
-    ties = [_who(stamped) if c in ('patient_id','scan_id') else cohort[c].astype(str) for c in columns]
-    at = {str(s): i for i,s in enumerate(cohort.get('scan_id', ()))}
+    stamped = cohort.assign(split_by='scan_id') if columns == ['scan_id'] else cohort
+    ties = [
+        _who(stamped) if c in ('patient_id', 'scan_id') else cohort[c].astype(str) for c in columns
+    ]
+    at = {str(s): i for i, s in enumerate(cohort.get('scan_id', ()))}
     lost = [s for ids in together for s in map(str, ids) if s not in at]
-    if lost: raise SplitError('together', f'names the scan {lost[0]}, which the cohort does not have', 'Make the sets from the same cohort.')
-    ends = [(i, f'{k} {v}') for k,tie in enumerate(ties) for i,v in enumerate(tie)]+[(at[str(s)], f'set {j}') for j,ids in enumerate(together) for s in ids]
-    row, value = [i for i,_ in ends], len(cohort)+pd.factorize(np.array([v for _,v in ends], object))[0]
-    graph = coo_array((np.ones(len(ends)), (row, value)), shape=(value.max()+1,)*2)
-    return ties[0].groupby(connected_components(graph, directed=False)[1][:len(cohort)]).transform('min')
+    if lost:
+        raise SplitError(
+            'together',
+            f'names the scan {lost[0]}, which the cohort does not have',
+            'Make the sets from the same cohort.',
+        )
+    ends = [(i, f'{k} {v}') for k, tie in enumerate(ties) for i, v in enumerate(tie)] + [
+        (at[str(s)], f'set {j}') for j, ids in enumerate(together) for s in ids
+    ]
+    row, value = (
+        [i for i, _ in ends],
+        len(cohort) + pd.factorize(np.array([v for _, v in ends], object))[0],
+    )
+    graph = coo_array((np.ones(len(ends)), (row, value)), shape=(value.max() + 1,) * 2)
+    return (
+        ties[0]
+        .groupby(connected_components(graph, directed=False)[1][: len(cohort)])
+        .transform('min')
+    )
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #883ac9ec
 def _block_labels(
-    cohort:pd.DataFrame, # one row per scan
-    by=('label',), # columns that should be balanced over the folds
-    group='patient_id', # as for `_connected_blocks`
-    together=(), # as for `_connected_blocks`
-)->pd.Series: # stratum of each block, indexed by its name
+    cohort: pd.DataFrame,  # one row per scan
+    by=('label',),  # columns that should be balanced over the folds
+    group='patient_id',  # as for `_connected_blocks`
+    together=(),  # as for `_connected_blocks`
+) -> pd.Series:  # stratum of each block, indexed by its name
     "Class of each block; one with several labels counts in the rarest of them"
-    ids, of = _connected_blocks(cohort, group, together), cohort[list(by)].astype(str).agg(' / '.join, axis=1)
+    ids, of = (
+        _connected_blocks(cohort, group, together),
+        cohort[list(by)].astype(str).agg(' / '.join, axis=1),
+    )
     count = ids.groupby(of).nunique()
     return of.groupby(ids).agg(lambda s: min(s.unique(), key=lambda v: (count[v], v)))
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #1eb26128
 def _check(cohort, *columns):
     "Raise `CohortError` unless the columns are there and filled, and no scan stands twice"
-    if not len(cohort): raise CohortError('cohort', 'has no rows', 'Check the filter that made it.')
+    if not len(cohort):
+        raise CohortError('cohort', 'has no rows', 'Check the filter that made it.')
     for c in ('scan_id', *columns):
-        if c=='patient_id': continue # `_who` looks after it
-        if c not in cohort: raise CohortError('cohort', f'has no column {c!r}', f'Add {c!r}, one value a scan.')
-        if cohort[c].isna().any(): raise CohortError(f'row {cohort.index[cohort[c].isna()][0]}', f'has no {c}', 'Fill it in or drop the row.')
+        if c == 'patient_id':
+            continue  # `_who` looks after it
+        if c not in cohort:
+            raise CohortError('cohort', f'has no column {c!r}', f'Add {c!r}, one value a scan.')
+        if cohort[c].isna().any():
+            raise CohortError(
+                f'row {cohort.index[cohort[c].isna()][0]}',
+                f'has no {c}',
+                'Fill it in or drop the row.',
+            )
     twice = cohort.scan_id[cohort.scan_id.duplicated()]
-    if len(twice): raise CohortError(f'scan {twice.iloc[0]}', 'stands twice in the cohort', 'Give every scan its own scan_id.')
+    if len(twice):
+        raise CohortError(
+            f'scan {twice.iloc[0]}',
+            'stands twice in the cohort',
+            'Give every scan its own scan_id.',
+        )
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #03f56b00
 def _dealt(deck, folds, test, seed, what):
     "Fold of each block of a deck `{block: stratum}`; raises `SplitError` for a stratum that is too small"
     fold, turn = {}, 0
-    for name,ids in deck.groupby(deck).groups.items():
-        ids = shuffled_order(ids, seed); n = max(int(test>0), int(test*len(ids)+.5))
-        if len(ids)-n<folds: raise SplitError(f'stratum {name!r}', f'{len(ids)} block(s) by {what}: too few for {folds} folds and {n} for the test set',
-                                              (f'Use folds ≤ {len(ids)-n}, a' if len(ids)-n>1 else 'Add patients, use a')+' smaller test share, or balance fewer columns.')
-        fold.update({i: -1 if j<n else (turn+j-n)%folds for j,i in enumerate(ids)}); turn += len(ids)-n
+    for name, ids in deck.groupby(deck).groups.items():
+        ids = shuffled_order(ids, seed)
+        n = max(int(test > 0), int(test * len(ids) + 0.5))
+        if len(ids) - n < folds:
+            raise SplitError(
+                f'stratum {name!r}',
+                f'{len(ids)} block(s) by {what}: too few for {folds} folds and {n} for the test set',
+                (f'Use folds ≤ {len(ids) - n}, a' if len(ids) - n > 1 else 'Add patients, use a')
+                + ' smaller test share, or balance fewer columns.',
+            )
+        fold.update({i: -1 if j < n else (turn + j - n) % folds for j, i in enumerate(ids)})
+        turn += len(ids) - n
     return fold
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #ec8c7490
 def split_patients(
-    cohort:pd.DataFrame, # one row per scan: `scan_id patient_id label`
-    folds:int=5, # number of folds k, at least 2
-    test:float=.2, # share of the blocks of each stratum kept for the test set, [0,1)
-    seed:int=0, # another seed, another split
-    by=('label',), # columns to balance, as `('label','centre')`
-    group='patient_id', # what stays together: a column or several, as `('patient_id','centre')`; `'scan_id'` where patients are unknown
-    together=(), # sets of scan ids that stay together too
-)->pd.DataFrame: # the same rows with `fold`: −1 test set, 0 … k−1 folds; `split_by` where it was `'scan_id'`
+    cohort: pd.DataFrame,  # one row per scan: `scan_id patient_id label`
+    folds: int = 5,  # number of folds k, at least 2
+    test: float = 0.2,  # share of the blocks of each stratum kept for the test set, [0,1)
+    seed: int = 0,  # another seed, another split
+    by=('label',),  # columns to balance, as `('label','centre')`
+    group='patient_id',  # what stays together: a column or several, as `('patient_id','centre')`; `'scan_id'` where patients are unknown
+    together=(),  # sets of scan ids that stay together too
+) -> (
+    pd.DataFrame
+):  # the same rows with `fold`: −1 test set, 0 … k−1 folds; `split_by` where it was `'scan_id'`
     "Stratified folds and test set that never tear a patient apart; raises `SplitError` or `CohortError`"
     columns = [group] if isinstance(group, str) else list(group)
     _check(cohort, *columns, *by)
-    if folds<2 or not 0<=test<1: raise SplitError('split', f'folds={folds}, test={test}', 'Use folds ≥ 2 and 0 ≤ test < 1.')
-    out = cohort.assign(fold=_connected_blocks(cohort, group, together).map(_dealt(_block_labels(cohort, by, group, together), folds, test, seed, '+'.join(columns))))
-    if columns==['scan_id']: out['split_by'] = 'scan_id'
-    assert_disjoint(**{f'fold {k}': rows for k,rows in out.groupby('fold')})
+    if folds < 2 or not 0 <= test < 1:
+        raise SplitError('split', f'folds={folds}, test={test}', 'Use folds ≥ 2 and 0 ≤ test < 1.')
+    out = cohort.assign(
+        fold=_connected_blocks(cohort, group, together).map(
+            _dealt(_block_labels(cohort, by, group, together), folds, test, seed, '+'.join(columns))
+        )
+    )
+    if columns == ['scan_id']:
+        out['split_by'] = 'scan_id'
+    assert_disjoint(**{f'fold {k}': rows for k, rows in out.groupby('fold')})
     return out
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #9c14b3fd
 def assert_disjoint(
-    *parts, # tables with a `patient_id`; two or three are called train, valid, test
-    **named, # the same, with names of your own
-)->None:
+    *parts,  # tables with a `patient_id`; two or three are called train, valid, test
+    **named,  # the same, with names of your own
+) -> None:
     "Raise `SplitError` naming the patients that stand in more than one part, or for patients that nobody knows"
-    named = {**{('train','valid','test')[i] if i<3 else f'part {i}': p for i,p in enumerate(parts)}, **named}
-    sets = {name: set(_who(p, name)) for name,p in named.items()}
-    for i,a in enumerate(sets):
-        for b in list(sets)[i+1:]:
-            both = sorted(sets[a]&sets[b])
-            if both: raise SplitError(f'{a} and {b}', f'{len(both)} patient(s) on both sides: {", ".join(both[:5])}{", …" if both[5:] else ""}',
-                                      'Split by patient with split_patients, or drop them from one side.')
+    named = {
+        **{('train', 'valid', 'test')[i] if i < 3 else f'part {i}': p for i, p in enumerate(parts)},
+        **named,
+    }
+    sets = {name: set(_who(p, name)) for name, p in named.items()}
+    for i, a in enumerate(sets):
+        for b in list(sets)[i + 1 :]:
+            both = sorted(sets[a] & sets[b])
+            if both:
+                raise SplitError(
+                    f'{a} and {b}',
+                    f'{len(both)} patient(s) on both sides: {", ".join(both[:5])}{", …" if both[5:] else ""}',
+                    'Split by patient with split_patients, or drop them from one side.',
+                )
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #7f2475fe
 def fold_parts(
-    cohort:pd.DataFrame, # with the column `fold`
-    k:int, # fold that validates
-)->tuple: # `(train, valid)`, two tables
+    cohort: pd.DataFrame,  # with the column `fold`
+    k: int,  # fold that validates
+) -> tuple:  # `(train, valid)`, two tables
     "Training and validation rows of one fold; raises `CohortError` for a fold that is not there"
-    if 'fold' not in cohort or k<0 or not (cohort.fold==k).any(): raise CohortError('cohort', f'has no fold {k}', 'Call split_patients first.')
-    train, valid = cohort[(cohort.fold>=0)&(cohort.fold!=k)], cohort[cohort.fold==k]
+    if 'fold' not in cohort or k < 0 or not (cohort.fold == k).any():
+        raise CohortError('cohort', f'has no fold {k}', 'Call split_patients first.')
+    train, valid = cohort[(cohort.fold >= 0) & (cohort.fold != k)], cohort[cohort.fold == k]
     assert_disjoint(train, valid, test_part(cohort))
     return train, valid
 
-def test_part(
-    cohort:pd.DataFrame, # with the column `fold`
-)->pd.DataFrame: # rows of the fixed test set
-    "Rows that no fold ever trains on"
-    return cohort[cohort.fold==-1]
 
-test_part.__test__ = False # pytest would run whatever is called test_
+def test_part(
+    cohort: pd.DataFrame,  # with the column `fold`
+) -> pd.DataFrame:  # rows of the fixed test set
+    "Rows that no fold ever trains on"
+    return cohort[cohort.fold == -1]
+
+
+test_part.__test__ = False  # pytest would run whatever is called test_
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #e33b3ded
 def _text(cohort):
     "The split as sorted CSV text: `scan_id,patient_id,fold`, and `split_by` where it was not by patient"
-    t = cohort[['scan_id','fold',*(['split_by'] if 'split_by' in cohort else [])]].astype({'fold':int}).astype(str)
+    t = (
+        cohort[['scan_id', 'fold', *(['split_by'] if 'split_by' in cohort else [])]]
+        .astype({'fold': int})
+        .astype(str)
+    )
     t.insert(1, 'patient_id', _patients(cohort))
     return t.sort_values(list(t)).to_csv(index=False, lineterminator='\n')
 
+
 def split_hash(
-    cohort:pd.DataFrame, # with `scan_id patient_id fold`, and `split_by` if it has one
-)->str: # 64 hexadecimal digits
+    cohort: pd.DataFrame,  # with `scan_id patient_id fold`, and `split_by` if it has one
+) -> str:  # 64 hexadecimal digits
     "Name of a split, stored with every result that was made from it"
     return hashlib.sha256(_text(cohort).encode()).hexdigest()
 
+
 def write_split(
-    cohort:pd.DataFrame, # with `scan_id patient_id fold`
-    path, # CSV file to write
-)->str: # its `split_hash`
+    cohort: pd.DataFrame,  # with `scan_id patient_id fold`
+    path,  # CSV file to write
+) -> str:  # its `split_hash`
     "Store a split; the file is whole or not there"
     write_atomic(path, _text(cohort))
     return split_hash(cohort)
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #4ab796c1
 def read_split(
-    cohort:pd.DataFrame, # one row per scan
-    path, # CSV file with `scan_id,patient_id,fold`
-)->pd.DataFrame: # the same rows with the stored `fold`
+    cohort: pd.DataFrame,  # one row per scan
+    path,  # CSV file with `scan_id,patient_id,fold`
+) -> pd.DataFrame:  # the same rows with the stored `fold`
     "Put a stored split on a cohort; raises `SplitError` where they do not fit or where the file leaks"
     _check(cohort)
     t = pd.read_csv(path, dtype=str, keep_default_na=False)
-    if list(t)[:3]!=['scan_id','patient_id','fold'] or list(t)[3:] not in ([],['split_by']): raise SplitError(path, f'has the columns {list(t)}', 'Write it with write_split.')
-    known = {(s,p): int(f) for s,p,f in zip(t.scan_id, t.patient_id, t.fold)}
-    fold = [known.get(k) for k in zip(cohort.scan_id.astype(str), _patients(cohort))]
-    if None in fold: raise SplitError(path, f'does not know scan {cohort.scan_id.iloc[fold.index(None)]} under this patient', 'Drop these rows or make a new split.')
-    assert_disjoint(**{f'fold {k}': rows for k,rows in t.groupby('fold')})
-    return cohort.assign(fold=fold, **({'split_by':t.split_by.iloc[0]} if 'split_by' in t else {}))
+    if list(t)[:3] != ['scan_id', 'patient_id', 'fold'] or list(t)[3:] not in ([], ['split_by']):
+        raise SplitError(path, f'has the columns {list(t)}', 'Write it with write_split.')
+    known = {(s, p): int(f) for s, p, f in zip(t.scan_id, t.patient_id, t.fold, strict=False)}
+    fold = [known.get(k) for k in zip(cohort.scan_id.astype(str), _patients(cohort), strict=False)]
+    if None in fold:
+        raise SplitError(
+            path,
+            f'does not know scan {cohort.scan_id.iloc[fold.index(None)]} under this patient',
+            'Drop these rows or make a new split.',
+        )
+    assert_disjoint(**{f'fold {k}': rows for k, rows in t.groupby('fold')})
+    return cohort.assign(fold=fold, **({'split_by': t.split_by.iloc[0]} if 'split_by' in t else {}))

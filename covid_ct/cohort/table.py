@@ -8,288 +8,560 @@ __all__ = ['MASK_COLUMNS', 'READING_COLUMNS', 'LABELS', 'LABEL_OF', 'check_cohor
            'cohort_from_folder']
 
 # %% ../../nbs/03_cohort/02_table.ipynb #51c817fa
-import hashlib, json, tempfile
+import hashlib
+import json
+import tempfile
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-import joblib, numpy as np, pandas as pd, pydicom
+
+import joblib
+import numpy as np
+import pandas as pd
+import pydicom
 from PIL import Image
 from tqdm.auto import tqdm
-from ..scan import Grid, Scan, CohortError, GeometryError, ReadError, UnitsError, check_same_grid, write_atomic
-from ..phantom.chest import phantom_of
+
 from ..io.archive import unzip_part
 from ..io.dicom_header import CT_IMAGE_CLASS
 from ..io.labels import MASK_CODES, recode
-from ..io.volume import IO_OF_ENDING, fill_voxels, volume_header, silent_reading
-from ..io.read import PICTURE_ENDINGS, file_ending, natural_key, file_stem, guess_units, orientation, read, read_mask, reorient, write_mask, write_scan
+from covid_ct.io.read import (
+    PICTURE_ENDINGS,
+    file_ending,
+    file_stem,
+    guess_units,
+    natural_key,
+    orientation,
+    read,
+    read_mask,
+    reorient,
+    write_mask,
+    write_scan,
+)
+from ..io.volume import IO_OF_ENDING, fill_voxels, silent_reading, volume_header
+from ..phantom.chest import phantom_of
+from covid_ct.scan import (
+    CohortError,
+    GeometryError,
+    Grid,
+    ReadError,
+    Scan,
+    UnitsError,
+    check_same_grid,
+    write_atomic,
+)
 
 # %% ../../nbs/03_cohort/02_table.ipynb #692d9025
-_NEEDED = ('patient_id','scan_id','label','path')
-MASK_COLUMNS = ('lung_mask','infection_mask','lobe_mask')
-READING_COLUMNS = ('units','geometry','axes','slice','inside','codes')
-_OPTIONAL = (*MASK_COLUMNS,'infection_ratio','centre','scanner','licence','fold',*READING_COLUMNS)
-LABELS = ('healthy','cap','covid','ild','other')
+_NEEDED = ('patient_id', 'scan_id', 'label', 'path')
+MASK_COLUMNS = ('lung_mask', 'infection_mask', 'lobe_mask')
+READING_COLUMNS = ('units', 'geometry', 'axes', 'slice', 'inside', 'codes')
+_OPTIONAL = (
+    *MASK_COLUMNS,
+    'infection_ratio',
+    'centre',
+    'scanner',
+    'licence',
+    'fold',
+    *READING_COLUMNS,
+)
+LABELS = ('healthy', 'cap', 'covid', 'ild', 'other')
 
-def _blank(x)->bool: return x is None or (isinstance(x,float) and np.isnan(x)) or str(x).strip() in ('','nan','None','<NA>')
 
-def _below(path, root)->str:
+def _blank(x) -> bool:
+    return (
+        x is None
+        or (isinstance(x, float) and np.isnan(x))
+        or str(x).strip() in ('', 'nan', 'None', '<NA>')
+    )
+
+
+def _below(path, root) -> str:
     "A path as it is stored: relative to the root where it lies below it"
     p = Path(path)
-    return p.relative_to(root).as_posix() if p.is_absolute() and p.is_relative_to(root) else Path(path).as_posix()
+    return (
+        p.relative_to(root).as_posix()
+        if p.is_absolute() and p.is_relative_to(root)
+        else Path(path).as_posix()
+    )
 
 # %% ../../nbs/03_cohort/02_table.ipynb #63d4d577
-def _check_rows(df, root, labels, needed)->None:
+def _check_rows(df, root, labels, needed) -> None:
     "Raise `CohortError` for the first row that breaks the schema"
-    for i,r in enumerate(df.to_dict('records')):
-        bad = lambda fault,remedy: CohortError(f'row {i} ({r["scan_id"]})', fault, remedy)
+    for i, r in enumerate(df.to_dict('records')):
+
+        def bad(fault, remedy):
+            return CohortError(f'row {i} ({r["scan_id"]})', fault, remedy)
+
         for c in needed:
-            if _blank(r[c]): raise bad(f'{c} is empty', 'Fill it in, or drop the row.')
+            if _blank(r[c]):
+                raise bad(f'{c} is empty', 'Fill it in, or drop the row.')
         if r['label'] not in labels:
-            raise bad(f'unknown label {r["label"]!r}',
-                      f'Use {", ".join(labels)}, or in Python pass labels=.')
-        for c in ('path',*MASK_COLUMNS):
-            if _blank(r.get(c)) or (root/r[c]).exists(): continue
-            raise bad(f'{c} {r[c]} does not exist below {root}',
-                      'Correct the path, or in Python pass root=.')
+            raise bad(
+                f'unknown label {r["label"]!r}',
+                f'Use {", ".join(labels)}, or in Python pass labels=.',
+            )
+        for c in ('path', *MASK_COLUMNS):
+            if _blank(r.get(c)) or (root / r[c]).exists():
+                continue
+            raise bad(
+                f'{c} {r[c]} does not exist below {root}',
+                'Correct the path, or in Python pass root=.',
+            )
         x = r.get('infection_ratio')
-        if _blank(x): continue
-        try: inside = 0<=float(x)<=1
-        except ValueError: inside = False
-        if not inside: raise bad(f'infection_ratio {x} is not in [0,1]', 'Give infected voxels over lung voxels.')
+        if _blank(x):
+            continue
+        try:
+            inside = 0 <= float(x) <= 1
+        except ValueError:
+            inside = False
+        if not inside:
+            raise bad(
+                f'infection_ratio {x} is not in [0,1]', 'Give infected voxels over lung voxels.'
+            )
 
 # %% ../../nbs/03_cohort/02_table.ipynb #7eac7cd4
-def check_cohort(df:pd.DataFrame, # one row a scan
-                 root=None, # folder that paths start from; None: `df.attrs['root']`, or the present folder
-                 labels=LABELS, # labels that may occur
-                 pixels=True, # False: a table about scans that are not on this disk, so `path` may be missing
-                )->pd.DataFrame: # a checked copy: ids are text, paths relative, `attrs['root']` set
+def check_cohort(
+    df: pd.DataFrame,  # one row a scan
+    root=None,  # folder that paths start from; None: `df.attrs['root']`, or the present folder
+    labels=LABELS,  # labels that may occur
+    pixels=True,  # False: a table about scans that are not on this disk, so `path` may be missing
+) -> pd.DataFrame:  # a checked copy: ids are text, paths relative, `attrs['root']` set
     "Hold a table against the schema; raises `CohortError` naming the row"
-    root = Path(root if root is not None else df.attrs.get('root','.')).resolve()
+    root = Path(root if root is not None else df.attrs.get('root', '.')).resolve()
     needed = _NEEDED if pixels else _NEEDED[:3]
     missing = [c for c in needed if c not in df]
-    if missing: raise CohortError('cohort', f'has no column {", ".join(missing)}', f'The schema needs {", ".join(needed)}.')
-    if not len(df): raise CohortError('cohort', 'has no rows', 'Check the filter or the folder it was made from.')
+    if missing:
+        raise CohortError(
+            'cohort',
+            f'has no column {", ".join(missing)}',
+            f'The schema needs {", ".join(needed)}.',
+        )
+    if not len(df):
+        raise CohortError(
+            'cohort', 'has no rows', 'Check the filter or the folder it was made from.'
+        )
     df = df.reset_index(drop=True).copy()
-    for c in needed: df[c] = [x if _blank(x) else str(x) for x in df[c]]
-    for c in ('path',*MASK_COLUMNS):
-        if c in df: df[c] = [None if _blank(x) else _below(x, root) for x in df[c]]
+    for c in needed:
+        df[c] = [x if _blank(x) else str(x) for x in df[c]]
+    for c in ('path', *MASK_COLUMNS):
+        if c in df:
+            df[c] = [None if _blank(x) else _below(x, root) for x in df[c]]
     twins = df.scan_id[df.scan_id.duplicated(keep=False) & df.scan_id.notna()]
-    if len(twins): raise CohortError(f'rows {list(twins.index[:5])}', f'scan_id {twins.iloc[0]!r} occurs {int((twins==twins.iloc[0]).sum())} times', 'Give every scan its own id.')
+    if len(twins):
+        raise CohortError(
+            f'rows {list(twins.index[:5])}',
+            f'scan_id {twins.iloc[0]!r} occurs {int((twins == twins.iloc[0]).sum())} times',
+            'Give every scan its own id.',
+        )
     _check_rows(df, root, tuple(labels), needed)
     df.attrs.update(root=str(root))
     return df
 
 # %% ../../nbs/03_cohort/02_table.ipynb #839ce348
-def read_cohort(csv, # table on disk
-                root=None, # folder that paths start from; None: the folder of the table
-                labels=LABELS, # labels that may occur
-                pixels=True, # False: a table about scans that are not on this disk
-               )->pd.DataFrame: # checked cohort
+def read_cohort(
+    csv,  # table on disk
+    root=None,  # folder that paths start from; None: the folder of the table
+    labels=LABELS,  # labels that may occur
+    pixels=True,  # False: a table about scans that are not on this disk
+) -> pd.DataFrame:  # checked cohort
     "Cohort of a CSV file; raises `CohortError` for one that cannot be read or breaks the schema"
     csv = Path(csv)
-    if not csv.is_file(): raise CohortError(csv, 'does not exist', 'Check the path.')
-    try: df = pd.read_csv(csv, dtype={c:str for c in (*_NEEDED,*MASK_COLUMNS)}, keep_default_na=True)
-    except Exception as e: raise CohortError(csv, f'is no CSV table ({type(e).__name__})', 'Save it as comma-separated text with a header.') from e
-    if 'switches' in df: df['switches'] = df.switches.astype(object).where(df.switches.notna(), '') # of phantoms: no switch is no missing value
+    if not csv.is_file():
+        raise CohortError(csv, 'does not exist', 'Check the path.')
+    try:
+        df = pd.read_csv(
+            csv, dtype={c: str for c in (*_NEEDED, *MASK_COLUMNS)}, keep_default_na=True
+        )
+    except Exception as e:
+        raise CohortError(
+            csv,
+            f'is no CSV table ({type(e).__name__})',
+            'Save it as comma-separated text with a header.',
+        ) from e
+    if 'switches' in df:
+        df['switches'] = df.switches.astype(object).where(
+            df.switches.notna(), ''
+        )  # of phantoms: no switch is no missing value
     return check_cohort(df, csv.parent if root is None else root, labels, pixels)
 
-def write_cohort(df:pd.DataFrame, # cohort
-                 csv, # where to write it
-                )->Path: # the file
+
+def write_cohort(
+    df: pd.DataFrame,  # cohort
+    csv,  # where to write it
+) -> Path:  # the file
     "Write a cohort table, whole or not at all"
     return write_atomic(csv, df.to_csv(index=False))
 
 # %% ../../nbs/03_cohort/02_table.ipynb #1a22dfe2
-def override_axes(scan:Scan, # as it was read
-         axes:str, # ITK code of the stored axes, as `'PLS'`
-        )->Scan: # LPS; its place in the patient is given up, its spacing kept
+def override_axes(
+    scan: Scan,  # as it was read
+    axes: str,  # ITK code of the stored axes, as `'PLS'`
+) -> Scan:  # LPS; its place in the patient is given up, its spacing kept
     "Believe `axes` instead of the header; raises `GeometryError` for what is no code"
-    if len(axes)!=3 or not all(len(set(axes)&set(pair))==1 for pair in ('LR','AP','IS')): raise GeometryError(scan.source, f'{axes!r} is no code of three axes', "Use one letter each of LR, AP and IS, as 'LPS'.")
-    v,g = reorient(scan.voxels, scan.grid, 'LPS', scan.stored_as)
-    v,g = reorient(v, Grid(v.shape, g.spacing), axes, 'LPS')
-    return scan.replace(voxels=np.ascontiguousarray(v), spacing=g.spacing, origin=(0,0,0), direction=np.eye(3), stored_as=axes,
-                        remarks=(*scan.remarks, f'axes taken as {axes}, not from the file'))
+    if len(axes) != 3 or not all(len(set(axes) & set(pair)) == 1 for pair in ('LR', 'AP', 'IS')):
+        raise GeometryError(
+            scan.source,
+            f'{axes!r} is no code of three axes',
+            "Use one letter each of LR, AP and IS, as 'LPS'.",
+        )
+    v, g = reorient(scan.voxels, scan.grid, 'LPS', scan.stored_as)
+    v, g = reorient(v, Grid(v.shape, g.spacing), axes, 'LPS')
+    return scan.replace(
+        voxels=np.ascontiguousarray(v),
+        spacing=g.spacing,
+        origin=(0, 0, 0),
+        direction=np.eye(3),
+        stored_as=axes,
+        remarks=(*scan.remarks, f'axes taken as {axes}, not from the file'),
+    )
 
 # %% ../../nbs/03_cohort/02_table.ipynb #7bfdb841
-def _stored(path)->tuple:
+def _stored(path) -> tuple:
     "Values of a volume file in stored order, and their grid"
     with silent_reading(path):
-        s,grid = volume_header(path); v = np.empty(s.shape, np.dtype(s.kind).newbyteorder('=') if s.line==(1.,0.) else 'f4')
-        fill_voxels(s, v); v.flags.writeable = False
-    return v,grid
+        s, grid = volume_header(path)
+        v = np.empty(s.shape, np.dtype(s.kind).newbyteorder('=') if s.line == (1.0, 0.0) else 'f4')
+        fill_voxels(s, v)
+        v.flags.writeable = False
+    return v, grid
+
 
 @lru_cache(maxsize=2)
-def _stack(path, stamp)->np.ndarray: return _stored(path)[0] # `stamp` changes when the file does
+def _stack(path, stamp) -> np.ndarray:
+    return _stored(path)[0]  # `stamp` changes when the file does
 
-def _plane(path, index, keep=('L','I;16','I','F'))->tuple:
+
+def _plane(path, index, keep=('L', 'I;16', 'I', 'F')) -> tuple:
     "Slice `(1,H,W)` as stored, and the pictures that tell its unit; other modes than `keep` turn grey"
-    if not path.is_file(): raise ReadError(path, 'does not exist', 'Check the path.')
+    if not path.is_file():
+        raise ReadError(path, 'does not exist', 'Check the path.')
     if file_ending(path) in PICTURE_ENDINGS:
-        with silent_reading(path), Image.open(path) as im: v = np.asarray(im if im.mode in keep else im.convert('L'))[None]
-        return v,v
+        with silent_reading(path), Image.open(path) as im:
+            v = np.asarray(im if im.mode in keep else im.convert('L'))[None]
+        return v, v
     all = _stack(path, path.stat().st_mtime_ns)
-    if not 0<=index<len(all): raise GeometryError(path, f'has {len(all)} slices, number {index} is asked for', 'Make the cohort again.')
-    return all[index:index+1],all
+    if not 0 <= index < len(all):
+        raise GeometryError(
+            path, f'has {len(all)} slices, number {index} is asked for', 'Make the cohort again.'
+        )
+    return all[index : index + 1], all
 
 # %% ../../nbs/03_cohort/02_table.ipynb #5e889888
-def read_slice(path, # picture, or volume file that is a stack of slices
-               index:int=0, # which slice of a stack
-               axes='LPS', # code of the stored axes
-               units=None, # unit of the values; None tells it from the whole stack, refuses in doubt
-               **ids, # `patient_id`, `scan_id`
-              )->Scan: # `(1,H,W)`, geometry unknown
+def read_slice(
+    path,  # picture, or volume file that is a stack of slices
+    index: int = 0,  # which slice of a stack
+    axes='LPS',  # code of the stored axes
+    units=None,  # unit of the values; None tells it from the whole stack, refuses in doubt
+    **ids,  # `patient_id`, `scan_id`
+) -> Scan:  # `(1,H,W)`, geometry unknown
     "One slice without a place in a volume; raises `ReadError`, `GeometryError` or `UnitsError`"
-    v,all = _plane(Path(path), index)
-    scan = Scan(v, (1,1,1), units=units or guess_units(all, path), source=str(path), geometry_known=False, remarks=('a single slice, geometry unknown',), **ids)
-    return scan if axes=='LPS' else override_axes(scan, axes)
+    v, all = _plane(Path(path), index)
+    scan = Scan(
+        v,
+        (1, 1, 1),
+        units=units or guess_units(all, path),
+        source=str(path),
+        geometry_known=False,
+        remarks=('a single slice, geometry unknown',),
+        **ids,
+    )
+    return scan if axes == 'LPS' else override_axes(scan, axes)
 
 # %% ../../nbs/03_cohort/02_table.ipynb #a4127af2
 @contextmanager
 def _unpacked(path, inside):
     "The path, or a folder with the one part of a zip file that is wanted"
-    if _blank(inside): yield path; return
-    with tempfile.TemporaryDirectory() as tmp: yield unzip_part(path, inside, tmp)
+    if _blank(inside):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as tmp:
+        yield unzip_part(path, inside, tmp)
 
-def load_row(row, # row of a cohort, Series or dict
-             root=None, # folder that its paths start from; None: the present folder
-             **how, # as in `read`, before what the row says: `series`, `allow_unknown_geometry`, `units`
-            )->Scan: # with the ids of the row
+
+def load_row(
+    row,  # row of a cohort, Series or dict
+    root=None,  # folder that its paths start from; None: the present folder
+    **how,  # as in `read`, before what the row says: `series`, `allow_unknown_geometry`, `units`
+) -> Scan:  # with the ids of the row
     "Scan of a row; raises `CohortError` where the row has no path, and what `read` raises"
-    row = {k:v for k,v in dict(row).items() if not _blank(v)}
-    if 'path' not in row: raise CohortError(f'row {row.get("scan_id")}', 'has no path', 'Write the cohort to disk, or load it with phantom_of.')
-    path,axes,ids = Path(root or '.')/row['path'],row.get('axes'),{k:str(row[k]) for k in ('patient_id','scan_id')}
-    if 'slice' in row: return read_slice(path, int(row['slice']), axes or 'LPS', how.get('units', row.get('units')), **ids)
-    how = {**{k:row[k] for k in ('units','tilt') if k in row}, 'allow_unknown_geometry':row.get('geometry')=='unknown', **how}
-    with _unpacked(path, row.get('inside')) as place: scan = read(place, **ids, **how)
-    if 'inside' in row: scan = scan.replace(source=f'{path}/{row["inside"]}')
-    if row.get('units')=='HU' and guess_units(scan.voxels, scan.source)!='HU': raise UnitsError(scan.source, 'should be in HU and has only grey values', 'Is it the file that its set published?')
+    row = {k: v for k, v in dict(row).items() if not _blank(v)}
+    if 'path' not in row:
+        raise CohortError(
+            f'row {row.get("scan_id")}',
+            'has no path',
+            'Write the cohort to disk, or load it with phantom_of.',
+        )
+    path, axes, ids = (
+        Path(root or '.') / row['path'],
+        row.get('axes'),
+        {k: str(row[k]) for k in ('patient_id', 'scan_id')},
+    )
+    if 'slice' in row:
+        return read_slice(
+            path, int(row['slice']), axes or 'LPS', how.get('units', row.get('units')), **ids
+        )
+    how = {
+        **{k: row[k] for k in ('units', 'tilt') if k in row},
+        'allow_unknown_geometry': row.get('geometry') == 'unknown',
+        **how,
+    }
+    with _unpacked(path, row.get('inside')) as place:
+        scan = read(place, **ids, **how)
+    if 'inside' in row:
+        scan = scan.replace(source=f'{path}/{row["inside"]}')
+    if row.get('units') == 'HU' and guess_units(scan.voxels, scan.source) != 'HU':
+        raise UnitsError(
+            scan.source,
+            'should be in HU and has only grey values',
+            'Is it the file that its set published?',
+        )
     return override_axes(scan, axes) if axes else scan
 
 # %% ../../nbs/03_cohort/02_table.ipynb #69e00eb3
-def _labels(path, row)->tuple:
+def _labels(path, row) -> tuple:
     "Numbers of a mask file as they are, LPS, and their grid; None for the grid of a slice"
     axes = row.get('axes')
     if 'slice' in row:
-        v,_ = _plane(path, int(row['slice']), ('L','I;16','I','P','1'))
-        return reorient(v, Grid(v.shape,(1,1,1)), axes or 'LPS', 'LPS')[0],None
-    v,g = _stored(path)
+        v, _ = _plane(path, int(row['slice']), ('L', 'I;16', 'I', 'P', '1'))
+        return reorient(v, Grid(v.shape, (1, 1, 1)), axes or 'LPS', 'LPS')[0], None
+    v, g = _stored(path)
     return reorient(v, Grid(g.shape, g.spacing) if axes else g, axes or orientation(g), 'LPS')
 
-def load_mask(row, # row of a cohort, Series or dict
-              column='infection_mask', # which mask
-              root=None, # folder that its paths start from
-              scan:Scan=None, # the scan that it must lie on; None: not checked
-             )->np.ndarray: # `(D,H,W)` uint8 labels of the house, LPS
+
+def load_mask(
+    row,  # row of a cohort, Series or dict
+    column='infection_mask',  # which mask
+    root=None,  # folder that its paths start from
+    scan: Scan = None,  # the scan that it must lie on; None: not checked
+) -> np.ndarray:  # `(D,H,W)` uint8 labels of the house, LPS
     "Mask of a row; raises `CohortError` where the row has none, `GeometryError` or `VoxelError` where it does not fit"
-    row = {k:v for k,v in dict(row).items() if not _blank(v)}
-    if column not in row: raise CohortError(f'row {row.get("scan_id")}', f'has no {column}', 'Fill the column, or do without it.')
-    if 'codes' in row and row['codes'] not in MASK_CODES: raise CohortError(f'row {row.get("scan_id")}', f'has unknown codes {row["codes"]!r}', f'Use one of {", ".join(MASK_CODES)}.')
-    path,codes = Path(root or '.')/row[column],MASK_CODES.get(row.get('codes'),{}).get(column)
-    if not path.is_file(): raise ReadError(path, 'does not exist', 'Check the path.')
-    if codes is None: return read_mask(path, scan)
-    v,g = _labels(path, row)
-    if scan is not None and g is not None: check_same_grid(g if 'axes' not in row else Grid(g.shape, g.spacing), scan, path)
-    if scan is not None and v.shape!=scan.shape: raise GeometryError(path, f'has shape {v.shape[1:]}, its slice {scan.shape[1:]}', 'Resample one onto the grid of the other first.')
+    row = {k: v for k, v in dict(row).items() if not _blank(v)}
+    if column not in row:
+        raise CohortError(
+            f'row {row.get("scan_id")}', f'has no {column}', 'Fill the column, or do without it.'
+        )
+    if 'codes' in row and row['codes'] not in MASK_CODES:
+        raise CohortError(
+            f'row {row.get("scan_id")}',
+            f'has unknown codes {row["codes"]!r}',
+            f'Use one of {", ".join(MASK_CODES)}.',
+        )
+    path, codes = Path(root or '.') / row[column], MASK_CODES.get(row.get('codes'), {}).get(column)
+    if not path.is_file():
+        raise ReadError(path, 'does not exist', 'Check the path.')
+    if codes is None:
+        return read_mask(path, scan)
+    v, g = _labels(path, row)
+    if scan is not None and g is not None:
+        check_same_grid(g if 'axes' not in row else Grid(g.shape, g.spacing), scan, path)
+    if scan is not None and v.shape != scan.shape:
+        raise GeometryError(
+            path,
+            f'has shape {v.shape[1:]}, its slice {scan.shape[1:]}',
+            'Resample one onto the grid of the other first.',
+        )
     return recode(v, codes, path)
 
 # %% ../../nbs/03_cohort/02_table.ipynb #40edf9c1
-_SUFFIX = dict(lung_mask='_lung', infection_mask='_infection', lobe_mask='_lobes', lesion_mask='_lesions')
+_SUFFIX = dict(
+    lung_mask='_lung', infection_mask='_infection', lobe_mask='_lobes', lesion_mask='_lesions'
+)
 
-def _write_phantom(row, out, shape)->dict:
+
+def _write_phantom(row, out, shape) -> dict:
     "Write one phantom unless it is there; returns its row"
-    where = Path(row['label'])/row['patient_id']
-    files = {c:(where/f'{row["scan_id"]}{s}.nii.gz').as_posix() for c,s in dict(path='', **_SUFFIX).items()}
-    if not all((out/f).exists() for f in files.values()):
+    where = Path(row['label']) / row['patient_id']
+    files = {
+        c: (where / f'{row["scan_id"]}{s}.nii.gz').as_posix()
+        for c, s in dict(path='', **_SUFFIX).items()
+    }
+    if not all((out / f).exists() for f in files.values()):
         p = phantom_of(row, shape=shape)
-        write_scan(p.scan, out/files['path'], overwrite=True)
-        for c,m in zip(_SUFFIX, (p.lungs,p.infection,p.lobes,p.lesions)): write_mask(m, p.scan, out/files[c], overwrite=True)
-    lung,ill = (read_mask(out/files[c])>0 for c in ('lung_mask','infection_mask'))
-    return {**row, **files, 'infection_ratio':round(float((ill&lung).sum()/max(1,lung.sum())),6)}
+        write_scan(p.scan, out / files['path'], overwrite=True)
+        for c, m in zip(_SUFFIX, (p.lungs, p.infection, p.lobes, p.lesions), strict=False):
+            write_mask(m, p.scan, out / files[c], overwrite=True)
+    lung, ill = (read_mask(out / files[c]) > 0 for c in ('lung_mask', 'infection_mask'))
+    return {
+        **row,
+        **files,
+        'infection_ratio': round(float((ill & lung).sum() / max(1, lung.sum())), 6),
+    }
 
 # %% ../../nbs/03_cohort/02_table.ipynb #93f8410c
-def write_phantom_cohort(out, # folder to write into; made if missing
-                         cohort:pd.DataFrame, # rows of `phantom_cohort`
-                         shape=(96,96,96), # voxels `(D,H,W)` of each scan
-                         progress=True, # show a bar
-                         jobs:int=1, # processes
-                        )->pd.DataFrame: # checked cohort with paths, masks and ratios
+def write_phantom_cohort(
+    out,  # folder to write into; made if missing
+    cohort: pd.DataFrame,  # rows of `phantom_cohort`
+    shape=(96, 96, 96),  # voxels `(D,H,W)` of each scan
+    progress=True,  # show a bar
+    jobs: int = 1,  # processes
+) -> pd.DataFrame:  # checked cohort with paths, masks and ratios
     "Write phantoms, their masks and a table; goes on where an earlier call stopped, raises `CohortError` on another cohort's folder"
-    out = Path(out); out.mkdir(parents=True, exist_ok=True); note = out/'phantoms.json'
-    asked = dict(shape=list(map(int,shape)), rows=len(cohort), sha1=hashlib.sha1(cohort.to_csv(index=False).encode()).hexdigest())
-    if note.exists() and json.loads(note.read_text())!=asked: raise CohortError(out, 'holds another phantom cohort', 'Choose an empty folder.')
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    note = out / 'phantoms.json'
+    asked = dict(
+        shape=list(map(int, shape)),
+        rows=len(cohort),
+        sha1=hashlib.sha1(cohort.to_csv(index=False).encode()).hexdigest(),
+    )
+    if note.exists() and json.loads(note.read_text()) != asked:
+        raise CohortError(out, 'holds another phantom cohort', 'Choose an empty folder.')
     note.write_text(json.dumps(asked))
-    work = joblib.Parallel(jobs, return_as='generator')(joblib.delayed(_write_phantom)(r, out, shape) for r in cohort.to_dict('records'))
+    work = joblib.Parallel(jobs, return_as='generator')(
+        joblib.delayed(_write_phantom)(r, out, shape) for r in cohort.to_dict('records')
+    )
     rows = list(tqdm(work, desc='phantoms', total=len(cohort), disable=not progress))
     df = pd.DataFrame(rows).assign(licence='Apache-2.0 (synthetic)')
-    return check_cohort(read_cohort(write_cohort(df, out/'cohort.csv')), out)
+    return check_cohort(read_cohort(write_cohort(df, out / 'cohort.csv')), out)
 
 # %% ../../nbs/03_cohort/02_table.ipynb #68b7f8ad
-def _slice_file(scan, k, uid)->pydicom.FileDataset:
+def _slice_file(scan, k, uid) -> pydicom.FileDataset:
     "One axial slice with a header that has what a reader needs and nothing about a person"
     meta = pydicom.dataset.FileMetaDataset()
-    meta.TransferSyntaxUID,meta.MediaStorageSOPClassUID = pydicom.uid.ExplicitVRLittleEndian,CT_IMAGE_CLASS
-    meta.MediaStorageSOPInstanceUID = f'{uid}.{k+1}'
-    d = pydicom.FileDataset('', {}, file_meta=meta, preamble=bytes(128), is_implicit_VR=False, is_little_endian=True)
-    z,y,x = scan.grid.to_mm((k,0,0)); R = np.array(scan.direction)[::-1,::-1]
-    for name,v in dict(SOPClassUID=CT_IMAGE_CLASS, SOPInstanceUID=f'{uid}.{k+1}', SeriesInstanceUID=uid, StudyInstanceUID=uid+'.0', Modality='CT',
-                       PatientID=scan.patient_id, ImageType=['ORIGINAL','PRIMARY','AXIAL'], InstanceNumber=k+1, Rows=scan.shape[1],
-                       Columns=scan.shape[2], SamplesPerPixel=1, PhotometricInterpretation='MONOCHROME2', BitsAllocated=16, BitsStored=16,
-                       HighBit=15, PixelRepresentation=0, RescaleSlope=1, RescaleIntercept=-1024, PixelSpacing=[round(s,6) for s in scan.spacing[1:]],
-                       ImagePositionPatient=[round(float(p),6) for p in (x,y,z)],
-                       ImageOrientationPatient=[round(float(c),9) for c in (*R[:,0],*R[:,1])]).items(): setattr(d, name, v)
-    d.PixelData = (scan.voxels[k].astype('i4')+1024).clip(0, 65535).astype('<u2').tobytes()
+    meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = (
+        pydicom.uid.ExplicitVRLittleEndian,
+        CT_IMAGE_CLASS,
+    )
+    meta.MediaStorageSOPInstanceUID = f'{uid}.{k + 1}'
+    d = pydicom.FileDataset(
+        '', {}, file_meta=meta, preamble=bytes(128), is_implicit_VR=False, is_little_endian=True
+    )
+    z, y, x = scan.grid.to_mm((k, 0, 0))
+    R = np.array(scan.direction)[::-1, ::-1]
+    for name, v in dict(
+        SOPClassUID=CT_IMAGE_CLASS,
+        SOPInstanceUID=f'{uid}.{k + 1}',
+        SeriesInstanceUID=uid,
+        StudyInstanceUID=uid + '.0',
+        Modality='CT',
+        PatientID=scan.patient_id,
+        ImageType=['ORIGINAL', 'PRIMARY', 'AXIAL'],
+        InstanceNumber=k + 1,
+        Rows=scan.shape[1],
+        Columns=scan.shape[2],
+        SamplesPerPixel=1,
+        PhotometricInterpretation='MONOCHROME2',
+        BitsAllocated=16,
+        BitsStored=16,
+        HighBit=15,
+        PixelRepresentation=0,
+        RescaleSlope=1,
+        RescaleIntercept=-1024,
+        PixelSpacing=[round(s, 6) for s in scan.spacing[1:]],
+        ImagePositionPatient=[round(float(p), 6) for p in (x, y, z)],
+        ImageOrientationPatient=[round(float(c), 9) for c in (*R[:, 0], *R[:, 1])],
+    ).items():
+        setattr(d, name, v)
+    d.PixelData = (scan.voxels[k].astype('i4') + 1024).clip(0, 65535).astype('<u2').tobytes()
     return d
 
 # %% ../../nbs/03_cohort/02_table.ipynb #108e80a5
-def write_series(scan:Scan, # HU
-                 folder, # where the slices go; made if missing
-                 change=None, # `change(header, k)` edits a header before it is saved; `False` drops the slice
-                 name='IM{k}', # file name; `k` counts from 1 at the feet
-                )->Path: # the folder
+def write_series(
+    scan: Scan,  # HU
+    folder,  # where the slices go; made if missing
+    change=None,  # `change(header, k)` edits a header before it is saved; `False` drops the slice
+    name='IM{k}',  # file name; `k` counts from 1 at the feet
+) -> Path:  # the folder
     "Write a scan as a scanner does, one DICOM file a slice; raises `UnitsError` for other than HU"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    uid = '2.25.'+str(int(hashlib.sha1(f'{scan.patient_id}/{scan.scan_id}'.encode()).hexdigest()[:24],16))
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    uid = '2.25.' + str(
+        int(hashlib.sha1(f'{scan.patient_id}/{scan.scan_id}'.encode()).hexdigest()[:24], 16)
+    )
     for k in range(scan.shape[0]):
         d = _slice_file(scan.require('HU'), k, uid)
-        if change is None or change(d, k) is not False: d.save_as(folder/name.format(k=k+1))
+        if change is None or change(d, k) is not False:
+            d.save_as(folder / name.format(k=k + 1))
     return folder
 
 # %% ../../nbs/03_cohort/02_table.ipynb #8cd54b17
-LABEL_OF = {**{k:k for k in LABELS}, 'ncp':'covid','covid-19':'covid','covid19':'covid','cp':'cap','normal':'healthy'}
+LABEL_OF = {
+    **{k: k for k in LABELS},
+    'ncp': 'covid',
+    'covid-19': 'covid',
+    'covid19': 'covid',
+    'cp': 'cap',
+    'normal': 'healthy',
+}
 
-def _scans_of(patient, root)->tuple:
+
+def _scans_of(patient, root) -> tuple:
     "Rows of one patient's folder, and what is no scan"
     files = [f for f in patient.iterdir() if not f.name.startswith('.')]
-    volumes = {file_stem(f):f for f in files if f.is_file() and file_ending(f) in IO_OF_ENDING}
+    volumes = {file_stem(f): f for f in files if f.is_file() and file_ending(f) in IO_OF_ENDING}
     slices = [f for f in files if f.is_dir()]
-    masks = {s:c for s in volumes for c,e in _SUFFIX.items() if s.endswith(e) and s.removesuffix(e) in volumes}
-    rows = [dict(scan_id=s, path=f, **{c:volumes[m] for m,c in masks.items() if m.removesuffix(_SUFFIX[c])==s}) for s,f in volumes.items() if s not in masks]
+    masks = {
+        s: c
+        for s in volumes
+        for c, e in _SUFFIX.items()
+        if s.endswith(e) and s.removesuffix(e) in volumes
+    }
+    rows = [
+        dict(
+            scan_id=s,
+            path=f,
+            **{c: volumes[m] for m, c in masks.items() if m.removesuffix(_SUFFIX[c]) == s},
+        )
+        for s, f in volumes.items()
+        if s not in masks
+    ]
     rows += [dict(scan_id=f.name, path=f) for f in slices if any(f.iterdir())]
-    loose = [f for f in files if f.is_file() and f not in volumes.values()]+[f for f in slices if not any(f.iterdir())]
-    return [{**r, **{c:v.relative_to(root).as_posix() for c,v in r.items() if isinstance(v,Path)}, 'patient_id':patient.name} for r in rows],loose
+    loose = [f for f in files if f.is_file() and f not in volumes.values()] + [
+        f for f in slices if not any(f.iterdir())
+    ]
+    return [
+        {
+            **r,
+            **{c: v.relative_to(root).as_posix() for c, v in r.items() if isinstance(v, Path)},
+            'patient_id': patient.name,
+        }
+        for r in rows
+    ], loose
 
 # %% ../../nbs/03_cohort/02_table.ipynb #1a21e347
-def cohort_from_folder(root, # folder that holds a folder for each class
-                       labels:dict=None, # class folder → label; None: `LABEL_OF`, whatever the case
-                      )->pd.DataFrame: # checked cohort; `attrs['left_out']` lists what did not fit
+def cohort_from_folder(
+    root,  # folder that holds a folder for each class
+    labels: dict = None,  # class folder → label; None: `LABEL_OF`, whatever the case
+) -> pd.DataFrame:  # checked cohort; `attrs['left_out']` lists what did not fit
     "Cohort of the layout class/patient/scan; raises `CohortError` for a class that is not known or for no scan at all"
     root = Path(root).resolve()
-    if not root.is_dir(): raise CohortError(root, 'is no folder', 'Check the path.')
-    known,rows,loose = labels or LABEL_OF,[],[]
+    if not root.is_dir():
+        raise CohortError(root, 'is no folder', 'Check the path.')
+    known, rows, loose = labels or LABEL_OF, [], []
     for folder in sorted(p for p in root.iterdir() if not p.name.startswith('.')):
-        if folder.is_file(): loose.append(folder); continue
+        if folder.is_file():
+            loose.append(folder)
+            continue
         label = known.get(folder.name, known.get(folder.name.lower()))
         if label is None:
-            raise CohortError(folder, f'no class is called {folder.name!r}',
-                              f'Rename it to one of {", ".join(known)}, '
-                              f'or in Python pass labels={{{folder.name!r}: …}}.')
+            raise CohortError(
+                folder,
+                f'no class is called {folder.name!r}',
+                f'Rename it to one of {", ".join(known)}, '
+                f'or in Python pass labels={{{folder.name!r}: …}}.',
+            )
         for patient in sorted(folder.iterdir(), key=natural_key):
-            if patient.is_file(): loose.append(patient); continue
-            found,rest = _scans_of(patient, root); loose += rest
+            if patient.is_file():
+                loose.append(patient)
+                continue
+            found, rest = _scans_of(patient, root)
+            loose += rest
             rows += [dict(label=label, **r) for r in sorted(found, key=lambda r: r['scan_id'])]
-    if not rows: raise CohortError(root, 'has no scan in the layout class/patient/scan', 'See the page on cohorts for the layout.')
-    df = pd.DataFrame(rows); ids = df.scan_id.duplicated(keep=False)
-    df.loc[ids,'scan_id'] = df.patient_id[ids]+'-'+df.scan_id[ids] # as `P1/1`, `P2/1` in public sets
-    df = check_cohort(df[[*_NEEDED, *(c for c in df if c not in _NEEDED)]], root, tuple(dict.fromkeys(known.values())))
+    if not rows:
+        raise CohortError(
+            root,
+            'has no scan in the layout class/patient/scan',
+            'See the page on cohorts for the layout.',
+        )
+    df = pd.DataFrame(rows)
+    ids = df.scan_id.duplicated(keep=False)
+    df.loc[ids, 'scan_id'] = (
+        df.patient_id[ids] + '-' + df.scan_id[ids]
+    )  # as `P1/1`, `P2/1` in public sets
+    df = check_cohort(
+        df[[*_NEEDED, *(c for c in df if c not in _NEEDED)]],
+        root,
+        tuple(dict.fromkeys(known.values())),
+    )
     df.attrs['left_out'] = [f.relative_to(root).as_posix() for f in loose]
     return df

@@ -8,129 +8,238 @@ __all__ = ['SIDES', 'BurdenError', 'severity_score', 'burden', 'burden_figure', 
 # %% ../../nbs/10_evaluate/04_burden.ipynb #18046eae
 import numpy as np
 import pandas as pd
+
 from ..phantom.anatomy import LOBES
-from ..widgets.html import HtmlReport
 from ..phantom.chest import LESIONS
-from ..scan import DataError, GeometryError, Scan
 from ..plot import Picture, set_alt_text, show_planes
+from ..scan import DataError, GeometryError, Scan
+from ..widgets.html import HtmlReport
 
 # %% ../../nbs/10_evaluate/04_burden.ipynb #3fe05b38
-class BurdenError(DataError): "Masks that do not make a burden"
+class BurdenError(DataError):
+    "Masks that do not make a burden"
 
-SIDES = ('right lung','left lung') # value k+1 of `covid_ct.preprocess.lungs.two_sides`
-_BESIDE = ('effusion',) # lesions that lie beside the lung
+
+SIDES = ('right lung', 'left lung')  # value k+1 of `covid_ct.preprocess.lungs.two_sides`
+_BESIDE = ('effusion',)  # lesions that lie beside the lung
+
 
 def _named(m, known, what):
     "Raise `BurdenError` for a mask with labels that have no name"
-    if m.dtype.kind not in 'biu': raise BurdenError(f'{what} mask', f'holds {m.dtype}', 'Give whole numbers; resample masks with the nearest neighbour.')
-    alien = [int(v) for v in (m.min(),m.max()) if not 0<=v<=len(known)]
-    if alien: raise BurdenError(f'{what} mask', f'holds the label {alien[0]}; known are 1 … {len(known)}: {", ".join(known)}', 'Convert the mask, or name its labels.')
+    if m.dtype.kind not in 'biu':
+        raise BurdenError(
+            f'{what} mask',
+            f'holds {m.dtype}',
+            'Give whole numbers; resample masks with the nearest neighbour.',
+        )
+    alien = [int(v) for v in (m.min(), m.max()) if not 0 <= v <= len(known)]
+    if alien:
+        raise BurdenError(
+            f'{what} mask',
+            f'holds the label {alien[0]}; known are 1 … {len(known)}: {", ".join(known)}',
+            'Convert the mask, or name its labels.',
+        )
+
 
 def _cross_count(
-    lobes:np.ndarray, # `(D,H,W)` bool or whole numbers, 0 outside
-    lesions:np.ndarray, # `(D,H,W)` bool or whole numbers, 0 none
-    names, # of the lobes, value k+1
-    kinds, # of the lesions, value k+1
-)->np.ndarray: # voxels of each pair, `(1+lobes, 1+kinds)`
+    lobes: np.ndarray,  # `(D,H,W)` bool or whole numbers, 0 outside
+    lesions: np.ndarray,  # `(D,H,W)` bool or whole numbers, 0 none
+    names,  # of the lobes, value k+1
+    kinds,  # of the lesions, value k+1
+) -> np.ndarray:  # voxels of each pair, `(1+lobes, 1+kinds)`
     "Count pairs of labels; raises `BurdenError` for a label without a name"
-    for mask,known,what in ((lobes,names,'lobe'),(lesions,kinds,'lesion')): _named(np.asarray(mask), known, what)
-    n = 1+len(kinds)
-    slices = zip(np.atleast_2d(lobes), np.atleast_2d(lesions)) # one at a time: a full scan has a hundred million voxels
-    return sum(np.bincount((a.astype('u2')*n+b).ravel(), minlength=(1+len(names))*n) for a,b in slices).reshape(-1, n)
+    for mask, known, what in ((lobes, names, 'lobe'), (lesions, kinds, 'lesion')):
+        _named(np.asarray(mask), known, what)
+    n = 1 + len(kinds)
+    slices = zip(
+        np.atleast_2d(lobes), np.atleast_2d(lesions), strict=False
+    )  # one at a time: a full scan has a hundred million voxels
+    return sum(
+        np.bincount((a.astype('u2') * n + b).ravel(), minlength=(1 + len(names)) * n)
+        for a, b in slices
+    ).reshape(-1, n)
 
 # %% ../../nbs/10_evaluate/04_burden.ipynb #3cb8f8ad
 def severity_score(
-    percent, # involved share of a lobe in percent, a number or an array; NaN stays NaN
-)->np.ndarray: # 0 … 5, float
+    percent,  # involved share of a lobe in percent, a number or an array; NaN stays NaN
+) -> np.ndarray:  # 0 … 5, float
     "CT severity score of a lobe (Pan et al. 2020)"
     p = np.asarray(percent, float)
-    return np.where(np.isnan(p), np.nan, (p>0).astype(float)+(p>=5)+(p>25)+(p>=50)+(p>75))
+    return np.where(
+        np.isnan(p), np.nan, (p > 0).astype(float) + (p >= 5) + (p > 25) + (p >= 50) + (p > 75)
+    )
 
 # %% ../../nbs/10_evaluate/04_burden.ipynb #ac45556e
 def _line(n, voxel, kinds):
     "Volume, involvement, share and composition of a row of counts"
-    lung = [k not in _BESIDE for k in kinds]; ill = n[1:][lung].sum()*voxel
-    part = lambda *names: 100*sum(n[1+kinds.index(k)] for k in names if k in kinds)*voxel/ill if ill and 'ggo' in kinds else np.nan
-    whole = (n[0]+n[1:][lung].sum())*voxel
-    return dict(volume_ml=whole, involved_ml=ill, involved_percent=100*ill/whole if whole else np.nan, ggo_percent=part('ggo','crazy paving'), consolidation_percent=part('consolidation'))
+    lung = [k not in _BESIDE for k in kinds]
+    ill = n[1:][lung].sum() * voxel
+
+    def part(*names):
+        return (
+            100 * sum(n[1 + kinds.index(k)] for k in names if k in kinds) * voxel / ill
+            if ill and 'ggo' in kinds
+            else np.nan
+        )
+
+    whole = (n[0] + n[1:][lung].sum()) * voxel
+    return dict(
+        volume_ml=whole,
+        involved_ml=ill,
+        involved_percent=100 * ill / whole if whole else np.nan,
+        ggo_percent=part('ggo', 'crazy paving'),
+        consolidation_percent=part('consolidation'),
+    )
+
 
 def _groups(names):
     "Which lobes make a lung, and both"
-    return {f'{s} lung': [i for i,k in enumerate(names) if k.startswith(s)] for s in ('left','right')} | {'both lungs': range(len(names))}
+    return {
+        f'{s} lung': [i for i, k in enumerate(names) if k.startswith(s)] for s in ('left', 'right')
+    } | {'both lungs': range(len(names))}
+
 
 def _checked(scan, lesions, lobes):
-    if not scan.geometry_known: raise GeometryError(scan.source or scan.scan_id or 'scan', 'the size of its voxels is unknown, and a burden is measured in mL', 'Read the original DICOM or NIfTI.')
-    for what,m in (('lesion',lesions),('lobe',lobes)):
-        if np.shape(m)!=scan.shape: raise GeometryError(f'{what} mask', f'has shape {np.shape(m)}, the scan {scan.shape}', 'Resample the mask onto the grid of the scan.')
-    if not np.any(lobes): raise BurdenError('lobe mask', 'is empty', 'Segment the lobes, or give the lung mask for a table without lobes.')
+    if not scan.geometry_known:
+        raise GeometryError(
+            scan.source or scan.scan_id or 'scan',
+            'the size of its voxels is unknown, and a burden is measured in mL',
+            'Read the original DICOM or NIfTI.',
+        )
+    for what, m in (('lesion', lesions), ('lobe', lobes)):
+        if np.shape(m) != scan.shape:
+            raise GeometryError(
+                f'{what} mask',
+                f'has shape {np.shape(m)}, the scan {scan.shape}',
+                'Resample the mask onto the grid of the scan.',
+            )
+    if not np.any(lobes):
+        raise BurdenError(
+            'lobe mask',
+            'is empty',
+            'Segment the lobes, or give the lung mask for a table without lobes.',
+        )
 
 # %% ../../nbs/10_evaluate/04_burden.ipynb #bb9d8897
 def burden(
-    scan:Scan, # of known geometry; only its grid is used
-    lesions:np.ndarray, # `(D,H,W)` bool (any lesion) or labels, 0 none
-    lobes:np.ndarray, # `(D,H,W)` bool (both lungs as one) or labels, 0 outside
-    names=LOBES, # of the labels in `lobes`, value k+1; `SIDES` for right and left
-    kinds=LESIONS, # of the labels in `lesions`, value k+1
-)->pd.DataFrame: # index region; volume_ml involved_ml involved_percent ggo_percent consolidation_percent (of the involved part) score
+    scan: Scan,  # of known geometry; only its grid is used
+    lesions: np.ndarray,  # `(D,H,W)` bool (any lesion) or labels, 0 none
+    lobes: np.ndarray,  # `(D,H,W)` bool (both lungs as one) or labels, 0 outside
+    names=LOBES,  # of the labels in `lobes`, value k+1; `SIDES` for right and left
+    kinds=LESIONS,  # of the labels in `lesions`, value k+1
+) -> pd.DataFrame:  # index region; volume_ml involved_ml involved_percent ggo_percent consolidation_percent (of the involved part) score
     "Infection burden per lobe (@eq-burden); raises `GeometryError` for another grid and `BurdenError` for labels without a name"
     _checked(scan, lesions, lobes)
-    names = ('both lungs',) if np.asarray(lobes).dtype==bool else tuple(names)
-    kinds = ('infection',) if np.asarray(lesions).dtype==bool else tuple(kinds)
+    names = ('both lungs',) if np.asarray(lobes).dtype == bool else tuple(names)
+    kinds = ('infection',) if np.asarray(lesions).dtype == bool else tuple(kinds)
     n, voxel = _cross_count(lobes, lesions, names, kinds), scan.grid.voxel_ml
-    rows = {k: _line(n[i], voxel, kinds) for i,k in enumerate(names,1)}
-    five = set(names)==set(LOBES)
-    score = {k: float(severity_score(v['involved_percent'])) if five else np.nan for k,v in rows.items()}
-    for k,at in _groups(names).items():
-        if k in rows or not len(at): continue
-        rows[k] = _line(n[1:][list(at)].sum(0), voxel, kinds); score[k] = sum(score[names[i]] for i in at)
+    rows = {k: _line(n[i], voxel, kinds) for i, k in enumerate(names, 1)}
+    five = set(names) == set(LOBES)
+    score = {
+        k: float(severity_score(v['involved_percent'])) if five else np.nan for k, v in rows.items()
+    }
+    for k, at in _groups(names).items():
+        if k in rows or not len(at):
+            continue
+        rows[k] = _line(n[1:][list(at)].sum(0), voxel, kinds)
+        score[k] = sum(score[names[i]] for i in at)
     rows['outside'] = dict(involved_ml=_line(n[0], voxel, kinds)['involved_ml'])
-    if rows['outside']['involved_ml']>rows['both lungs']['involved_ml']:
-        raise BurdenError('lesion mask', f'{rows["outside"]["involved_ml"]:.1f} mL lie outside all lobes and {rows["both lungs"]["involved_ml"]:.1f} mL inside', 'Do both masks belong to this scan?')
-    beside = [1+i for i,k in enumerate(kinds) if k in _BESIDE]
-    if beside: rows['effusion'] = dict(volume_ml=n[:,beside].sum()*voxel)
+    if rows['outside']['involved_ml'] > rows['both lungs']['involved_ml']:
+        raise BurdenError(
+            'lesion mask',
+            f'{rows["outside"]["involved_ml"]:.1f} mL lie outside all lobes and {rows["both lungs"]["involved_ml"]:.1f} mL inside',
+            'Do both masks belong to this scan?',
+        )
+    beside = [1 + i for i, k in enumerate(kinds) if k in _BESIDE]
+    if beside:
+        rows['effusion'] = dict(volume_ml=n[:, beside].sum() * voxel)
     return pd.DataFrame(rows).T.assign(score=pd.Series(score)).rename_axis('region')
 
 # %% ../../nbs/10_evaluate/04_burden.ipynb #cc4968c9
 def burden_figure(
-    table:pd.DataFrame, # of `burden`
-)->Picture: # with alt text
+    table: pd.DataFrame,  # of `burden`
+) -> Picture:  # with alt text
     "Involved share of every region, ground glass and consolidation apart"
-    t = table[table.involved_percent.notna()]; y = np.arange(len(t))[::-1]
-    fig = Picture(figsize=(6,.9+.33*len(t)), layout='constrained'); ax = fig.subplots()
-    glass, solid = (t.involved_percent*t[k].fillna(0)/100 for k in ('ggo_percent','consolidation_percent'))
-    rest, left = t.involved_percent-glass-solid, 0*t.involved_percent
-    for part,colour,name in ((glass,'#8ecae6','ground glass'),(solid,'#1d3557','consolidation'),(rest,'#a8a8a8','other or not told')):
-        if part.max()>1e-9: ax.barh(y, part, left=left, color=colour, label=name); left = left+part
-    for step in (5,25,50,75): ax.axvline(step, color='.7', lw=.8, ls='--', zorder=0)
-    for i,(p,s) in zip(y, zip(t.involved_percent, t.score)): ax.text(p+1, i, f'{p:.1f} %'+('' if np.isnan(s) else f' · score {s:.0f}'), va='center', fontsize=8)
-    ax.set(yticks=y, yticklabels=t.index, xlim=(0,118), xticks=range(0,101,25), xlabel='involved share in %'); ax.spines[['top','right']].set_visible(False)
-    if ax.containers: ax.legend(frameon=False, fontsize=8, loc='lower right')
-    return set_alt_text(fig, 'Bars of the involved share: '+', '.join(f'{k} {v:.1f} %' for k,v in t.involved_percent.items())+'.')
+    t = table[table.involved_percent.notna()]
+    y = np.arange(len(t))[::-1]
+    fig = Picture(figsize=(6, 0.9 + 0.33 * len(t)), layout='constrained')
+    ax = fig.subplots()
+    glass, solid = (
+        t.involved_percent * t[k].fillna(0) / 100 for k in ('ggo_percent', 'consolidation_percent')
+    )
+    rest, left = t.involved_percent - glass - solid, 0 * t.involved_percent
+    for part, colour, name in (
+        (glass, '#8ecae6', 'ground glass'),
+        (solid, '#1d3557', 'consolidation'),
+        (rest, '#a8a8a8', 'other or not told'),
+    ):
+        if part.max() > 1e-9:
+            ax.barh(y, part, left=left, color=colour, label=name)
+            left = left + part
+    for step in (5, 25, 50, 75):
+        ax.axvline(step, color='.7', lw=0.8, ls='--', zorder=0)
+    for i, (p, s) in zip(y, zip(t.involved_percent, t.score, strict=False), strict=False):
+        ax.text(
+            p + 1,
+            i,
+            f'{p:.1f} %' + ('' if np.isnan(s) else f' · score {s:.0f}'),
+            va='center',
+            fontsize=8,
+        )
+    ax.set(
+        yticks=y,
+        yticklabels=t.index,
+        xlim=(0, 118),
+        xticks=range(0, 101, 25),
+        xlabel='involved share in %',
+    )
+    ax.spines[['top', 'right']].set_visible(False)
+    if ax.containers:
+        ax.legend(frameon=False, fontsize=8, loc='lower right')
+    return set_alt_text(
+        fig,
+        'Bars of the involved share: '
+        + ', '.join(f'{k} {v:.1f} %' for k, v in t.involved_percent.items())
+        + '.',
+    )
 
 # %% ../../nbs/10_evaluate/04_burden.ipynb #53337a60
 def burden_report(
-    scan:Scan, # of known geometry
-    lesions:np.ndarray, # as in `burden`
-    lobes:np.ndarray, # as in `burden`
-    path=None, # page to write; None: only build it
-    notes=(), # sentences to show first, as what is odd about the lung mask
-    **kwargs, # `names`, `kinds` of `burden`
-)->HtmlReport: # the page
+    scan: Scan,  # of known geometry
+    lesions: np.ndarray,  # as in `burden`
+    lobes: np.ndarray,  # as in `burden`
+    path=None,  # page to write; None: only build it
+    notes=(),  # sentences to show first, as what is odd about the lung mask
+    **kwargs,  # `names`, `kinds` of `burden`
+) -> HtmlReport:  # the page
     "Numbers, bars and cuts of one scan's burden; raises like `burden`"
     t = burden(scan, lesions, lobes, **kwargs)
     whole = t.loc['both lungs']
     score = 'needs five lobes' if np.isnan(whole.score) else f'{whole.score:.0f} of 25'
-    r = HtmlReport(f'Infection burden of {scan.scan_id or "a scan"}',
-                   'Volumes from two masks. For teaching and research, not for clinical use.')
-    r.facts({'involved': f'{whole.involved_percent:.1f} %',
-             'involved volume': f'{whole.involved_ml:.0f} mL',
-             'lung volume': f'{whole.volume_ml/1000:.2f} L', 'CT severity score': score})
-    for sentence in notes: r.note(sentence)
-    r.table(t.rename_axis('region'), 'Volumes in mL; shares in percent of the region, ground glass '
-            'and consolidation in percent of the involved part.', digits=1)
+    r = HtmlReport(
+        f'Infection burden of {scan.scan_id or "a scan"}',
+        'Volumes from two masks. For teaching and research, not for clinical use.',
+    )
+    r.facts(
+        {
+            'involved': f'{whole.involved_percent:.1f} %',
+            'involved volume': f'{whole.involved_ml:.0f} mL',
+            'lung volume': f'{whole.volume_ml / 1000:.2f} L',
+            'CT severity score': score,
+        }
+    )
+    for sentence in notes:
+        r.note(sentence)
+    r.table(
+        t.rename_axis('region'),
+        'Volumes in mL; shares in percent of the region, ground glass '
+        'and consolidation in percent of the involved part.',
+        digits=1,
+    )
     fig = burden_figure(t)
     r.figure(fig, fig.alt, 'Dashed: steps of the severity score (Pan et al. 2020).')
-    cuts = show_planes(scan, masks={'lesions': np.asarray(lesions)>0})
+    cuts = show_planes(scan, masks={'lesions': np.asarray(lesions) > 0})
     r.figure(cuts, cuts.alt, 'Cuts through the largest lesion.')
-    if path: r.write(path)
+    if path:
+        r.write(path)
     return r

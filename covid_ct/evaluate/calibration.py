@@ -13,263 +13,425 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import roc_curve
-from .metrics import Interval, PredictionError, classes_of, draw_patients, interval, labels_and_probabilities
-from .statistics import patient_codes, auc_interval, compare_groups, holm, wilson
+
+from covid_ct.evaluate.metrics import (
+    Interval,
+    PredictionError,
+    classes_of,
+    draw_patients,
+    interval,
+    labels_and_probabilities,
+)
+from .statistics import auc_interval, compare_groups, holm, patient_codes, wilson
 from ..plot import Picture, set_alt_text
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #53182e74
 def _probable(truth, prob):
     "Truth bool `(N,)` and probability `(N,)`; raises `PredictionError`"
     truth, prob = np.asarray(truth), np.asarray(prob, float)
-    if truth.shape!=prob.shape or prob.ndim!=1 or not prob.size:
+    if truth.shape != prob.shape or prob.ndim != 1 or not prob.size:
         fault = f'shape {prob.shape} for truth of shape {truth.shape}'
         raise PredictionError('probabilities', fault, 'Give one per scan, of the positive class.')
-    if not ((truth==0)|(truth==1)).all():
-        raise PredictionError('truth', 'has values other than 0 and 1', "Say which class is positive: truth = label=='covid'.")
-    bad = ~((prob>=0)&(prob<=1))
+    if not ((truth == 0) | (truth == 1)).all():
+        raise PredictionError(
+            'truth',
+            'has values other than 0 and 1',
+            "Say which class is positive: truth = label=='covid'.",
+        )
+    bad = ~((prob >= 0) & (prob <= 1))
     if bad.any():
-        raise PredictionError(f'probability {int(bad.argmax())}', f'is {prob[bad][0]}, outside [0,1]', 'Give softmax outputs, not logits.')
+        raise PredictionError(
+            f'probability {int(bad.argmax())}',
+            f'is {prob[bad][0]}, outside [0,1]',
+            'Give softmax outputs, not logits.',
+        )
     return truth.astype(bool), prob
+
 
 def _scored(truth, score):
     "Truth bool `(N,)` and score `(N,)`; raises `PredictionError`"
     truth, score = np.asarray(truth, bool), np.asarray(score, float)
-    if truth.shape!=score.shape or not np.isfinite(score).all():
-        raise PredictionError('scores', f'{score.size} for {truth.size} scans, {(~np.isfinite(score)).sum()} not finite', 'Score every scan.')
+    if truth.shape != score.shape or not np.isfinite(score).all():
+        raise PredictionError(
+            'scores',
+            f'{score.size} for {truth.size} scans, {(~np.isfinite(score)).sum()} not finite',
+            'Score every scan.',
+        )
     return truth, score
+
 
 def _bin(prob, bins, equal):
     "Bin of each probability, 0 … bins-1"
-    if equal not in ('width','count'): raise PredictionError('bins', f'unknown kind {equal!r}', "Use 'width' or 'count'.")
-    if bins<1: raise PredictionError('bins', f'{bins} of them', 'Use at least one.')
-    inner = np.linspace(0, 1, bins+1)[1:-1] if equal=='width' else np.quantile(prob, np.linspace(0, 1, bins+1)[1:-1])
+    if equal not in ('width', 'count'):
+        raise PredictionError('bins', f'unknown kind {equal!r}', "Use 'width' or 'count'.")
+    if bins < 1:
+        raise PredictionError('bins', f'{bins} of them', 'Use at least one.')
+    inner = (
+        np.linspace(0, 1, bins + 1)[1:-1]
+        if equal == 'width'
+        else np.quantile(prob, np.linspace(0, 1, bins + 1)[1:-1])
+    )
     return np.searchsorted(inner, prob, 'right')
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #8a5e55af
 def reliability(
-    truth, # bool `(N,)`
-    prob, # probability of the positive class, `(N,)` in [0,1]
-    bins:int=10, # number of bins; empty ones are left out
-    equal:str='width', # 'width': bins of equal width; 'count': of equally many scans
-)->pd.DataFrame: # columns n, said (mean probability), happened (share), low, high (Wilson)
+    truth,  # bool `(N,)`
+    prob,  # probability of the positive class, `(N,)` in [0,1]
+    bins: int = 10,  # number of bins; empty ones are left out
+    equal: str = 'width',  # 'width': bins of equal width; 'count': of equally many scans
+) -> pd.DataFrame:  # columns n, said (mean probability), happened (share), low, high (Wilson)
     "What was said against what happened, bin by bin"
-    truth, prob = _probable(truth, prob); of = _bin(prob, bins, equal)
-    rows = [(int((s := of==b).sum()), prob[s].mean(), *wilson(int(truth[s].sum()), int(s.sum()))) for b in np.unique(of)]
+    truth, prob = _probable(truth, prob)
+    of = _bin(prob, bins, equal)
+    rows = [
+        (int((s := of == b).sum()), prob[s].mean(), *wilson(int(truth[s].sum()), int(s.sum())))
+        for b in np.unique(of)
+    ]
     return pd.DataFrame(rows, columns='n said happened low high'.split())
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #31179794
 def reliability_figure(
-    truth, # bool `(N,)`
-    probs:dict, # name → probability of the positive class, `(N,)` in [0,1]
-    bins:int=10, # bins of equal width
-)->Picture: # one panel for each name, with alt text
+    truth,  # bool `(N,)`
+    probs: dict,  # name → probability of the positive class, `(N,)` in [0,1]
+    bins: int = 10,  # bins of equal width
+) -> Picture:  # one panel for each name, with alt text
     "Reliability diagrams side by side, the number of scans below"
-    fig, said = Picture(figsize=(3.3*len(probs),4.3), layout='constrained'), []
-    axes = fig.subplots(2, len(probs), sharex=True, squeeze=False, height_ratios=(4,1))
-    for (top,low),(name,prob) in zip(axes.T, probs.items()):
-        r = reliability(truth, prob, bins); e = ece(truth, prob, bins); said.append(f'{name}: ECE {e:.3f}')
-        top.plot([0,1], [0,1], ':', color='.5', lw=1); low.bar(r.said, r.n, .8/bins, color='.6')
-        top.errorbar(r.said, r.happened, [r.happened-r.low, r.high-r.happened], fmt='o-', ms=4, lw=1, capsize=2, color='#2a6f97')
-        top.set(title=said[-1], ylabel='happened (share)', ylim=(-.02,1.02)); low.set(xlabel='said (probability)', ylabel='scans', xlim=(-.02,1.02))
-        for ax in (top,low): ax.spines[['top','right']].set_visible(False)
+    fig, said = Picture(figsize=(3.3 * len(probs), 4.3), layout='constrained'), []
+    axes = fig.subplots(2, len(probs), sharex=True, squeeze=False, height_ratios=(4, 1))
+    for (top, low), (name, prob) in zip(axes.T, probs.items(), strict=False):
+        r = reliability(truth, prob, bins)
+        e = ece(truth, prob, bins)
+        said.append(f'{name}: ECE {e:.3f}')
+        top.plot([0, 1], [0, 1], ':', color='.5', lw=1)
+        low.bar(r.said, r.n, 0.8 / bins, color='.6')
+        top.errorbar(
+            r.said,
+            r.happened,
+            [r.happened - r.low, r.high - r.happened],
+            fmt='o-',
+            ms=4,
+            lw=1,
+            capsize=2,
+            color='#2a6f97',
+        )
+        top.set(title=said[-1], ylabel='happened (share)', ylim=(-0.02, 1.02))
+        low.set(xlabel='said (probability)', ylabel='scans', xlim=(-0.02, 1.02))
+        for ax in (top, low):
+            ax.spines[['top', 'right']].set_visible(False)
     return set_alt_text(fig, f'Reliability diagrams of {len(truth)} scans. {"; ".join(said)}.')
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #04cbbdf5
 def ece(
-    truth, # bool `(N,)`
-    prob, # probability of the positive class, `(N,)` in [0,1]
-    bins:int=15, # number of bins
-    equal:str='width', # 'width' or 'count', see `reliability`
-)->float: # in [0,1]; biased upwards, see `ece_floor`
+    truth,  # bool `(N,)`
+    prob,  # probability of the positive class, `(N,)` in [0,1]
+    bins: int = 15,  # number of bins
+    equal: str = 'width',  # 'width' or 'count', see `reliability`
+) -> float:  # in [0,1]; biased upwards, see `ece_floor`
     "Expected calibration error (Naeini et al. 2015, @eq-ece)"
     r = reliability(truth, prob, bins, equal)
-    return float((r.n*abs(r.happened-r.said)).sum()/r.n.sum())
+    return float((r.n * abs(r.happened - r.said)).sum() / r.n.sum())
+
 
 def ece_floor(
-    prob, # probability of the positive class, `(N,)` in [0,1]
-    bins:int=15, # number of bins
-    equal:str='width', # 'width' or 'count', see `reliability`
-    n:int=1000, # cohorts of labels drawn from the probabilities
-    seed:int=0, # seed of the draw
-    level:float=.95, # mass of the interval
-)->Interval: # mean ECE of a calibrated network with these probabilities, and its interval
+    prob,  # probability of the positive class, `(N,)` in [0,1]
+    bins: int = 15,  # number of bins
+    equal: str = 'width',  # 'width' or 'count', see `reliability`
+    n: int = 1000,  # cohorts of labels drawn from the probabilities
+    seed: int = 0,  # seed of the draw
+    level: float = 0.95,  # mass of the interval
+) -> Interval:  # mean ECE of a calibrated network with these probabilities, and its interval
     "What the ECE would be if every probability were true: its bias, and the range that is no sign of a fault"
-    _, prob = _probable(np.zeros(len(prob)), prob); inside = np.eye(bins)[_bin(prob, bins, equal)]
-    drawn = np.random.default_rng(seed).random((n,len(prob)))<prob
-    return interval(float((e := (abs((drawn-prob)@inside)/len(prob)).sum(1)).mean()), e, level)
+    _, prob = _probable(np.zeros(len(prob)), prob)
+    inside = np.eye(bins)[_bin(prob, bins, equal)]
+    drawn = np.random.default_rng(seed).random((n, len(prob))) < prob
+    return interval(
+        float((e := (abs((drawn - prob) @ inside) / len(prob)).sum(1)).mean()), e, level
+    )
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #9e12111e
 def brier(
-    truth, # bool `(N,)` for one class, or class index `(N,)` for all
-    prob, # `(N,)` of the positive class in [0,1], or `(N,K)` with rows adding up to 1
-)->float: # in [0,1] for one class, [0,2] for all; lower is better
+    truth,  # bool `(N,)` for one class, or class index `(N,)` for all
+    prob,  # `(N,)` of the positive class in [0,1], or `(N,K)` with rows adding up to 1
+) -> float:  # in [0,1] for one class, [0,2] for all; lower is better
     "Brier score (Brier 1950, @eq-brier)"
     prob = np.asarray(prob, float)
-    if prob.ndim==1: return float(np.mean((np.subtract(*reversed(_probable(truth, prob)), dtype=float))**2))
+    if prob.ndim == 1:
+        return float(np.mean((np.subtract(*reversed(_probable(truth, prob)), dtype=float)) ** 2))
     y = np.asarray(truth)
-    if len(y)!=len(prob) or y.min()<0 or y.max()>=prob.shape[1]:
-        raise PredictionError('truth', f'does not fit probabilities of shape {prob.shape}', 'Give one class index per row.')
-    return float(((prob-np.eye(prob.shape[1])[y.astype(int)])**2).sum(1).mean())
+    if len(y) != len(prob) or y.min() < 0 or y.max() >= prob.shape[1]:
+        raise PredictionError(
+            'truth',
+            f'does not fit probabilities of shape {prob.shape}',
+            'Give one class index per row.',
+        )
+    return float(((prob - np.eye(prob.shape[1])[y.astype(int)]) ** 2).sum(1).mean())
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #5481c388
-_TINY = 1e-12 # a float32 softmax can be exactly 0; its logarithm cannot
+_TINY = 1e-12  # a float32 softmax can be exactly 0; its logarithm cannot
+
 
 def apply_temperature(
-    predictions:pd.DataFrame, # with columns `prob_<class>`
-    T:float, # temperature > 0; 1 changes nothing
-)->pd.DataFrame: # the same table, softer for T > 1
+    predictions: pd.DataFrame,  # with columns `prob_<class>`
+    T: float,  # temperature > 0; 1 changes nothing
+) -> pd.DataFrame:  # the same table, softer for T > 1
     "Probabilities at another temperature (@eq-temperature)"
-    if not T>0: raise PredictionError('temperature', f'is {T}', 'Use a number above 0.')
+    if not T > 0:
+        raise PredictionError('temperature', f'is {T}', 'Use a number above 0.')
     columns = [f'prob_{c}' for c in classes_of(predictions)]
-    z = np.log(np.clip(predictions[columns].to_numpy(float), _TINY, None))/T
-    return predictions.assign(**dict(zip(columns, softmax(z, 1).T)))
+    z = np.log(np.clip(predictions[columns].to_numpy(float), _TINY, None)) / T
+    return predictions.assign(**dict(zip(columns, softmax(z, 1).T, strict=False)))
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #f76aac5f
 def fit_temperature(
-    valid:pd.DataFrame, # predictions of *validation* scans, see `metrics.labels_and_probabilities`
-    classes=None, # labels; None: as in the table
-)->float: # T; above 1: the network is too sure of itself
+    valid: pd.DataFrame,  # predictions of *validation* scans, see `metrics.labels_and_probabilities`
+    classes=None,  # labels; None: as in the table
+) -> float:  # T; above 1: the network is too sure of itself
     "Temperature of least log-loss (Guo et al. 2017, @eq-temperature); raises `PredictionError` where no scan is wrong"
-    y, prob, classes = labels_and_probabilities(valid, classes); z = np.log(np.clip(prob, _TINY, None))
-    def loss(u): s = z*np.exp(-u); return float((logsumexp(s, 1)-s[np.arange(len(y)),y]).mean())
-    T = float(np.exp(minimize_scalar(loss, bounds=(-4,4), method='bounded', options=dict(xatol=1e-6)).x))
-    if not .02<T<50:
-        why = 'no scan is wrong' if T<1 else 'the answers are no better than chance'
-        raise PredictionError('validation table', f'wants a temperature of {T:.3g}: {why}', 'Use more patients, or another model.')
+    y, prob, classes = labels_and_probabilities(valid, classes)
+    z = np.log(np.clip(prob, _TINY, None))
+
+    def loss(u):
+        s = z * np.exp(-u)
+        return float((logsumexp(s, 1) - s[np.arange(len(y)), y]).mean())
+
+    T = float(
+        np.exp(minimize_scalar(loss, bounds=(-4, 4), method='bounded', options=dict(xatol=1e-6)).x)
+    )
+    if not 0.02 < T < 50:
+        why = 'no scan is wrong' if T < 1 else 'the answers are no better than chance'
+        raise PredictionError(
+            'validation table',
+            f'wants a temperature of {T:.3g}: {why}',
+            'Use more patients, or another model.',
+        )
     return T
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #8e7f7db2
 def calibrate(
-    valid:pd.DataFrame, # predictions of the validation patients
-    test:pd.DataFrame, # predictions of other patients
-)->tuple: # `(test at the validation's temperature, T)`
+    valid: pd.DataFrame,  # predictions of the validation patients
+    test: pd.DataFrame,  # predictions of other patients
+) -> tuple:  # `(test at the validation's temperature, T)`
     "Fit the temperature on validation, apply it to test; raises `PredictionError` for a patient on both sides"
-    both = sorted(set(valid.patient_id.astype(str))&set(test.patient_id.astype(str)))
+    both = sorted(set(valid.patient_id.astype(str)) & set(test.patient_id.astype(str)))
     if both:
-        fault = f'is in validation and test, with {len(both)-1} others'
-        raise PredictionError(f'patient {both[0]}', fault, 'Fit the temperature on other patients than those you report.')
-    T = fit_temperature(valid, classes_of(test)); return apply_temperature(test, T), T
+        fault = f'is in validation and test, with {len(both) - 1} others'
+        raise PredictionError(
+            f'patient {both[0]}',
+            fault,
+            'Fit the temperature on other patients than those you report.',
+        )
+    T = fit_temperature(valid, classes_of(test))
+    return apply_temperature(test, T), T
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #0f75f30f
 def threshold_at(
-    truth, # bool `(N,)`
-    score, # `(N,)`, higher is more positive
-    sensitivity:float=.95, # wanted share of positives with score ≥ threshold, (0,1]
-)->float: # the highest such threshold, one of the scores
+    truth,  # bool `(N,)`
+    score,  # `(N,)`, higher is more positive
+    sensitivity: float = 0.95,  # wanted share of positives with score ≥ threshold, (0,1]
+) -> float:  # the highest such threshold, one of the scores
     "Threshold that finds at least this share of the positives; choose it on validation"
-    truth, score = _scored(truth, score); positives = np.sort(score[truth])[::-1]
-    if not 0<sensitivity<=1 or not len(positives):
+    truth, score = _scored(truth, score)
+    positives = np.sort(score[truth])[::-1]
+    if not 0 < sensitivity <= 1 or not len(positives):
         fault = f'sensitivity {sensitivity} of {len(positives)} positive scans'
-        raise PredictionError('operating point', fault, 'Ask for a share in (0,1] and give positives.')
-    return float(positives[int(np.ceil(sensitivity*len(positives)-1e-9))-1])
+        raise PredictionError(
+            'operating point', fault, 'Ask for a share in (0,1] and give positives.'
+        )
+    return float(positives[int(np.ceil(sensitivity * len(positives) - 1e-9)) - 1])
+
 
 def youden_threshold(
-    truth, # bool `(N,)`
-    score, # `(N,)`, higher is more positive
-)->float: # the threshold, one of the scores; the highest of several
+    truth,  # bool `(N,)`
+    score,  # `(N,)`, higher is more positive
+) -> float:  # the threshold, one of the scores; the highest of several
     "Threshold of largest sensitivity + specificity − 1 (Youden 1950); choose it on validation"
     truth, score = _scored(truth, score)
-    if len(np.unique(truth))<2: raise PredictionError('operating point', 'one class only', 'Give positives and negatives.')
+    if len(np.unique(truth)) < 2:
+        raise PredictionError('operating point', 'one class only', 'Give positives and negatives.')
     fpr, tpr, t = roc_curve(truth, score, drop_intermediate=False)
-    return float(t[1:][np.argmax((tpr-fpr)[1:])])
+    return float(t[1:][np.argmax((tpr - fpr)[1:])])
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #51c6de5f
 def at_threshold(
-    truth, # bool `(N,)`
-    score, # `(N,)`, higher is more positive
-    threshold:float, # positive is score ≥ threshold
-    groups=None, # patient of each scan, `(N,)`; None: every scan is a patient of its own
-    n:int=1000, # resampled cohorts, where patients repeat
-    seed:int=0, # seed of the draw
-)->pd.DataFrame: # rows sensitivity, specificity, PPV, NPV; columns k, n, value, low, high, method, note
+    truth,  # bool `(N,)`
+    score,  # `(N,)`, higher is more positive
+    threshold: float,  # positive is score ≥ threshold
+    groups=None,  # patient of each scan, `(N,)`; None: every scan is a patient of its own
+    n: int = 1000,  # resampled cohorts, where patients repeat
+    seed: int = 0,  # seed of the draw
+) -> (
+    pd.DataFrame
+):  # rows sensitivity, specificity, PPV, NPV; columns k, n, value, low, high, method, note
     "The four rates of a decision; Wilson's intervals, or the bootstrap over patients where patients have several scans"
-    truth, score = _scored(truth, score); call, repeat = score>=threshold, patient_codes(groups, len(truth)).max()+1<len(truth)
+    truth, score = _scored(truth, score)
+    call, repeat = score >= threshold, patient_codes(groups, len(truth)).max() + 1 < len(truth)
     w, rows = draw_patients(groups, n, seed) if repeat else None, {}
-    for name,of,hit in (('sensitivity',truth,call), ('specificity',~truth,~call), ('PPV',call,truth), ('NPV',~call,~truth)):
-        k, m = int((of&hit).sum()), int(of.sum())
-        with np.errstate(invalid='ignore'): i = interval(k/m if m else np.nan, w@(of&hit)/(w@of)) if repeat else wilson(k, m)
+    for name, of, hit in (
+        ('sensitivity', truth, call),
+        ('specificity', ~truth, ~call),
+        ('PPV', call, truth),
+        ('NPV', ~call, ~truth),
+    ):
+        k, m = int((of & hit).sum()), int(of.sum())
+        with np.errstate(invalid='ignore'):
+            i = (
+                interval(k / m if m else np.nan, w @ (of & hit) / (w @ of))
+                if repeat
+                else wilson(k, m)
+            )
         rows[name] = (k, m, *i, 'bootstrap over patients' if repeat else 'Wilson', i.reason)
-    return pd.DataFrame.from_dict(rows, orient='index', columns='k n value low high method note'.split())
+    return pd.DataFrame.from_dict(
+        rows, orient='index', columns='k n value low high method note'.split()
+    )
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #2cd22a78
 def net_benefit(
-    truth, # bool `(N,)`
-    prob, # probability of the positive class, `(N,)` in [0,1]
-    thresholds=None, # `(R,)` in [0,1); None: 0.01 … 0.99
-)->pd.DataFrame: # index threshold; columns network, all, none, in positives per scan
+    truth,  # bool `(N,)`
+    prob,  # probability of the positive class, `(N,)` in [0,1]
+    thresholds=None,  # `(R,)` in [0,1); None: 0.01 … 0.99
+) -> pd.DataFrame:  # index threshold; columns network, all, none, in positives per scan
     "Net benefit of a network and of the two policies without one (Vickers and Elkin 2006, @eq-netbenefit)"
-    truth, prob = _probable(truth, prob); t = np.arange(.01, 1, .01) if thresholds is None else np.asarray(thresholds, float)
-    if not ((t>=0)&(t<1)).all(): raise PredictionError('thresholds', 'outside [0,1)', 'At 1 a false alarm would cost without limit.')
-    call, odds = prob>=t[:,None], t/(1-t)
-    network = (call&truth).mean(1)-(call&~truth).mean(1)*odds
-    return pd.DataFrame(dict(network=network, all=truth.mean()-(1-truth.mean())*odds, none=0.), pd.Index(t, name='threshold'))
+    truth, prob = _probable(truth, prob)
+    t = np.arange(0.01, 1, 0.01) if thresholds is None else np.asarray(thresholds, float)
+    if not ((t >= 0) & (t < 1)).all():
+        raise PredictionError(
+            'thresholds', 'outside [0,1)', 'At 1 a false alarm would cost without limit.'
+        )
+    call, odds = prob >= t[:, None], t / (1 - t)
+    network = (call & truth).mean(1) - (call & ~truth).mean(1) * odds
+    return pd.DataFrame(
+        dict(network=network, all=truth.mean() - (1 - truth.mean()) * odds, none=0.0),
+        pd.Index(t, name='threshold'),
+    )
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #d1778a29
 def decision_figure(
-    truth, # bool `(N,)`
-    probs:dict, # name → probability of the positive class, `(N,)` in [0,1]
-)->Picture: # with alt text
+    truth,  # bool `(N,)`
+    probs: dict,  # name → probability of the positive class, `(N,)` in [0,1]
+) -> Picture:  # with alt text
     "Decision curves of networks beside treating all and treating nobody"
-    fig = Picture(figsize=(5.6,3.6), layout='constrained'); ax = fig.add_subplot(); low = {}
-    for (name,prob),style in zip(probs.items(), ('-','--','-.',':')*len(probs)):
-        b = net_benefit(truth, prob); ax.plot(b.index, b.network, style, lw=1.6, label=name)
-        low[name] = (b.network<b[['all','none']].max(axis=1)-1e-12).mean()
-    ax.plot(b.index, b['all'], color='.6', lw=1, label='treat all'); ax.axhline(0, color='.2', lw=1, label='treat nobody')
-    ax.set(xlabel='threshold probability', ylabel='net benefit (found per scan)', xlim=(0,1), ylim=(-.08, 1.08*np.mean(truth)))
-    ax.legend(frameon=False, fontsize=8); ax.spines[['top','right']].set_visible(False)
-    said = '; '.join(f'{k} is below a policy without network at {v:.0%} of the thresholds' for k,v in low.items())
+    fig = Picture(figsize=(5.6, 3.6), layout='constrained')
+    ax = fig.add_subplot()
+    low = {}
+    for (name, prob), style in zip(
+        probs.items(), ('-', '--', '-.', ':') * len(probs), strict=False
+    ):
+        b = net_benefit(truth, prob)
+        ax.plot(b.index, b.network, style, lw=1.6, label=name)
+        low[name] = (b.network < b[['all', 'none']].max(axis=1) - 1e-12).mean()
+    ax.plot(b.index, b['all'], color='.6', lw=1, label='treat all')
+    ax.axhline(0, color='.2', lw=1, label='treat nobody')
+    ax.set(
+        xlabel='threshold probability',
+        ylabel='net benefit (found per scan)',
+        xlim=(0, 1),
+        ylim=(-0.08, 1.08 * np.mean(truth)),
+    )
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[['top', 'right']].set_visible(False)
+    said = '; '.join(
+        f'{k} is below a policy without network at {v:.0%} of the thresholds'
+        for k, v in low.items()
+    )
     return set_alt_text(fig, f'Decision curves. {said}.')
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #d885a3e5
 def predictive_values(
-    sensitivity:float, # in [0,1]
-    specificity:float, # in [0,1]
-    prevalence, # share of positives, a number or `(R,)` in [0,1]
-)->tuple: # `(PPV, NPV)`; nan where nobody is called so
+    sensitivity: float,  # in [0,1]
+    specificity: float,  # in [0,1]
+    prevalence,  # share of positives, a number or `(R,)` in [0,1]
+) -> tuple:  # `(PPV, NPV)`; nan where nobody is called so
     "Predictive values at another prevalence, by Bayes (@eq-predictive)"
     p = np.asarray(prevalence, float)
-    if ((p<0)|(p>1)).any() or not 0<=sensitivity<=1 or not 0<=specificity<=1:
+    if ((p < 0) | (p > 1)).any() or not 0 <= sensitivity <= 1 or not 0 <= specificity <= 1:
         raise PredictionError('rates', 'outside [0,1]', 'Give shares.')
     with np.errstate(invalid='ignore'):
-        return sensitivity*p/(sensitivity*p+(1-specificity)*(1-p)), specificity*(1-p)/(specificity*(1-p)+(1-sensitivity)*p)
+        return sensitivity * p / (sensitivity * p + (1 - specificity) * (1 - p)), specificity * (
+            1 - p
+        ) / (specificity * (1 - p) + (1 - sensitivity) * p)
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #52b98eea
 def shift_prevalence(
-    predictions:pd.DataFrame, # with columns `prob_<class>`
-    old:dict, # class → its share where the network was trained, adding up to 1
-    new:dict, # class → its share where it is used, adding up to 1
-)->pd.DataFrame: # the same table with adjusted probabilities
+    predictions: pd.DataFrame,  # with columns `prob_<class>`
+    old: dict,  # class → its share where the network was trained, adding up to 1
+    new: dict,  # class → its share where it is used, adding up to 1
+) -> pd.DataFrame:  # the same table with adjusted probabilities
     "Probabilities for another mixture of classes (Saerens et al. 2002, @eq-shift)"
     classes = classes_of(predictions)
-    for name,d in dict(old=old, new=new).items():
-        if set(d)!=set(classes) or min(d.values())<0 or abs(sum(d.values())-1)>1e-6:
-            raise PredictionError(f'{name} prevalence', f'is {d}', f'Give the shares of {", ".join(classes)}, adding up to 1.')
-    if min(old.values())<=0: raise PredictionError('old prevalence', f'is {old}', 'A class that was never seen cannot be weighed.')
-    p = predictions[[f'prob_{c}' for c in classes]].to_numpy(float)*[new[c]/old[c] for c in classes]
-    return predictions.assign(**{f'prob_{c}': v for c,v in zip(classes, (p/p.sum(1, keepdims=True)).T)})
+    for name, d in dict(old=old, new=new).items():
+        if set(d) != set(classes) or min(d.values()) < 0 or abs(sum(d.values()) - 1) > 1e-6:
+            raise PredictionError(
+                f'{name} prevalence',
+                f'is {d}',
+                f'Give the shares of {", ".join(classes)}, adding up to 1.',
+            )
+    if min(old.values()) <= 0:
+        raise PredictionError(
+            'old prevalence', f'is {old}', 'A class that was never seen cannot be weighed.'
+        )
+    p = predictions[[f'prob_{c}' for c in classes]].to_numpy(float) * [
+        new[c] / old[c] for c in classes
+    ]
+    return predictions.assign(
+        **{f'prob_{c}': v for c, v in zip(classes, (p / p.sum(1, keepdims=True)).T, strict=False)}
+    )
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #2d40d005
 def subgroups(
-    predictions:pd.DataFrame, # see `metrics.labels_and_probabilities`, with `patient_id`
-    by:str, # column that names the group
-    positive:str='covid', # class against the rest
-    threshold:float=.5, # positive is probability ≥ threshold
-    n:int=1000, # resampled cohorts, where patients repeat
-)->pd.DataFrame: # group, patients, scans, positives, measure, value, low, high, p, note
+    predictions: pd.DataFrame,  # see `metrics.labels_and_probabilities`, with `patient_id`
+    by: str,  # column that names the group
+    positive: str = 'covid',  # class against the rest
+    threshold: float = 0.5,  # positive is probability ≥ threshold
+    n: int = 1000,  # resampled cohorts, where patients repeat
+) -> pd.DataFrame:  # group, patients, scans, positives, measure, value, low, high, p, note
     "AUC, sensitivity and specificity of every group, with n, intervals over patients and Holm's p of its AUC against the others"
     if by not in predictions:
-        raise PredictionError('predictions', f'no column {by!r}', f'Use one of {", ".join(map(str, predictions))}.')
+        raise PredictionError(
+            'predictions', f'no column {by!r}', f'Use one of {", ".join(map(str, predictions))}.'
+        )
     y, prob, classes = labels_and_probabilities(predictions)
-    if positive not in classes: raise PredictionError('predictions', f'no class {positive!r}', f'Use one of {", ".join(classes)}.')
-    truth, score, who = y==classes.index(positive), prob[:,classes.index(positive)], predictions.patient_id.to_numpy()
-    group, rows = predictions[by].astype(object).where(predictions[by].notna(), 'not stated').astype(str).to_numpy(), []
+    if positive not in classes:
+        raise PredictionError(
+            'predictions', f'no class {positive!r}', f'Use one of {", ".join(classes)}.'
+        )
+    truth, score, who = (
+        y == classes.index(positive),
+        prob[:, classes.index(positive)],
+        predictions.patient_id.to_numpy(),
+    )
+    group, rows = (
+        predictions[by]
+        .astype(object)
+        .where(predictions[by].notna(), 'not stated')
+        .astype(str)
+        .to_numpy(),
+        [],
+    )
     for g in np.unique(group):
-        s = group==g; head, p, note = (g, len(np.unique(who[s].astype(str))), int(s.sum()), int(truth[s].sum())), np.nan, ''
-        try: i = auc_interval(truth[s], score[s], who[s]); note = i.reason
-        except PredictionError as e: i, note = (np.nan,)*3, e.fault
-        try: p = compare_groups(truth, score, s, who).p if not s.all() else np.nan
-        except PredictionError as e: note = note or e.fault
-        rates = at_threshold(truth[s], score[s], threshold, who[s], n).loc[['sensitivity','specificity']]
-        rows += [(*head, 'AUC', *i, p, note)]+[(*head, m, *r[['value','low','high']], np.nan, r.note) for m,r in rates.iterrows()]
-    out = pd.DataFrame(rows, columns='group patients scans positives measure value low high p note'.split())
-    ok = out.p.notna(); out.loc[ok,'p'] = holm(out.p[ok]); return out
+        s = group == g
+        head, p, note = (
+            (g, len(np.unique(who[s].astype(str))), int(s.sum()), int(truth[s].sum())),
+            np.nan,
+            '',
+        )
+        try:
+            i = auc_interval(truth[s], score[s], who[s])
+            note = i.reason
+        except PredictionError as e:
+            i, note = (np.nan,) * 3, e.fault
+        try:
+            p = compare_groups(truth, score, s, who).p if not s.all() else np.nan
+        except PredictionError as e:
+            note = note or e.fault
+        rates = at_threshold(truth[s], score[s], threshold, who[s], n).loc[
+            ['sensitivity', 'specificity']
+        ]
+        rows += [(*head, 'AUC', *i, p, note)] + [
+            (*head, m, *r[['value', 'low', 'high']], np.nan, r.note) for m, r in rates.iterrows()
+        ]
+    out = pd.DataFrame(
+        rows, columns='group patients scans positives measure value low high p note'.split()
+    )
+    ok = out.p.notna()
+    out.loc[ok, 'p'] = holm(out.p[ok])
+    return out

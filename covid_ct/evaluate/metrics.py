@@ -12,332 +12,546 @@ __all__ = ['METRICS', 'PredictionError', 'classes_of', 'labels_and_probabilities
 from collections import namedtuple
 from collections.abc import Callable
 from inspect import Parameter, signature
+
 import numpy as np
 import pandas as pd
 from scipy.ndimage import binary_erosion, distance_transform_edt
-from ..scan import DataError, GeometryError
+
 from ..plot import Picture, set_alt_text
+from ..scan import DataError, GeometryError
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #ee15d319
-class PredictionError(DataError): "A table of predictions that cannot be scored"
+class PredictionError(DataError):
+    "A table of predictions that cannot be scored"
+
 
 def classes_of(
-    predictions:pd.DataFrame, # with columns `prob_<class>`
-)->tuple: # labels, `(K,)`
+    predictions: pd.DataFrame,  # with columns `prob_<class>`
+) -> tuple:  # labels, `(K,)`
     "Classes in the order of the probability columns"
     return tuple(c[5:] for c in predictions.columns if str(c).startswith('prob_'))
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #286e42c5
 def labels_and_probabilities(
-    predictions:pd.DataFrame, # one row per scan, with `label` and `prob_<class>`
-    classes=None, # labels in the order of the network's outputs; None: as in the table
-)->tuple: # `(y, prob, classes)`: class index `(N,)`, probabilities `(N,K)`, labels
+    predictions: pd.DataFrame,  # one row per scan, with `label` and `prob_<class>`
+    classes=None,  # labels in the order of the network's outputs; None: as in the table
+) -> tuple:  # `(y, prob, classes)`: class index `(N,)`, probabilities `(N,K)`, labels
     "Truth and probabilities as arrays; raises `PredictionError` naming the first bad row"
     classes = tuple(classes or classes_of(predictions))
     lacking = [c for c in ('label', *(f'prob_{k}' for k in classes)) if c not in predictions]
-    if lacking or len(classes)<2 or not len(predictions):
-        raise PredictionError('predictions', f'no column {lacking[0]!r}' if lacking else 'no rows' if len(classes)>1 else 'fewer than two classes', 'Make the table with predict().')
+    if lacking or len(classes) < 2 or not len(predictions):
+        raise PredictionError(
+            'predictions',
+            f'no column {lacking[0]!r}'
+            if lacking
+            else 'no rows'
+            if len(classes) > 1
+            else 'fewer than two classes',
+            'Make the table with predict().',
+        )
     prob = predictions[[f'prob_{k}' for k in classes]].to_numpy(float)
-    index = {k:i for i,k in enumerate(classes)}
-    y = np.array([index.get(k,-1) for k in predictions.label])
-    for bad,what in ((~np.isfinite(prob).all(1), 'a probability that is NaN or infinite'), ((prob<0).any(1)|(prob>1).any(1)|(abs(prob.sum(1)-1)>1e-3), 'probabilities outside [0,1] or not adding up to 1'),
-                     (y<0, f'a label that is none of {classes}')):
-        if bad.any(): raise PredictionError(f'row {predictions.index[bad.argmax()]}', f'has {what}', 'Score softmax outputs of scans whose label is known.')
+    index = {k: i for i, k in enumerate(classes)}
+    y = np.array([index.get(k, -1) for k in predictions.label])
+    for bad, what in (
+        (~np.isfinite(prob).all(1), 'a probability that is NaN or infinite'),
+        (
+            (prob < 0).any(1) | (prob > 1).any(1) | (abs(prob.sum(1) - 1) > 1e-3),
+            'probabilities outside [0,1] or not adding up to 1',
+        ),
+        (y < 0, f'a label that is none of {classes}'),
+    ):
+        if bad.any():
+            raise PredictionError(
+                f'row {predictions.index[bad.argmax()]}',
+                f'has {what}',
+                'Score softmax outputs of scans whose label is known.',
+            )
     return y, prob, classes
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #48e25e2e
 def auc(
-    truth, # bool `(N,)`, positive or not
-    score, # `(N,)`, higher is more positive
-    weights=None, # `(R,N)` ≥ 0, one row per resampled cohort; None: one cohort, each scan once
-)->np.ndarray: # `(R,)` in [0,1]; nan where a cohort lacks positives or negatives
+    truth,  # bool `(N,)`, positive or not
+    score,  # `(N,)`, higher is more positive
+    weights=None,  # `(R,N)` ≥ 0, one row per resampled cohort; None: one cohort, each scan once
+) -> np.ndarray:  # `(R,)` in [0,1]; nan where a cohort lacks positives or negatives
     "Area under the ROC curve of many weighted cohorts (@eq-auc)"
     truth, score = np.asarray(truth, bool), np.asarray(score, float)
-    w = np.ones((1,len(score))) if weights is None else np.asarray(weights, float)
+    w = np.ones((1, len(score))) if weights is None else np.asarray(weights, float)
     order = np.argsort(score, kind='stable')
-    start = np.flatnonzero(np.r_[True, np.diff(score[order])>0])
-    P, N = (np.add.reduceat(w[:,order]*side[order], start, axis=1) for side in (truth, ~truth))
-    below = np.cumsum(N, 1)-N
-    with np.errstate(invalid='ignore'): return (P*(below+N/2)).sum(1)/(P.sum(1)*N.sum(1))
+    start = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])
+    P, N = (np.add.reduceat(w[:, order] * side[order], start, axis=1) for side in (truth, ~truth))
+    below = np.cumsum(N, 1) - N
+    with np.errstate(invalid='ignore'):
+        return (P * (below + N / 2)).sum(1) / (P.sum(1) * N.sum(1))
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #2cd70a8a
 def confusion(
-    y, # true class index, `(N,)`
-    answer, # predicted class index, `(N,)`
-    K:int, # number of classes
-    weights=None, # `(R,N)` ≥ 0; None: one cohort, each scan once
-)->np.ndarray: # `(R,K,K)`, truth in rows, answer in columns
+    y,  # true class index, `(N,)`
+    answer,  # predicted class index, `(N,)`
+    K: int,  # number of classes
+    weights=None,  # `(R,N)` ≥ 0; None: one cohort, each scan once
+) -> np.ndarray:  # `(R,K,K)`, truth in rows, answer in columns
     "Confusion matrices of many weighted cohorts"
-    w = np.ones((1,len(y))) if weights is None else np.asarray(weights, float)
-    return (w@np.eye(K*K)[np.asarray(y)*K+np.asarray(answer)]).reshape(-1,K,K)
+    w = np.ones((1, len(y))) if weights is None else np.asarray(weights, float)
+    return (w @ np.eye(K * K)[np.asarray(y) * K + np.asarray(answer)]).reshape(-1, K, K)
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #c1a358f3
 def one_vs_rest_rates(
-    C:np.ndarray, # confusion matrices, `(R,K,K)`
-    k:int, # class that counts as positive
-)->dict: # accuracy, sensitivity, specificity, precision, F1: `(R,)` in [0,1]; nan where 0/0
+    C: np.ndarray,  # confusion matrices, `(R,K,K)`
+    k: int,  # class that counts as positive
+) -> dict:  # accuracy, sensitivity, specificity, precision, F1: `(R,)` in [0,1]; nan where 0/0
     "One class against the rest (@eq-rates)"
-    TP, row, col, n = C[:,k,k], C[:,k].sum(1), C[:,:,k].sum(1), C.sum((1,2))
-    TN = n-row-col+TP
+    TP, row, col, n = C[:, k, k], C[:, k].sum(1), C[:, :, k].sum(1), C.sum((1, 2))
+    TN = n - row - col + TP
     with np.errstate(invalid='ignore', divide='ignore'):
-        return dict(accuracy=(TP+TN)/n, sensitivity=TP/row, specificity=TN/(n-row), precision=TP/col, F1=2*TP/(row+col))
+        return dict(
+            accuracy=(TP + TN) / n,
+            sensitivity=TP / row,
+            specificity=TN / (n - row),
+            precision=TP / col,
+            F1=2 * TP / (row + col),
+        )
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #bde60406
-METRICS = ('AUC','accuracy','sensitivity','specificity','F1')
+METRICS = ('AUC', 'accuracy', 'sensitivity', 'specificity', 'F1')
+
 
 def _each(predictions, classes, weights):
     "Every metric of every class against the rest, their macro mean under `macro`; accuracy there is the share that is right"
-    y, prob, classes = labels_and_probabilities(predictions, classes); C = confusion(y, prob.argmax(1), len(classes), weights)
-    each = {c: dict(AUC=auc(y==k, prob[:,k], weights), **one_vs_rest_rates(C,k)) for k,c in enumerate(classes)}
+    y, prob, classes = labels_and_probabilities(predictions, classes)
+    C = confusion(y, prob.argmax(1), len(classes), weights)
+    each = {
+        c: dict(AUC=auc(y == k, prob[:, k], weights), **one_vs_rest_rates(C, k))
+        for k, c in enumerate(classes)
+    }
     macro = {m: np.mean([e[m] for e in each.values()], 0) for m in each[classes[0]]}
-    with np.errstate(invalid='ignore'): return each | dict(macro=macro | dict(accuracy=np.trace(C, axis1=1, axis2=2)/C.sum((1,2))))
+    with np.errstate(invalid='ignore'):
+        return each | dict(
+            macro=macro | dict(accuracy=np.trace(C, axis1=1, axis2=2) / C.sum((1, 2)))
+        )
+
 
 def all_metrics(
-    predictions:pd.DataFrame, # see `labels_and_probabilities`
-    positive:str='covid', # class of the first reading
-    classes=None, # labels; None: as in the table
-    weights=None, # `(R,N)` ≥ 0; None: one cohort, each scan once
-)->dict: # `(setting, metric)` → `(R,)`
+    predictions: pd.DataFrame,  # see `labels_and_probabilities`
+    positive: str = 'covid',  # class of the first reading
+    classes=None,  # labels; None: as in the table
+    weights=None,  # `(R,N)` ≥ 0; None: one cohort, each scan once
+) -> dict:  # `(setting, metric)` → `(R,)`
     "Both readings of every metric for many weighted cohorts (Shi et al. 2021, IV-B)"
     found = _each(predictions, classes, weights)
-    if positive not in found or positive=='macro': raise PredictionError('predictions', f'no class {positive!r}', f'Use one of {", ".join(list(found)[:-1])}.')
-    return {(setting,m): found[k][m] for setting,k in ((f'{positive} vs rest', positive), ('macro', 'macro')) for m in METRICS}
+    if positive not in found or positive == 'macro':
+        raise PredictionError(
+            'predictions', f'no class {positive!r}', f'Use one of {", ".join(list(found)[:-1])}.'
+        )
+    return {
+        (setting, m): found[k][m]
+        for setting, k in ((f'{positive} vs rest', positive), ('macro', 'macro'))
+        for m in METRICS
+    }
+
 
 def classification_metrics(
-    predictions:pd.DataFrame, # see `labels_and_probabilities`
-    positive:str='covid', # class of the first reading
-    classes=None, # labels; None: as in the table
-)->pd.DataFrame: # index metric, one column per reading
+    predictions: pd.DataFrame,  # see `labels_and_probabilities`
+    positive: str = 'covid',  # class of the first reading
+    classes=None,  # labels; None: as in the table
+) -> pd.DataFrame:  # index metric, one column per reading
     "Metrics without intervals"
-    return pd.Series({k: float(v[0]) for k,v in all_metrics(predictions, positive, classes).items()}).unstack(0).loc[list(METRICS)]
+    return (
+        pd.Series({k: float(v[0]) for k, v in all_metrics(predictions, positive, classes).items()})
+        .unstack(0)
+        .loc[list(METRICS)]
+    )
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #c1bc238e
 def draw_patients(
-    groups, # patient of each scan, `(N,)`
-    n:int=1000, # resampled cohorts R
-    seed:int=0, # seed of the draw
-)->np.ndarray: # `(R,N)`, how often each scan was drawn
+    groups,  # patient of each scan, `(N,)`
+    n: int = 1000,  # resampled cohorts R
+    seed: int = 0,  # seed of the draw
+) -> np.ndarray:  # `(R,N)`, how often each scan was drawn
     "Weights of bootstrap cohorts in which patients are drawn whole; independent of the order of the rows"
     ids, of = np.unique(np.asarray(groups).astype(str), return_inverse=True)
     P, rng = len(ids), np.random.default_rng(seed)
-    drawn = rng.integers(P, size=(n,P))+P*np.arange(n)[:,None]
-    return np.bincount(drawn.ravel(), minlength=n*P).reshape(n,P)[:,of]
+    drawn = rng.integers(P, size=(n, P)) + P * np.arange(n)[:, None]
+    return np.bincount(drawn.ravel(), minlength=n * P).reshape(n, P)[:, of]
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #d7d2e35a
 class Interval(namedtuple('Interval', 'value low high')):
     "A number with its interval, and in `.reason` why it is undefined or shaky ('' if it is not)"
+
     reason = ''
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #f2f4090c
 def interval(
-    value:float, # the statistic itself
-    resampled, # `(R,)`, the statistic of each cohort; nan where undefined
-    level:float=.95, # mass of the interval, (0,1)
-)->Interval: # `(value, low, high)`
+    value: float,  # the statistic itself
+    resampled,  # `(R,)`, the statistic of each cohort; nan where undefined
+    level: float = 0.95,  # mass of the interval, (0,1)
+) -> Interval:  # `(value, low, high)`
     "Percentile interval; says in `.reason` what is missing"
-    v = np.asarray(resampled, float); good = v[np.isfinite(v)]; lost = len(v)-len(good)
-    if not np.isfinite(value): out, why = Interval(float('nan'),float('nan'),float('nan')), 'undefined here: a class has no scan, or none was predicted'
-    elif lost>len(v)/2: out, why = Interval(float(value),float('nan'),float('nan')), f'undefined in {lost} of {len(v)} resampled cohorts: too few patients in a class'
-    else: out, why = Interval(float(value), *(float(q) for q in np.quantile(good, [(1-level)/2,(1+level)/2]))), f'undefined in {lost} of {len(v)} resampled cohorts' if lost else ''
-    if not why and len(v)>1 and out.low==out.high: why = 'all resampled cohorts agree: too few errors for an interval'
+    v = np.asarray(resampled, float)
+    good = v[np.isfinite(v)]
+    lost = len(v) - len(good)
+    if not np.isfinite(value):
+        out, why = (
+            Interval(float('nan'), float('nan'), float('nan')),
+            'undefined here: a class has no scan, or none was predicted',
+        )
+    elif lost > len(v) / 2:
+        out, why = (
+            Interval(float(value), float('nan'), float('nan')),
+            f'undefined in {lost} of {len(v)} resampled cohorts: too few patients in a class',
+        )
+    else:
+        out, why = (
+            Interval(
+                float(value),
+                *(float(q) for q in np.quantile(good, [(1 - level) / 2, (1 + level) / 2])),
+            ),
+            f'undefined in {lost} of {len(v)} resampled cohorts' if lost else '',
+        )
+    if not why and len(v) > 1 and out.low == out.high:
+        why = 'all resampled cohorts agree: too few errors for an interval'
     out.reason = why
     return out
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #fce17e89
 def metric_statistic(
-    name:str='AUC', # one of `METRICS`
-    positive:str|None='covid', # class against the rest; None: macro over the classes
-    classes=None, # labels; None: as in the table
-)->Callable: # function of (predictions, weights) for `bootstrap`
+    name: str = 'AUC',  # one of `METRICS`
+    positive: str | None = 'covid',  # class against the rest; None: macro over the classes
+    classes=None,  # labels; None: as in the table
+) -> Callable:  # function of (predictions, weights) for `bootstrap`
     "A metric as a statistic"
-    if name not in METRICS: raise PredictionError('metric', f'unknown name {name!r}', f'Use one of {", ".join(METRICS)}.')
+    if name not in METRICS:
+        raise PredictionError(
+            'metric', f'unknown name {name!r}', f'Use one of {", ".join(METRICS)}.'
+        )
+
     def statistic(predictions, weights=None):
         key = ('macro' if positive is None else f'{positive} vs rest', name)
-        return all_metrics(predictions, positive or tuple(classes or classes_of(predictions))[0], classes, weights)[key]
+        return all_metrics(
+            predictions, positive or tuple(classes or classes_of(predictions))[0], classes, weights
+        )[key]
+
     return statistic
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #2bb8214a
 def _whose(predictions, by):
-    if by in predictions and predictions[by].notna().all(): return predictions[by]
-    raise PredictionError('predictions', f'column {by!r} is missing or has gaps', 'Name the patient of every scan.')
+    if by in predictions and predictions[by].notna().all():
+        return predictions[by]
+    raise PredictionError(
+        'predictions', f'column {by!r} is missing or has gaps', 'Name the patient of every scan.'
+    )
+
 
 def bootstrap(
-    predictions:pd.DataFrame, # one row per scan
-    statistic, # `f(predictions, weights)->(R,)`, or `f(predictions)->float`
-    by:str='patient_id', # column whose values are drawn whole
-    n:int=1000, # resampled cohorts
-    seed:int=0, # seed of the draw
-    level:float=.95, # mass of the interval
-)->Interval: # `(value, low, high)`, with `.reason`
+    predictions: pd.DataFrame,  # one row per scan
+    statistic,  # `f(predictions, weights)->(R,)`, or `f(predictions)->float`
+    by: str = 'patient_id',  # column whose values are drawn whole
+    n: int = 1000,  # resampled cohorts
+    seed: int = 0,  # seed of the draw
+    level: float = 0.95,  # mass of the interval
+) -> Interval:  # `(value, low, high)`, with `.reason`
     "Percentile interval of a statistic over resampled patients; raises `PredictionError` without the column"
     w, rows = draw_patients(_whose(predictions, by), n, seed), np.arange(len(predictions))
-    if sum(p.kind<=Parameter.POSITIONAL_OR_KEYWORD for p in signature(statistic).parameters.values())>1:
-        return interval(np.ravel(statistic(predictions, np.ones((1,len(rows)))))[0], statistic(predictions, w), level)
-    return interval(statistic(predictions), [statistic(predictions.iloc[np.repeat(rows,k)]) for k in w], level)
+    if (
+        sum(
+            p.kind <= Parameter.POSITIONAL_OR_KEYWORD
+            for p in signature(statistic).parameters.values()
+        )
+        > 1
+    ):
+        return interval(
+            np.ravel(statistic(predictions, np.ones((1, len(rows)))))[0],
+            statistic(predictions, w),
+            level,
+        )
+    return interval(
+        statistic(predictions), [statistic(predictions.iloc[np.repeat(rows, k)]) for k in w], level
+    )
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #e2f8557c
 def metrics_table(
-    predictions:pd.DataFrame, # see `labels_and_probabilities`, with `patient_id`
-    classes=None, # labels; None: as in the table
-    positive:str='covid', # class of the first reading
-    n:int=1000, # resampled cohorts
-    seed:int=0, # seed of the draw
-    by:str='patient_id', # column whose values are drawn whole
-)->pd.DataFrame: # columns setting, metric, value, low, high, note
+    predictions: pd.DataFrame,  # see `labels_and_probabilities`, with `patient_id`
+    classes=None,  # labels; None: as in the table
+    positive: str = 'covid',  # class of the first reading
+    n: int = 1000,  # resampled cohorts
+    seed: int = 0,  # seed of the draw
+    by: str = 'patient_id',  # column whose values are drawn whole
+) -> pd.DataFrame:  # columns setting, metric, value, low, high, note
     "Every metric in both readings, each with its interval over patients"
-    if by not in predictions: raise PredictionError('predictions', f'no column {by!r}', 'Name the patient of every scan.')
+    if by not in predictions:
+        raise PredictionError('predictions', f'no column {by!r}', 'Name the patient of every scan.')
     value = all_metrics(predictions, positive, classes)
     again = all_metrics(predictions, positive, classes, draw_patients(predictions[by], n, seed))
     rows = [(*k, *(i := interval(value[k][0], again[k])), i.reason) for k in value]
-    return pd.DataFrame(rows, columns=['setting','metric','value','low','high','note'])
+    return pd.DataFrame(rows, columns=['setting', 'metric', 'value', 'low', 'high', 'note'])
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #8af9474c
 def class_table(
-    predictions:pd.DataFrame, # see `labels_and_probabilities`, with `patient_id`
-    classes=None, # labels; None: as in the table
-    n:int=1000, # resampled cohorts
-    seed:int=0, # seed of the draw
-    by:str='patient_id', # column whose values are drawn whole
-)->pd.DataFrame: # columns class, metric, value, low, high, note; the last class is `macro`
+    predictions: pd.DataFrame,  # see `labels_and_probabilities`, with `patient_id`
+    classes=None,  # labels; None: as in the table
+    n: int = 1000,  # resampled cohorts
+    seed: int = 0,  # seed of the draw
+    by: str = 'patient_id',  # column whose values are drawn whole
+) -> pd.DataFrame:  # columns class, metric, value, low, high, note; the last class is `macro`
     "Every metric of every class against the rest, each with its interval over patients"
-    value, again = (_each(predictions, classes, w) for w in (None, draw_patients(_whose(predictions, by), n, seed)))
-    rows = [(c, m, *(i := interval(v[0], again[c][m])), i.reason) for c,each in value.items() for m,v in each.items()]
-    return pd.DataFrame(rows, columns=['class','metric','value','low','high','note'])
+    value, again = (
+        _each(predictions, classes, w)
+        for w in (None, draw_patients(_whose(predictions, by), n, seed))
+    )
+    rows = [
+        (c, m, *(i := interval(v[0], again[c][m])), i.reason)
+        for c, each in value.items()
+        for m, v in each.items()
+    ]
+    return pd.DataFrame(rows, columns=['class', 'metric', 'value', 'low', 'high', 'note'])
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #0c0f30be
 def _above(truth, score, weights):
     "Positives and negatives with at least each distinct score, the highest first, `(R,U)` each"
     truth, score = np.asarray(truth, bool), np.asarray(score, float)
-    order = np.argsort(-score, kind='stable'); last = np.r_[np.diff(score[order])!=0, True]
-    return [np.cumsum(weights[:,order]*side[order], 1)[:,last] for side in (truth, ~truth)]
+    order = np.argsort(-score, kind='stable')
+    last = np.r_[np.diff(score[order]) != 0, True]
+    return [np.cumsum(weights[:, order] * side[order], 1)[:, last] for side in (truth, ~truth)]
+
 
 def roc_band(
-    truth, # bool `(N,)`
-    score, # `(N,)`
-    weights, # `(R,N)`, see `draw_patients`
-    grid, # false-alarm rates to read at, `(G,)`, rising
-)->np.ndarray: # `(2,G)`, 2.5th and 97.5th percentile of the sensitivity
+    truth,  # bool `(N,)`
+    score,  # `(N,)`
+    weights,  # `(R,N)`, see `draw_patients`
+    grid,  # false-alarm rates to read at, `(G,)`, rising
+) -> np.ndarray:  # `(2,G)`, 2.5th and 97.5th percentile of the sensitivity
     "Pointwise band of a ROC curve over resampled cohorts"
-    curves = [np.interp(grid, np.r_[0,f]/f[-1], np.r_[0,t]/t[-1]) for t,f in zip(*_above(truth, score, weights)) if t[-1] and f[-1]]
-    return np.quantile(curves, [.025,.975], axis=0)
+    curves = [
+        np.interp(grid, np.r_[0, f] / f[-1], np.r_[0, t] / t[-1])
+        for t, f in zip(*_above(truth, score, weights), strict=False)
+        if t[-1] and f[-1]
+    ]
+    return np.quantile(curves, [0.025, 0.975], axis=0)
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #9629809e
 def _curve(predictions, positive, classes, n, seed, what):
     "Truth, score and weights of the resampled cohorts; raises `PredictionError` where there is no curve"
-    y, prob, classes = labels_and_probabilities(predictions, classes); k = classes.index(positive) if positive in classes else -1
-    if k<0 or not 0<(y==k).sum()<len(y): raise PredictionError(what, f'needs scans with and without {positive!r}', 'Choose another class or more scans.')
-    return y==k, prob[:,k], draw_patients(_whose(predictions, 'patient_id'), n, seed)
+    y, prob, classes = labels_and_probabilities(predictions, classes)
+    k = classes.index(positive) if positive in classes else -1
+    if k < 0 or not 0 < (y == k).sum() < len(y):
+        raise PredictionError(
+            what,
+            f'needs scans with and without {positive!r}',
+            'Choose another class or more scans.',
+        )
+    return y == k, prob[:, k], draw_patients(_whose(predictions, 'patient_id'), n, seed)
+
 
 def _axes(positive, x, y):
-    fig = Picture(figsize=(4.2,4), layout='constrained'); ax = fig.add_subplot(); ax.spines[['top','right']].set_visible(False)
-    ax.set(xlabel=x, ylabel=y, title=f'{positive} against the rest', aspect='equal', xlim=(-.01,1.01), ylim=(-.01,1.01)); return fig, ax
+    fig = Picture(figsize=(4.2, 4), layout='constrained')
+    ax = fig.add_subplot()
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.set(
+        xlabel=x,
+        ylabel=y,
+        title=f'{positive} against the rest',
+        aspect='equal',
+        xlim=(-0.01, 1.01),
+        ylim=(-0.01, 1.01),
+    )
+    return fig, ax
+
 
 def roc_figure(
-    predictions:pd.DataFrame, # see `labels_and_probabilities`, with `patient_id`
-    positive:str='covid', # class against the rest
-    classes=None, # labels; None: as in the table
-    n:int=1000, # resampled cohorts
-    seed:int=0, # seed of the draw
-)->Picture: # with alt text
+    predictions: pd.DataFrame,  # see `labels_and_probabilities`, with `patient_id`
+    positive: str = 'covid',  # class against the rest
+    classes=None,  # labels; None: as in the table
+    n: int = 1000,  # resampled cohorts
+    seed: int = 0,  # seed of the draw
+) -> Picture:  # with alt text
     "ROC curve of one class against the rest with its band over patients; raises `PredictionError` where there is none"
     truth, score, w = _curve(predictions, positive, classes, n, seed, 'ROC curve')
-    from sklearn.metrics import roc_curve                    # takes a second to import
-    a, grid, (fpr,tpr,_) = interval(auc(truth, score)[0], auc(truth, score, w)), np.linspace(0,1,101), roc_curve(truth, score)
-    fig, ax = _axes(positive, 'false alarms (1 − specificity)', 'found (sensitivity)'); ax.plot([0,1], [0,1], ':', color='.5', lw=1)
-    ax.fill_between(grid, *roc_band(truth, score, w, grid), color='#2a6f97', alpha=.2, lw=0, label='95 % of resampled patients')
-    ax.plot(fpr, tpr, color='#2a6f97', label=f'AUC {a.value:.3f} ({a.low:.3f} … {a.high:.3f})'); ax.legend(frameon=False, loc='lower right', fontsize=8)
-    return set_alt_text(fig, f'ROC curve of {positive} against the rest for {len(truth)} scans: AUC {a.value:.3f}, interval {a.low:.3f} to {a.high:.3f}.')
+    from sklearn.metrics import roc_curve  # takes a second to import
+
+    a, grid, (fpr, tpr, _) = (
+        interval(auc(truth, score)[0], auc(truth, score, w)),
+        np.linspace(0, 1, 101),
+        roc_curve(truth, score),
+    )
+    fig, ax = _axes(positive, 'false alarms (1 − specificity)', 'found (sensitivity)')
+    ax.plot([0, 1], [0, 1], ':', color='.5', lw=1)
+    ax.fill_between(
+        grid,
+        *roc_band(truth, score, w, grid),
+        color='#2a6f97',
+        alpha=0.2,
+        lw=0,
+        label='95 % of resampled patients',
+    )
+    ax.plot(fpr, tpr, color='#2a6f97', label=f'AUC {a.value:.3f} ({a.low:.3f} … {a.high:.3f})')
+    ax.legend(frameon=False, loc='lower right', fontsize=8)
+    return set_alt_text(
+        fig,
+        f'ROC curve of {positive} against the rest for {len(truth)} scans: AUC {a.value:.3f}, interval {a.low:.3f} to {a.high:.3f}.',
+    )
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #71120428
 def average_precision(
-    truth, # bool `(N,)`, positive or not
-    score, # `(N,)`, higher is more positive
-    weights=None, # `(R,N)` ≥ 0, one row per resampled cohort; None: one cohort, each scan once
-)->np.ndarray: # `(R,)` in [0,1]; nan where a cohort lacks positives
+    truth,  # bool `(N,)`, positive or not
+    score,  # `(N,)`, higher is more positive
+    weights=None,  # `(R,N)` ≥ 0, one row per resampled cohort; None: one cohort, each scan once
+) -> np.ndarray:  # `(R,)` in [0,1]; nan where a cohort lacks positives
     "Area under the precision-recall curve of many weighted cohorts (@eq-ap)"
-    t, f = _above(truth, score, np.ones((1,len(score))) if weights is None else np.asarray(weights, float))
-    with np.errstate(invalid='ignore', divide='ignore'): return (np.diff(t, prepend=0, axis=1)*np.nan_to_num(t/(t+f))).sum(1)/t[:,-1]
+    t, f = _above(
+        truth, score, np.ones((1, len(score))) if weights is None else np.asarray(weights, float)
+    )
+    with np.errstate(invalid='ignore', divide='ignore'):
+        return (np.diff(t, prepend=0, axis=1) * np.nan_to_num(t / (t + f))).sum(1) / t[:, -1]
+
 
 def pr_band(
-    truth, # bool `(N,)`
-    score, # `(N,)`
-    weights, # `(R,N)`, see `draw_patients`
-    grid, # recalls to read at, `(G,)` in (0,1], rising
-)->np.ndarray: # `(2,G)`, 2.5th and 97.5th percentile of the precision
+    truth,  # bool `(N,)`
+    score,  # `(N,)`
+    weights,  # `(R,N)`, see `draw_patients`
+    grid,  # recalls to read at, `(G,)` in (0,1], rising
+) -> np.ndarray:  # `(2,G)`, 2.5th and 97.5th percentile of the precision
     "Pointwise band of a precision-recall curve over resampled cohorts, read where each recall is first reached"
-    with np.errstate(invalid='ignore'): curves = [(t/(t+f))[np.searchsorted(t, np.asarray(grid)*t[-1]-1e-9)] for t,f in zip(*_above(truth, score, weights)) if t[-1]]
-    return np.quantile(curves, [.025,.975], axis=0)
+    with np.errstate(invalid='ignore'):
+        curves = [
+            (t / (t + f))[np.searchsorted(t, np.asarray(grid) * t[-1] - 1e-9)]
+            for t, f in zip(*_above(truth, score, weights), strict=False)
+            if t[-1]
+        ]
+    return np.quantile(curves, [0.025, 0.975], axis=0)
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #36996f17
 def pr_figure(
-    predictions:pd.DataFrame, # see `labels_and_probabilities`, with `patient_id`
-    positive:str='covid', # class against the rest
-    classes=None, # labels; None: as in the table
-    n:int=1000, # resampled cohorts
-    seed:int=0, # seed of the draw
-)->Picture: # with alt text
+    predictions: pd.DataFrame,  # see `labels_and_probabilities`, with `patient_id`
+    positive: str = 'covid',  # class against the rest
+    classes=None,  # labels; None: as in the table
+    n: int = 1000,  # resampled cohorts
+    seed: int = 0,  # seed of the draw
+) -> Picture:  # with alt text
     "Precision-recall curve of one class against the rest with its band over patients; raises `PredictionError` where there is none"
     truth, score, w = _curve(predictions, positive, classes, n, seed, 'precision-recall curve')
-    a, grid, share = interval(average_precision(truth, score)[0], average_precision(truth, score, w)), np.linspace(.005,1,200), truth.mean()
-    fig, ax = _axes(positive, 'found (recall)', 'right among those called (precision)'); ax.axhline(share, ls=':', color='.5', lw=1)
-    ax.fill_between(grid, *pr_band(truth, score, w, grid), color='#2a6f97', alpha=.2, lw=0, label='95 % of resampled patients')
-    ax.plot(grid, pr_band(truth, score, np.ones((1,len(truth))), grid)[0], color='#2a6f97', label=f'average precision {a.value:.3f} ({a.low:.3f} … {a.high:.3f})'); ax.legend(frameon=False, loc='lower left', fontsize=8)
-    return set_alt_text(fig, f'Precision-recall curve of {positive} against the rest for {len(truth)} scans, {share:.0%} of them positive: average precision {a.value:.3f}, interval {a.low:.3f} to {a.high:.3f}.')
+    a, grid, share = (
+        interval(average_precision(truth, score)[0], average_precision(truth, score, w)),
+        np.linspace(0.005, 1, 200),
+        truth.mean(),
+    )
+    fig, ax = _axes(positive, 'found (recall)', 'right among those called (precision)')
+    ax.axhline(share, ls=':', color='.5', lw=1)
+    ax.fill_between(
+        grid,
+        *pr_band(truth, score, w, grid),
+        color='#2a6f97',
+        alpha=0.2,
+        lw=0,
+        label='95 % of resampled patients',
+    )
+    ax.plot(
+        grid,
+        pr_band(truth, score, np.ones((1, len(truth))), grid)[0],
+        color='#2a6f97',
+        label=f'average precision {a.value:.3f} ({a.low:.3f} … {a.high:.3f})',
+    )
+    ax.legend(frameon=False, loc='lower left', fontsize=8)
+    return set_alt_text(
+        fig,
+        f'Precision-recall curve of {positive} against the rest for {len(truth)} scans, {share:.0%} of them positive: average precision {a.value:.3f}, interval {a.low:.3f} to {a.high:.3f}.',
+    )
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #e404cdd2
 def confusion_figure(
-    predictions:pd.DataFrame, # see `labels_and_probabilities`
-    classes=None, # labels; None: as in the table
-)->Picture: # with alt text
+    predictions: pd.DataFrame,  # see `labels_and_probabilities`
+    classes=None,  # labels; None: as in the table
+) -> Picture:  # with alt text
     "Confusion matrix: scans as numbers, share of the true class as colour"
-    y, prob, classes = labels_and_probabilities(predictions, classes); K = len(classes)
-    C = confusion(y, prob.argmax(1), K)[0]; share = C/np.maximum(C.sum(1, keepdims=True), 1)
-    fig = Picture(figsize=(1+K,.8+K), layout='constrained'); ax = fig.add_subplot(); ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    y, prob, classes = labels_and_probabilities(predictions, classes)
+    K = len(classes)
+    C = confusion(y, prob.argmax(1), K)[0]
+    share = C / np.maximum(C.sum(1, keepdims=True), 1)
+    fig = Picture(figsize=(1 + K, 0.8 + K), layout='constrained')
+    ax = fig.add_subplot()
+    ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
     for i in range(K):
-        for j in range(K): ax.text(j, i, f'{C[i,j]:.0f}\n{share[i,j]:.0%}', ha='center', va='center', color='white' if share[i,j]>.55 else 'black')
-    ax.set(xticks=range(K), yticks=range(K), xticklabels=classes, yticklabels=classes, xlabel='predicted', ylabel='true'); ax.spines[:].set_visible(False); ax.tick_params(length=0)
-    said = '; '.join(f'{c}: {C[i,i]:.0f} of {C[i].sum():.0f} right' for i,c in enumerate(classes))
+        for j in range(K):
+            ax.text(
+                j,
+                i,
+                f'{C[i, j]:.0f}\n{share[i, j]:.0%}',
+                ha='center',
+                va='center',
+                color='white' if share[i, j] > 0.55 else 'black',
+            )
+    ax.set(
+        xticks=range(K),
+        yticks=range(K),
+        xticklabels=classes,
+        yticklabels=classes,
+        xlabel='predicted',
+        ylabel='true',
+    )
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    said = '; '.join(f'{c}: {C[i, i]:.0f} of {C[i].sum():.0f} right' for i, c in enumerate(classes))
     return set_alt_text(fig, f'Confusion matrix of {len(y)} scans. {said}.')
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #bc6c90ca
 def mask_scores(
-    found, # bool `(D,H,W)`
-    true, # bool, the same shape
-    spacing=(1.,1.,1.), # of the voxels, mm `(z,y,x)`
-)->dict: # `dice` in [0,1]; `surface`, `hd95` and `hausdorff` in mm; nan where a mask is empty, Dice only where both are
+    found,  # bool `(D,H,W)`
+    true,  # bool, the same shape
+    spacing=(1.0, 1.0, 1.0),  # of the voxels, mm `(z,y,x)`
+) -> dict:  # `dice` in [0,1]; `surface`, `hd95` and `hausdorff` in mm; nan where a mask is empty, Dice only where both are
     "Overlap of two masks and the distance of their surfaces (@eq-surface); raises `GeometryError`"
-    a, b = (np.asarray(m)>0 for m in (found, true))
-    if a.shape!=b.shape: raise GeometryError('masks', f'shapes differ, {a.shape} and {b.shape}', 'Bring both onto one grid.')
-    n = int(a.sum())+int(b.sum()); out = dict(dice=2*int((a&b).sum())/n if n else float('nan'))
-    if not (a.any() and b.any()): return out | dict.fromkeys(('surface','hd95','hausdorff'), float('nan'))
-    rim = [np.pad(m, 1)&~binary_erosion(np.pad(m, 1)) for m in (a, b)]
-    far = [distance_transform_edt(~to, sampling=spacing)[of] for of,to in (rim, rim[::-1])]
-    return out | dict(surface=float(np.concatenate(far).mean()), hd95=float(max(np.quantile(d, .95) for d in far)), hausdorff=float(max(d.max() for d in far)))
+    a, b = (np.asarray(m) > 0 for m in (found, true))
+    if a.shape != b.shape:
+        raise GeometryError(
+            'masks', f'shapes differ, {a.shape} and {b.shape}', 'Bring both onto one grid.'
+        )
+    n = int(a.sum()) + int(b.sum())
+    out = dict(dice=2 * int((a & b).sum()) / n if n else float('nan'))
+    if not (a.any() and b.any()):
+        return out | dict.fromkeys(('surface', 'hd95', 'hausdorff'), float('nan'))
+    rim = [np.pad(m, 1) & ~binary_erosion(np.pad(m, 1)) for m in (a, b)]
+    far = [distance_transform_edt(~to, sampling=spacing)[of] for of, to in (rim, rim[::-1])]
+    return out | dict(
+        surface=float(np.concatenate(far).mean()),
+        hd95=float(max(np.quantile(d, 0.95) for d in far)),
+        hausdorff=float(max(d.max() for d in far)),
+    )
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #dfd211cd
 def _same_shape(values, mask):
-    v, m = np.asarray(values, float), np.asarray(mask)>0
-    if v.shape!=m.shape: raise GeometryError('map and mask', f'shapes differ, {v.shape} and {m.shape}', 'Bring both onto the grid of the scan.')
-    if not np.isfinite(v).all() or (v<0).any(): raise PredictionError('map', 'has negative, NaN or infinite values', 'Normalise it to [0,1] first.')
+    v, m = np.asarray(values, float), np.asarray(mask) > 0
+    if v.shape != m.shape:
+        raise GeometryError(
+            'map and mask',
+            f'shapes differ, {v.shape} and {m.shape}',
+            'Bring both onto the grid of the scan.',
+        )
+    if not np.isfinite(v).all() or (v < 0).any():
+        raise PredictionError(
+            'map', 'has negative, NaN or infinite values', 'Normalise it to [0,1] first.'
+        )
     return v, m
 
+
 def energy_in(
-    values, # heat-map `(D,H,W)`, ≥ 0
-    mask, # bool, the same shape
-)->float: # share in [0,1]; nan for a map of zeros
+    values,  # heat-map `(D,H,W)`, ≥ 0
+    mask,  # bool, the same shape
+) -> float:  # share in [0,1]; nan for a map of zeros
     "Share of a map's energy inside a mask (@eq-energy)"
-    v, m = _same_shape(values, mask); total = v.sum()
-    return float((v*m).sum()/total) if total>0 else float('nan')
+    v, m = _same_shape(values, mask)
+    total = v.sum()
+    return float((v * m).sum() / total) if total > 0 else float('nan')
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #3a89d3cb
 def pointing_game(
-    values, # heat-map `(D,H,W)`, ≥ 0
-    mask, # bool, the same shape
-    tolerance:float=0., # how far beside the mask still counts, mm
-    spacing=(1.,1.,1.), # of the voxels, mm `(z,y,x)`
-)->float: # share of the hottest voxels that hit, in [0,1]; nan for a flat map
+    values,  # heat-map `(D,H,W)`, ≥ 0
+    mask,  # bool, the same shape
+    tolerance: float = 0.0,  # how far beside the mask still counts, mm
+    spacing=(1.0, 1.0, 1.0),  # of the voxels, mm `(z,y,x)`
+) -> float:  # share of the hottest voxels that hit, in [0,1]; nan for a flat map
     "Whether the hottest voxel lies in the mask (Zhang et al. 2018)"
     v, m = _same_shape(values, mask)
-    if v.min()==v.max(): return float('nan')
-    if tolerance>0 and m.any(): m = distance_transform_edt(~m, sampling=spacing)<=tolerance
-    return float(m[v==v.max()].mean())
+    if v.min() == v.max():
+        return float('nan')
+    if tolerance > 0 and m.any():
+        m = distance_transform_edt(~m, sampling=spacing) <= tolerance
+    return float(m[v == v.max()].mean())

@@ -9,265 +9,426 @@ __all__ = ['wilson', 'patient_codes', 'placements', 'Areas', 'delong', 'auc_inte
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #34938104
 from collections import namedtuple
+
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest, chi2, norm, rankdata, t as student, ttest_1samp
-from .metrics import Interval, PredictionError, auc, bootstrap, labels_and_probabilities
+from scipy.stats import binomtest, chi2, norm, rankdata, ttest_1samp
+from scipy.stats import t as student
+
+from covid_ct.evaluate.metrics import (
+    Interval,
+    PredictionError,
+    auc,
+    bootstrap,
+    labels_and_probabilities,
+)
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #1af9c33b
 def wilson(
-    k:int, # successes, 0 … n
-    n:int, # trials, one per patient
-    level:float=.95, # mass of the interval, (0,1)
-)->Interval: # share in [0,1] with its interval; nan for n = 0
+    k: int,  # successes, 0 … n
+    n: int,  # trials, one per patient
+    level: float = 0.95,  # mass of the interval, (0,1)
+) -> Interval:  # share in [0,1] with its interval; nan for n = 0
     "Interval of a share (Wilson 1927, @eq-wilson); raises `PredictionError` for counts that cannot be"
-    if not 0<=k<=n or k!=int(k) or n!=int(n): raise PredictionError('counts', f'{k} of {n}', 'Give whole numbers, 0 ≤ k ≤ n.')
-    if not n: out = Interval(*[float('nan')]*3); out.reason = 'no trials'; return out
+    if not 0 <= k <= n or k != int(k) or n != int(n):
+        raise PredictionError('counts', f'{k} of {n}', 'Give whole numbers, 0 ≤ k ≤ n.')
+    if not n:
+        out = Interval(*[float('nan')] * 3)
+        out.reason = 'no trials'
+        return out
     low, high = binomtest(int(k), int(n)).proportion_ci(level, method='wilson')
-    return Interval(k/n, float(low), float(high))
+    return Interval(k / n, float(low), float(high))
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #f9b9e6f5
 def patient_codes(groups, n):
     "Patient of each of n scans as 0 … P-1; None: the scans themselves; raises `PredictionError`"
-    if groups is None: return np.arange(n)
-    if len(groups)!=n: raise PredictionError('patients', f'{len(groups)} of them for {n} scans', 'Give one per scan.')
-    if pd.isna(np.asarray(groups, object)).any(): raise PredictionError('patients', 'have gaps', 'Name the patient of every scan.')
+    if groups is None:
+        return np.arange(n)
+    if len(groups) != n:
+        raise PredictionError(
+            'patients', f'{len(groups)} of them for {n} scans', 'Give one per scan.'
+        )
+    if pd.isna(np.asarray(groups, object)).any():
+        raise PredictionError('patients', 'have gaps', 'Name the patient of every scan.')
     return np.unique(np.asarray(groups).astype(str), return_inverse=True)[1]
+
 
 def _checked(truth, scores, groups=None):
     "Truth bool `(N,)`, scores `(S,N)` and patient `(N,)` as 0 … P-1; raises `PredictionError`"
     truth, scores = np.asarray(truth), np.atleast_2d(np.asarray(scores, float))
-    if not ((truth==0)|(truth==1)).all():
-        raise PredictionError('truth', 'has values other than 0 and 1', 'Say which class is positive: truth = label==\'covid\'.')
+    if not ((truth == 0) | (truth == 1)).all():
+        raise PredictionError(
+            'truth',
+            'has values other than 0 and 1',
+            'Say which class is positive: truth = label==\'covid\'.',
+        )
     truth = truth.astype(bool)
-    if scores.shape[1]!=len(truth): raise PredictionError('scores', f'{scores.shape[1]} of them for {len(truth)} scans', 'Give one per scan.')
+    if scores.shape[1] != len(truth):
+        raise PredictionError(
+            'scores', f'{scores.shape[1]} of them for {len(truth)} scans', 'Give one per scan.'
+        )
     bad, of = ~np.isfinite(scores).all(0), patient_codes(groups, len(truth))
-    if bad.any(): raise PredictionError(f'score {int(bad.argmax())}', 'is NaN or infinite', 'Score every scan, or leave it out of both networks.')
-    few = [f'{len(np.unique(of[side]))} {name}' for name,side in (('positive',truth), ('negative',~truth)) if len(np.unique(of[side]))<2]
-    if few: raise PredictionError('truth', f'only {few[0]} patient(s)', 'The spread of a class needs at least two patients of it.')
+    if bad.any():
+        raise PredictionError(
+            f'score {int(bad.argmax())}',
+            'is NaN or infinite',
+            'Score every scan, or leave it out of both networks.',
+        )
+    few = [
+        f'{len(np.unique(of[side]))} {name}'
+        for name, side in (('positive', truth), ('negative', ~truth))
+        if len(np.unique(of[side])) < 2
+    ]
+    if few:
+        raise PredictionError(
+            'truth',
+            f'only {few[0]} patient(s)',
+            'The spread of a class needs at least two patients of it.',
+        )
     return truth, scores, of
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #86f70265
 def _placements(truth, scores):
     "Midranks among all minus midranks within the class (@eq-midrank)"
     rank, out = rankdata(scores, axis=1), np.empty(scores.shape)
-    out[:,truth] = (rank[:,truth]-rankdata(scores[:,truth], axis=1))/(~truth).sum()
-    out[:,~truth] = 1-(rank[:,~truth]-rankdata(scores[:,~truth], axis=1))/truth.sum()
+    out[:, truth] = (rank[:, truth] - rankdata(scores[:, truth], axis=1)) / (~truth).sum()
+    out[:, ~truth] = 1 - (rank[:, ~truth] - rankdata(scores[:, ~truth], axis=1)) / truth.sum()
     return out
 
+
 def placements(
-    truth, # bool `(N,)`, positive or not
-    scores, # `(N,)` or `(S,N)`, one row per network
-)->np.ndarray: # `(S,N)` in [0,1]; positives: negatives below; negatives: positives above
+    truth,  # bool `(N,)`, positive or not
+    scores,  # `(N,)` or `(S,N)`, one row per network
+) -> np.ndarray:  # `(S,N)` in [0,1]; positives: negatives below; negatives: positives above
     "Share of the other class on whose right side each scan stands (DeLong et al. 1988, @eq-placement)"
     return _placements(*_checked(truth, scores)[:2])
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #f5bb2ac7
-class Areas(namedtuple('Areas', 'auc cov')): "AUCs `(S,)` in [0,1] and their covariance `(S,S)`"
+class Areas(namedtuple('Areas', 'auc cov')):
+    "AUCs `(S,)` in [0,1] and their covariance `(S,S)`"
+
 
 def delong(
-    truth, # bool `(N,)`, positive or not
-    scores, # `(N,)` or `(S,N)`, one row per network, higher is more positive
-    groups=None, # patient of each scan, `(N,)`; None: every scan is a patient of its own
-)->Areas: # AUCs `(S,)` and their covariance `(S,S)`
+    truth,  # bool `(N,)`, positive or not
+    scores,  # `(N,)` or `(S,N)`, one row per network, higher is more positive
+    groups=None,  # patient of each scan, `(N,)`; None: every scan is a patient of its own
+) -> Areas:  # AUCs `(S,)` and their covariance `(S,S)`
     "AUCs of networks on the same scans (DeLong et al. 1988, @eq-delong; with patients Obuchowski 1997, @eq-obuchowski)"
     truth, scores, of = _checked(truth, scores, groups)
-    v, P = _placements(truth, scores), of.max()+1
-    area, parts = v[:,truth].mean(1), []
+    v, P = _placements(truth, scores), of.max() + 1
+    area, parts = v[:, truth].mean(1), []
     for side in (truth, ~truth):
-        share = (v[:,side]-area[:,None])/side.sum()
+        share = (v[:, side] - area[:, None]) / side.sum()
         parts.append(np.stack([np.bincount(of[side], row, P) for row in share]))
-    factor = [k/(k-1) for k in (len(np.unique(of[side])) for side in (truth, ~truth))]
-    cross = parts[0]@parts[1].T*P/(P-1)
-    return Areas(area, factor[0]*parts[0]@parts[0].T+factor[1]*parts[1]@parts[1].T+cross+cross.T)
+    factor = [k / (k - 1) for k in (len(np.unique(of[side])) for side in (truth, ~truth))]
+    cross = parts[0] @ parts[1].T * P / (P - 1)
+    return Areas(
+        area,
+        factor[0] * parts[0] @ parts[0].T + factor[1] * parts[1] @ parts[1].T + cross + cross.T,
+    )
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #c76ebee0
 def auc_interval(
-    truth, # bool `(N,)`, positive or not
-    score, # `(N,)`, higher is more positive
-    groups=None, # patient of each scan, `(N,)`; None: every scan is a patient of its own
-    level:float=.95, # mass of the interval, (0,1)
-    logit:bool=True, # symmetric on the logit scale; False: plain value ± z·error, cut off at 0 and 1
-)->Interval: # AUC with its interval, in [0,1]; `.reason` where it is shaky
+    truth,  # bool `(N,)`, positive or not
+    score,  # `(N,)`, higher is more positive
+    groups=None,  # patient of each scan, `(N,)`; None: every scan is a patient of its own
+    level: float = 0.95,  # mass of the interval, (0,1)
+    logit: bool = True,  # symmetric on the logit scale; False: plain value ± z·error, cut off at 0 and 1
+) -> Interval:  # AUC with its interval, in [0,1]; `.reason` where it is shaky
     "Normal interval of one AUC from DeLong's variance; with `groups` over patients"
-    areas = delong(truth, score, groups); a, se, z = float(areas.auc[0]), float(areas.cov[0,0])**.5, norm.ppf((1+level)/2)
-    if not 0<se or not 0<a<1:
-        out = Interval(a, float('nan'), float('nan')); out.reason = 'every scan has the same placement: no spread to estimate'; return out
-    if logit: return Interval(a, *(float(1/(1+(1/a-1)*np.exp(-s*z*se/(a*(1-a))))) for s in (-1,1)))
-    return Interval(a, max(a-z*se, 0.), min(a+z*se, 1.))
+    areas = delong(truth, score, groups)
+    a, se, z = float(areas.auc[0]), float(areas.cov[0, 0]) ** 0.5, norm.ppf((1 + level) / 2)
+    if not 0 < se or not 0 < a < 1:
+        out = Interval(a, float('nan'), float('nan'))
+        out.reason = 'every scan has the same placement: no spread to estimate'
+        return out
+    if logit:
+        return Interval(
+            a,
+            *(float(1 / (1 + (1 / a - 1) * np.exp(-s * z * se / (a * (1 - a))))) for s in (-1, 1)),
+        )
+    return Interval(a, max(a - z * se, 0.0), min(a + z * se, 1.0))
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #e3b21335
 class Comparison(namedtuple('Comparison', 'difference low high statistic p')):
     "First minus second with its interval, the test statistic and its two-sided p; `.reason` where there is none"
+
     reason = ''
 
-def _normal(difference, variance, level)->Comparison:
+
+def _normal(difference, variance, level) -> Comparison:
     "A difference that is normal with this variance; two equal networks differ by 0 with p = 1"
-    d, se, z = float(difference), float(max(variance,0))**.5, float(norm.ppf((1+level)/2))
-    if se<1e-9: # rounding of a covariance of ranks
-        out = Comparison(d, d, d, 0., 1.) if abs(d)<1e-12 else Comparison(d, *[float('nan')]*4)
-        out.reason = 'the two do not differ on any scan' if abs(d)<1e-12 else 'no spread to judge the difference by'; return out
-    return Comparison(d, d-z*se, d+z*se, d/se, float(2*norm.sf(abs(d/se))))
+    d, se, z = float(difference), float(max(variance, 0)) ** 0.5, float(norm.ppf((1 + level) / 2))
+    if se < 1e-9:  # rounding of a covariance of ranks
+        out = (
+            Comparison(d, d, d, 0.0, 1.0) if abs(d) < 1e-12 else Comparison(d, *[float('nan')] * 4)
+        )
+        out.reason = (
+            'the two do not differ on any scan'
+            if abs(d) < 1e-12
+            else 'no spread to judge the difference by'
+        )
+        return out
+    return Comparison(d, d - z * se, d + z * se, d / se, float(2 * norm.sf(abs(d / se))))
+
 
 def compare_aucs(
-    truth, # bool `(N,)`, positive or not
-    first, # score of the first network, `(N,)`
-    second, # score of the second network on the same scans, `(N,)`
-    groups=None, # patient of each scan, `(N,)`; None: every scan is a patient of its own
-    level:float=.95, # mass of the interval, (0,1)
-)->Comparison: # difference of the AUCs, its interval, z and p
+    truth,  # bool `(N,)`, positive or not
+    first,  # score of the first network, `(N,)`
+    second,  # score of the second network on the same scans, `(N,)`
+    groups=None,  # patient of each scan, `(N,)`; None: every scan is a patient of its own
+    level: float = 0.95,  # mass of the interval, (0,1)
+) -> Comparison:  # difference of the AUCs, its interval, z and p
     "Test of two correlated AUCs (DeLong et al. 1988); with `groups` over patients"
-    areas = delong(truth, [first,second], groups); w = np.array([1,-1])
-    return _normal(w@areas.auc, w@areas.cov@w, level)
+    areas = delong(truth, [first, second], groups)
+    w = np.array([1, -1])
+    return _normal(w @ areas.auc, w @ areas.cov @ w, level)
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #0a9cb8ef
-class ChiSquare(namedtuple('ChiSquare', 'statistic df p')): "A joint test: χ², its degrees of freedom, p"
+class ChiSquare(namedtuple('ChiSquare', 'statistic df p')):
+    "A joint test: χ², its degrees of freedom, p"
+
 
 def _equal_aucs(
-    truth, # bool `(N,)`, positive or not
-    scores, # `(S,N)`, one row per network
-    groups=None, # patient of each scan, `(N,)`; None: every scan is a patient of its own
-)->ChiSquare: # statistic, degrees of freedom, p
+    truth,  # bool `(N,)`, positive or not
+    scores,  # `(S,N)`, one row per network
+    groups=None,  # patient of each scan, `(N,)`; None: every scan is a patient of its own
+) -> ChiSquare:  # statistic, degrees of freedom, p
     "Are the AUCs of all networks equal? (DeLong et al. 1988, Eq. 5)"
-    areas = delong(truth, scores, groups); L = -np.diff(np.eye(len(areas.auc)), axis=0); C = L@areas.cov@L.T
-    q, df = float(L@areas.auc@np.linalg.pinv(C, hermitian=True)@L@areas.auc), int(np.linalg.matrix_rank(C, hermitian=True))
-    return ChiSquare(q, df, float(chi2.sf(q, df)) if df else 1.)
+    areas = delong(truth, scores, groups)
+    L = -np.diff(np.eye(len(areas.auc)), axis=0)
+    C = L @ areas.cov @ L.T
+    q, df = (
+        float(L @ areas.auc @ np.linalg.pinv(C, hermitian=True) @ L @ areas.auc),
+        int(np.linalg.matrix_rank(C, hermitian=True)),
+    )
+    return ChiSquare(q, df, float(chi2.sf(q, df)) if df else 1.0)
+
 
 def compare_groups(
-    truth, # bool `(N,)`, positive or not
-    score, # `(N,)`, higher is more positive
-    group, # bool `(N,)`: first group or second
-    patients=None, # patient of each scan, `(N,)`; None: every scan is a patient of its own
-    level:float=.95, # mass of the interval, (0,1)
-)->Comparison: # AUC in the first group minus AUC in the second
+    truth,  # bool `(N,)`, positive or not
+    score,  # `(N,)`, higher is more positive
+    group,  # bool `(N,)`: first group or second
+    patients=None,  # patient of each scan, `(N,)`; None: every scan is a patient of its own
+    level: float = 0.95,  # mass of the interval, (0,1)
+) -> Comparison:  # AUC in the first group minus AUC in the second
     "Two AUCs of one network on different patients; raises `PredictionError` for a patient on both sides"
     truth, score, group = np.asarray(truth), np.asarray(score, float), np.asarray(group, bool)
     ids = np.arange(len(truth)) if patients is None else np.asarray(patients).astype(str)
     both = np.intersect1d(ids[group], ids[~group])
-    if len(both): raise PredictionError(f'patient {both[0]}', 'is in both groups', 'Let the group belong to the patient.')
+    if len(both):
+        raise PredictionError(
+            f'patient {both[0]}', 'is in both groups', 'Let the group belong to the patient.'
+        )
     one, two = (delong(truth[g], score[g], ids[g]) for g in (group, ~group))
-    return _normal(one.auc[0]-two.auc[0], one.cov[0,0]+two.cov[0,0], level)
+    return _normal(one.auc[0] - two.auc[0], one.cov[0, 0] + two.cov[0, 0], level)
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #aeb268d4
 def mcnemar(
-    first, # bool `(N,)`: the first network is right
-    second, # bool `(N,)`: the second is right on the same scans
-    method:str='exact', # 'exact' (binomial), 'chi2' or 'corrected' (by 1, Edwards 1948)
-    level:float=.95, # mass of the interval, (0,1)
-)->Comparison: # difference of the shares, Wald interval, b or χ², p
+    first,  # bool `(N,)`: the first network is right
+    second,  # bool `(N,)`: the second is right on the same scans
+    method: str = 'exact',  # 'exact' (binomial), 'chi2' or 'corrected' (by 1, Edwards 1948)
+    level: float = 0.95,  # mass of the interval, (0,1)
+) -> Comparison:  # difference of the shares, Wald interval, b or χ², p
     "Do two networks err equally often on the same scans? (McNemar 1947, @eq-mcnemar)"
     first, second = (np.asarray(v).astype(bool) for v in (first, second))
-    if first.shape!=second.shape or not first.size:
-        raise PredictionError('answers', f'{first.size} and {second.size} of them', 'Give both networks the same scans.')
-    b, c, n, z = int((first&~second).sum()), int((~first&second).sum()), first.size, float(norm.ppf((1+level)/2))
-    if method not in ('exact','chi2','corrected'):
-        raise PredictionError('method', f'unknown name {method!r}', "Use 'exact', 'chi2' or 'corrected'.")
-    d, half = (b-c)/n, z*(max(b+c-(b-c)**2/n, 0))**.5/n
-    if method=='exact': stat, p = b, binomtest(b, b+c).pvalue if b+c else 1.
-    else: stat = max(abs(b-c)-(method=='corrected'), 0)**2/(b+c) if b+c else 0.; p = chi2.sf(stat, 1)
-    return Comparison(d, d-half, d+half, float(stat), float(p))
+    if first.shape != second.shape or not first.size:
+        raise PredictionError(
+            'answers',
+            f'{first.size} and {second.size} of them',
+            'Give both networks the same scans.',
+        )
+    b, c, n, z = (
+        int((first & ~second).sum()),
+        int((~first & second).sum()),
+        first.size,
+        float(norm.ppf((1 + level) / 2)),
+    )
+    if method not in ('exact', 'chi2', 'corrected'):
+        raise PredictionError(
+            'method', f'unknown name {method!r}', "Use 'exact', 'chi2' or 'corrected'."
+        )
+    d, half = (b - c) / n, z * (max(b + c - (b - c) ** 2 / n, 0)) ** 0.5 / n
+    if method == 'exact':
+        stat, p = b, binomtest(b, b + c).pvalue if b + c else 1.0
+    else:
+        stat = max(abs(b - c) - (method == 'corrected'), 0) ** 2 / (b + c) if b + c else 0.0
+        p = chi2.sf(stat, 1)
+    return Comparison(d, d - half, d + half, float(stat), float(p))
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #6f8d5b41
 def _per_patient(values, groups):
     "Mean of the values of each patient, `(P,)`"
-    values = np.asarray(values, float); bad, of = ~np.isfinite(values), patient_codes(groups, len(values))
-    if bad.any(): raise PredictionError(f'value {int(bad.argmax())}', 'is NaN or infinite', 'Leave that scan out of both.')
-    return np.bincount(of, values)/np.bincount(of)
+    values = np.asarray(values, float)
+    bad, of = ~np.isfinite(values), patient_codes(groups, len(values))
+    if bad.any():
+        raise PredictionError(
+            f'value {int(bad.argmax())}', 'is NaN or infinite', 'Leave that scan out of both.'
+        )
+    return np.bincount(of, values) / np.bincount(of)
+
 
 def mean_interval(
-    values, # `(N,)`
-    groups=None, # patient of each, `(N,)`; None: every value is a patient of its own
-    level:float=.95, # mass of the interval, (0,1)
-)->Interval: # mean over patients with Student's interval, in the unit of the values
+    values,  # `(N,)`
+    groups=None,  # patient of each, `(N,)`; None: every value is a patient of its own
+    level: float = 0.95,  # mass of the interval, (0,1)
+) -> Interval:  # mean over patients with Student's interval, in the unit of the values
     "t-based interval of a mean, each patient counted once; raises `PredictionError` for fewer than two"
     d = _per_patient(values, groups)
-    if len(d)<2: raise PredictionError('values', f'{len(d)} patient(s)', 'An interval needs at least two.')
-    half = student.ppf((1+level)/2, len(d)-1)*d.std(ddof=1)/len(d)**.5
-    return Interval(float(d.mean()), float(d.mean()-half), float(d.mean()+half))
+    if len(d) < 2:
+        raise PredictionError('values', f'{len(d)} patient(s)', 'An interval needs at least two.')
+    half = student.ppf((1 + level) / 2, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5
+    return Interval(float(d.mean()), float(d.mean() - half), float(d.mean() + half))
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #d4aa4521
 def paired_t(
-    first, # `(N,)`
-    second, # `(N,)` of the same scans
-    groups=None, # patient of each scan, `(N,)`; None: every scan is a patient of its own
-    level:float=.95, # mass of the interval, (0,1)
-)->Comparison: # mean difference over patients, its t interval, t and p
+    first,  # `(N,)`
+    second,  # `(N,)` of the same scans
+    groups=None,  # patient of each scan, `(N,)`; None: every scan is a patient of its own
+    level: float = 0.95,  # mass of the interval, (0,1)
+) -> Comparison:  # mean difference over patients, its t interval, t and p
     "Student's paired t test, each patient counted once"
-    d = np.asarray(first, float)-np.asarray(second, float); i = mean_interval(d, groups, level); per = _per_patient(d, groups)
-    if np.ptp(per)<=1e-12*abs(per).max(): return _normal(i.value, 0, level)
+    d = np.asarray(first, float) - np.asarray(second, float)
+    i = mean_interval(d, groups, level)
+    per = _per_patient(d, groups)
+    if np.ptp(per) <= 1e-12 * abs(per).max():
+        return _normal(i.value, 0, level)
     r = ttest_1samp(per, 0)
     return Comparison(*i, float(r.statistic), float(r.pvalue))
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #20c64bb7
-class Permutation(namedtuple('Permutation', 'difference p swaps')): "First minus second, two-sided p, and the swaps tried"
+class Permutation(namedtuple('Permutation', 'difference p swaps')):
+    "First minus second, two-sided p, and the swaps tried"
+
 
 def paired_permutation(
-    first, # `(N,)`
-    second, # `(N,)` of the same scans, on the same scale
-    statistic=None, # `f(first, second)->float`, antisymmetric; None: mean over the scans of first − second
-    groups=None, # patient of each scan, `(N,)`, swapped whole; None: every scan is a patient of its own
-    n:int=4999, # random swaps R; all 2^P where that is no more
-    seed:int=0, # seed of the swaps
-)->Permutation: # difference, p (@eq-permutation), swaps tried
+    first,  # `(N,)`
+    second,  # `(N,)` of the same scans, on the same scale
+    statistic=None,  # `f(first, second)->float`, antisymmetric; None: mean over the scans of first − second
+    groups=None,  # patient of each scan, `(N,)`, swapped whole; None: every scan is a patient of its own
+    n: int = 4999,  # random swaps R; all 2^P where that is no more
+    seed: int = 0,  # seed of the swaps
+) -> Permutation:  # difference, p (@eq-permutation), swaps tried
     "Paired permutation test over patients; raises `PredictionError` where the two do not match"
     first, second = np.asarray(first, float), np.asarray(second, float)
-    if first.shape!=second.shape or first.ndim!=1:
-        raise PredictionError('values', f'shapes {first.shape} and {second.shape}', 'Give one number per scan and network.')
+    if first.shape != second.shape or first.ndim != 1:
+        raise PredictionError(
+            'values',
+            f'shapes {first.shape} and {second.shape}',
+            'Give one number per scan and network.',
+        )
     of = patient_codes(groups, len(first))
-    P, rng = of.max()+1, np.random.default_rng(seed); exact = P<30 and 2**P<=n+1
-    swap = (np.arange(2**P)[:,None]>>np.arange(P)&1 if exact else rng.integers(0, 2, (n,P))).astype(bool)
-    if statistic is None: here, there = (first-second).mean(), (1-2*swap)@np.bincount(of, first-second, P)/len(first)
+    P, rng = of.max() + 1, np.random.default_rng(seed)
+    exact = P < 30 and 2**P <= n + 1
+    swap = (
+        np.arange(2**P)[:, None] >> np.arange(P) & 1 if exact else rng.integers(0, 2, (n, P))
+    ).astype(bool)
+    if statistic is None:
+        here, there = (
+            (first - second).mean(),
+            (1 - 2 * swap) @ np.bincount(of, first - second, P) / len(first),
+        )
     else:
         here = float(statistic(first, second))
-        there = np.array([float(statistic(np.where(s,second,first), np.where(s,first,second))) for s in swap[:,of]])
-    as_large = int((abs(there)>=abs(here)*(1-1e-9)-1e-12).sum())
-    return Permutation(float(here), as_large/2**P if exact else (1+as_large)/(1+n), len(swap))
+        there = np.array(
+            [
+                float(statistic(np.where(s, second, first), np.where(s, first, second)))
+                for s in swap[:, of]
+            ]
+        )
+    as_large = int((abs(there) >= abs(here) * (1 - 1e-9) - 1e-12).sum())
+    return Permutation(
+        float(here), as_large / 2**P if exact else (1 + as_large) / (1 + n), len(swap)
+    )
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #c567161b
 def holm(
-    p, # p-values of one family, `(K,)` in [0,1]
-)->np.ndarray: # adjusted p, `(K,)`, in the order given
+    p,  # p-values of one family, `(K,)` in [0,1]
+) -> np.ndarray:  # adjusted p, `(K,)`, in the order given
     "Adjusted p-values (Holm 1979); raises `PredictionError` for what is no p"
-    p = np.asarray(p, float); order, k = np.argsort(p), len(p)
-    if not ((p>=0)&(p<=1)).all():
-        raise PredictionError('p', f'{p[~((p>=0)&(p<=1))][0]} is no probability', 'Leave undefined tests out of the family.')
-    return np.maximum.accumulate((k-np.arange(k))*p[order]).clip(max=1)[np.argsort(order)]
+    p = np.asarray(p, float)
+    order, k = np.argsort(p), len(p)
+    if not ((p >= 0) & (p <= 1)).all():
+        raise PredictionError(
+            'p',
+            f'{p[~((p >= 0) & (p <= 1))][0]} is no probability',
+            'Leave undefined tests out of the family.',
+        )
+    return np.maximum.accumulate((k - np.arange(k)) * p[order]).clip(max=1)[np.argsort(order)]
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #c94dd732
 def _matched(first, second):
     "The second table in the order of the first; raises `PredictionError` for scans that do not match"
     for table in (first, second):
         if 'scan_id' not in table or table.scan_id.duplicated().any():
-            raise PredictionError('predictions', 'scan_id is missing or repeats', 'Give one row per scan.')
-    alone = sorted(set(first.scan_id)^set(second.scan_id), key=str)
-    if alone: raise PredictionError(f'scan {alone[0]}', 'is in one of the tables only', 'Compare runs on the same scans.')
+            raise PredictionError(
+                'predictions', 'scan_id is missing or repeats', 'Give one row per scan.'
+            )
+    alone = sorted(set(first.scan_id) ^ set(second.scan_id), key=str)
+    if alone:
+        raise PredictionError(
+            f'scan {alone[0]}', 'is in one of the tables only', 'Compare runs on the same scans.'
+        )
     second = second.set_index('scan_id').loc[first.scan_id].reset_index()
-    for c in ('label','patient_id'):
-        if (first[c].to_numpy()!=second[c].to_numpy()).any():
-            raise PredictionError(f'column {c}', 'differs between the tables', 'Compare runs on the same truth.')
+    for c in ('label', 'patient_id'):
+        if (first[c].to_numpy() != second[c].to_numpy()).any():
+            raise PredictionError(
+                f'column {c}', 'differs between the tables', 'Compare runs on the same truth.'
+            )
     return first.reset_index(drop=True), second
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #109577ba
 def compare_runs(
-    first:pd.DataFrame, # predictions: `scan_id patient_id label prob_<class>…`
-    second:pd.DataFrame, # of another network on the same scans
-    positive:str='covid', # class against the rest
-    n:int=2000, # resampled cohorts, and random swaps
-    seed:int=0, # seed of both
-)->pd.DataFrame: # columns what, first, second, difference, low, high, p, method
+    first: pd.DataFrame,  # predictions: `scan_id patient_id label prob_<class>…`
+    second: pd.DataFrame,  # of another network on the same scans
+    positive: str = 'covid',  # class against the rest
+    n: int = 2000,  # resampled cohorts, and random swaps
+    seed: int = 0,  # seed of both
+) -> pd.DataFrame:  # columns what, first, second, difference, low, high, p, method
     "Two runs side by side, by every method of this page and by the bootstrap; raises `PredictionError` where they do not match"
-    first, second = _matched(first, second); y, one, classes = labels_and_probabilities(first); _, two, _ = labels_and_probabilities(second, classes)
-    if positive not in classes: raise PredictionError('predictions', f'no class {positive!r}', f'Use one of {", ".join(classes)}.')
-    k, who = classes.index(positive), first.patient_id; truth, a, b = y==k, one[:,k], two[:,k]; areas = delong(truth, [a,b]).auc
-    def gain(p, w): return auc(truth, a, w)-auc(truth, b, w)
-    def swap(p, q): return auc(truth, p)[0]-auc(truth, q)[0]
-    right = [(m.argmax(1)==y).astype(float) for m in (one, two)]; nan, shares = float('nan'), [r.mean() for r in right]
+    first, second = _matched(first, second)
+    y, one, classes = labels_and_probabilities(first)
+    _, two, _ = labels_and_probabilities(second, classes)
+    if positive not in classes:
+        raise PredictionError(
+            'predictions', f'no class {positive!r}', f'Use one of {", ".join(classes)}.'
+        )
+    k, who = classes.index(positive), first.patient_id
+    truth, a, b = y == k, one[:, k], two[:, k]
+    areas = delong(truth, [a, b]).auc
+
+    def gain(p, w):
+        return auc(truth, a, w) - auc(truth, b, w)
+
+    def swap(p, q):
+        return auc(truth, p)[0] - auc(truth, q)[0]
+
+    right = [(m.argmax(1) == y).astype(float) for m in (one, two)]
+    nan, shares = float('nan'), [r.mean() for r in right]
     plain, whole, m = compare_aucs(truth, a, b), compare_aucs(truth, a, b, who), mcnemar(*right)
-    swapped = [paired_permutation(*pair, f, who, n, seed).p for pair,f in (((a,b), swap), (right, None))]
-    rows = [(f'AUC {positive}', *areas, *plain[:3], plain.p, 'DeLong, scans as patients'),
-            (f'AUC {positive}', *areas, *whole[:3], whole.p, 'DeLong over patients'),
-            (f'AUC {positive}', *areas, *bootstrap(first, gain, n=n, seed=seed), nan, 'bootstrap over patients'),
-            (f'AUC {positive}', *areas, swap(a,b), nan, nan, swapped[0], 'permutation over patients'),
-            ('accuracy', *shares, *m[:3], m.p, 'McNemar, scans as patients'),
-            ('accuracy', *shares, shares[0]-shares[1], nan, nan, swapped[1], 'permutation over patients')]
+    swapped = [
+        paired_permutation(*pair, f, who, n, seed).p for pair, f in (((a, b), swap), (right, None))
+    ]
+    rows = [
+        (f'AUC {positive}', *areas, *plain[:3], plain.p, 'DeLong, scans as patients'),
+        (f'AUC {positive}', *areas, *whole[:3], whole.p, 'DeLong over patients'),
+        (
+            f'AUC {positive}',
+            *areas,
+            *bootstrap(first, gain, n=n, seed=seed),
+            nan,
+            'bootstrap over patients',
+        ),
+        (f'AUC {positive}', *areas, swap(a, b), nan, nan, swapped[0], 'permutation over patients'),
+        ('accuracy', *shares, *m[:3], m.p, 'McNemar, scans as patients'),
+        (
+            'accuracy',
+            *shares,
+            shares[0] - shares[1],
+            nan,
+            nan,
+            swapped[1],
+            'permutation over patients',
+        ),
+    ]
     return pd.DataFrame(rows, columns='what first second difference low high p method'.split())

@@ -12,184 +12,326 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from weakref import finalize
+
 import numpy as np
 import torch
-from captum.attr import FeatureAblation, IntegratedGradients, LayerActivation, LayerGradientXActivation, LayerIntegratedGradients, NoiseTunnel, Saliency
+from captum.attr import (
+    FeatureAblation,
+    IntegratedGradients,
+    LayerActivation,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+    NoiseTunnel,
+    Saliency,
+)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
 from .cam import class_index, find_layer
 from ..scan import DataError, GeometryError, evaluating
 
 # %% ../../nbs/11_explain/02_attribution.ipynb #7cb5089b
-_HOOKS = ('_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks')
+_HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
 
 @contextmanager
 def frozen_evaluation(
-    model:nn.Module, # any network
-    seed:int=0, # of the random numbers drawn inside
+    model: nn.Module,  # any network
+    seed: int = 0,  # of the random numbers drawn inside
 ):
     "Evaluation mode, fixed weights and a seeded stream inside the block; afterwards everything is as it was, whatever happens"
-    hooks = [(getattr(m,k), dict(getattr(m,k))) for m in model.modules() for k in _HOOKS]
-    grads, buffers = [(p, p.requires_grad, p.grad) for p in model.parameters()], [(b, b.clone()) for b in model.buffers()]
+    hooks = [(getattr(m, k), dict(getattr(m, k))) for m in model.modules() for k in _HOOKS]
+    grads, buffers = (
+        [(p, p.requires_grad, p.grad) for p in model.parameters()],
+        [(b, b.clone()) for b in model.buffers()],
+    )
     with torch.random.fork_rng(), evaluating(model), torch.enable_grad():
         torch.manual_seed(seed)
-        try: yield model.requires_grad_(False)
+        try:
+            yield model.requires_grad_(False)
         finally:
-            for now,before in hooks: now.clear(); now.update(before)
-            for p,wanted,g in grads: p.requires_grad_(wanted); p.grad = g
+            for now, before in hooks:
+                now.clear()
+                now.update(before)
+            for p, wanted, g in grads:
+                p.requires_grad_(wanted)
+                p.grad = g
             with torch.no_grad():
-                for b,before in buffers: b.copy_(before)
+                for b, before in buffers:
+                    b.copy_(before)
 
 # %% ../../nbs/11_explain/02_attribution.ipynb #8ac16ab7
 class _Meter(TorchDispatchMode):
     "Bytes of the tensors that are alive, at most"
-    def __init__(self): super().__init__(); self.now = self.peak = 0; self.known = set()
-    def _gone(self, key, size): self.known.discard(key); self.now -= size
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = set()
+
+    def _gone(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):
             if torch.is_tensor(t) and (key := t.untyped_storage()._cdata) not in self.known:
-                s = t.untyped_storage(); size = s.nbytes(); self.known.add(key)
-                self.now += size; self.peak = max(self.peak, self.now); finalize(s, self._gone, key, size)
+                s = t.untyped_storage()
+                size = s.nbytes()
+                self.known.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                finalize(s, self._gone, key, size)
         return out
 
+
 def _free_memory(
-    device='cpu', # of the network
-)->int: # bytes
+    device='cpu',  # of the network
+) -> int:  # bytes
     "Memory that can be had now, on a GPU or in this machine or container"
-    if torch.device(device).type=='cuda': return torch.cuda.mem_get_info(device)[0]+torch.cuda.memory_reserved(device)-torch.cuda.memory_allocated(device)
-    info,limit,used = (Path(p) for p in ('/proc/meminfo','/sys/fs/cgroup/memory.max','/sys/fs/cgroup/memory.current'))
-    free = [1024*int(l.split()[1]) for l in info.read_text().splitlines() if l.startswith('MemAvailable')] if info.exists() else []
-    if limit.exists() and limit.read_text().strip().isdigit(): free.append(int(limit.read_text())-int(used.read_text()))
-    return min(free) if free else os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')//4
+    if torch.device(device).type == 'cuda':
+        return (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - torch.cuda.memory_allocated(device)
+        )
+    info, limit, used = (
+        Path(p)
+        for p in ('/proc/meminfo', '/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory.current')
+    )
+    free = (
+        [
+            1024 * int(l.split()[1])
+            for l in info.read_text().splitlines()
+            if l.startswith('MemAvailable')
+        ]
+        if info.exists()
+        else []
+    )
+    if limit.exists() and limit.read_text().strip().isdigit():
+        free.append(int(limit.read_text()) - int(used.read_text()))
+    return min(free) if free else os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') // 4
 
 # %% ../../nbs/11_explain/02_attribution.ipynb #68dbf5b4
 @dataclass(frozen=True)
 class MemoryPlan:
     "How many volumes at a time, and what they will need"
-    chunk:int # volumes at a time
-    each:int # predicted peak of one, bytes
-    free:int # memory that was free, bytes
+
+    chunk: int  # volumes at a time
+    each: int  # predicted peak of one, bytes
+    free: int  # memory that was free, bytes
 
     @property
-    def peak(self)->int: return self.chunk*self.each # predicted, bytes
-    def __str__(self)->str: return f'{self.chunk} volumes at a time, predicted peak {self.peak/1e6:,.0f} MB of {self.free/1e6:,.0f} MB free'
+    def peak(self) -> int:
+        return self.chunk * self.each  # predicted, bytes
+
+    def __str__(self) -> str:
+        return f'{self.chunk} volumes at a time, predicted peak {self.peak / 1e6:,.0f} MB of {self.free / 1e6:,.0f} MB free'
+
 
 def plan_memory(
-    model:nn.Module, # any network that returns logits
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`; the first is tried
-    backward:bool=True, # a gradient will be asked for
-    share:float=.4, # of the free memory that may be used
-    most:int=32, # volumes at a time, even where more would fit
-)->MemoryPlan: # what fits, @eq-portion
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`; the first is tried
+    backward: bool = True,  # a gradient will be asked for
+    share: float = 0.4,  # of the free memory that may be used
+    most: int = 32,  # volumes at a time, even where more would fit
+) -> MemoryPlan:  # what fits, @eq-portion
     "Try one volume and see how many fit; raises `DataError` where not even one does"
     one = x[:1].detach().clone().requires_grad_(backward)
     with frozen_evaluation(model), _Meter() as meter, torch.set_grad_enabled(backward):
         logits = model(one)
-        if backward: torch.autograd.grad(logits.sum(), one)
-    each, free = meter.peak+one.nbytes, _free_memory(x.device); fits = int(share*free//each)
-    if not fits: raise DataError(type(model).__name__, f'one volume needs {each/1e6:,.0f} MB, {free/1e6:,.0f} MB are free', 'Free memory, or prepare the scan at a smaller size.')
+        if backward:
+            torch.autograd.grad(logits.sum(), one)
+    each, free = meter.peak + one.nbytes, _free_memory(x.device)
+    fits = int(share * free // each)
+    if not fits:
+        raise DataError(
+            type(model).__name__,
+            f'one volume needs {each / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free',
+            'Free memory, or prepare the scan at a smaller size.',
+        )
     return MemoryPlan(min(fits, most), each, free)
 
 # %% ../../nbs/11_explain/02_attribution.ipynb #7d7a92ee
 def _each(model, x, label, f, seed=0):
     "`f(volume, class)` for one volume after the other, `(1,1,D,H,W)` and int, on an untouched network"
-    if x.ndim!=5 or x.shape[1]!=1: raise GeometryError('attribution', f'needs volumes (B,1,D,H,W), these are {tuple(x.shape)}', 'Give whole volumes with a batch axis and one channel.')
+    if x.ndim != 5 or x.shape[1] != 1:
+        raise GeometryError(
+            'attribution',
+            f'needs volumes (B,1,D,H,W), these are {tuple(x.shape)}',
+            'Give whole volumes with a batch axis and one channel.',
+        )
     with frozen_evaluation(model, seed):
-        with torch.no_grad(): k = class_index(torch.cat([model(v[None]) for v in x]), label).tolist()
-        return torch.cat([f(v[None].detach().clone(), c).detach() for v,c in zip(x, k)])
+        with torch.no_grad():
+            k = class_index(torch.cat([model(v[None]) for v in x]), label).tolist()
+        return torch.cat(
+            [f(v[None].detach().clone(), c).detach() for v, c in zip(x, k, strict=False)]
+        )
 
-def _portion(model, x, chunk, tell, backward=True)->int:
+
+def _portion(model, x, chunk, tell, backward=True) -> int:
     if chunk is None:
-        p = plan_memory(model, x, backward); chunk = p.chunk
-        if tell: tell(p)
+        p = plan_memory(model, x, backward)
+        chunk = p.chunk
+        if tell:
+            tell(p)
     return int(chunk)
 
+
 def integrated_gradients(
-    model:nn.Module, # any network that returns logits
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-    label=None, # a class, one per volume, or `None` for the predicted one
-    steps:int=32, # points on the way
-    fill:float=0., # value of the empty picture
-    chunk:int=None, # points at a time; `None`: what fits
-    tell=None, # is given the `MemoryPlan` before the work starts, as `print`
-)->torch.Tensor: # `(B,D,H,W)`; its sum is the logit less that of the empty picture
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+    label=None,  # a class, one per volume, or `None` for the predicted one
+    steps: int = 32,  # points on the way
+    fill: float = 0.0,  # value of the empty picture
+    chunk: int = None,  # points at a time; `None`: what fits
+    tell=None,  # is given the `MemoryPlan` before the work starts, as `print`
+) -> torch.Tensor:  # `(B,D,H,W)`; its sum is the logit less that of the empty picture
     "Integrated gradients, @eq-ig (Sundararajan et al. 2017, Eq. 1)"
     n = _portion(model, x, chunk, tell)
-    return _each(model, x, label, lambda v,k: IntegratedGradients(model).attribute(v, fill, target=k, n_steps=steps, internal_batch_size=n)[:,0])
+    return _each(
+        model,
+        x,
+        label,
+        lambda v, k: IntegratedGradients(model).attribute(
+            v, fill, target=k, n_steps=steps, internal_batch_size=n
+        )[:, 0],
+    )
 
 # %% ../../nbs/11_explain/02_attribution.ipynb #4370bf40
 def smooth_grad(
-    model:nn.Module, # any network that returns logits
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-    label=None, # a class, one per volume, or `None` for the predicted one
-    samples:int=16, # noisy copies
-    noise:float=.05, # standard deviation σ; 0.05 of a 1500 HU window are 75 HU
-    kind:str='smoothgrad', # or 'smoothgrad_sq', 'vargrad': how Captum's noise tunnel sums up
-    of=Saliency, # Captum method of `model` that is averaged
-    seed:int=0, # of the noise
-    **options, # for that method, as `n_steps` for `IntegratedGradients`
-)->torch.Tensor: # `(B,D,H,W)`, ≥ 0
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+    label=None,  # a class, one per volume, or `None` for the predicted one
+    samples: int = 16,  # noisy copies
+    noise: float = 0.05,  # standard deviation σ; 0.05 of a 1500 HU window are 75 HU
+    kind: str = 'smoothgrad',  # or 'smoothgrad_sq', 'vargrad': how Captum's noise tunnel sums up
+    of=Saliency,  # Captum method of `model` that is averaged
+    seed: int = 0,  # of the noise
+    **options,  # for that method, as `n_steps` for `IntegratedGradients`
+) -> torch.Tensor:  # `(B,D,H,W)`, ≥ 0
     "SmoothGrad, @eq-smooth (Smilkov et al. 2017)"
-    if of is Saliency: options = dict(abs=False) | options
+    if of is Saliency:
+        options = dict(abs=False) | options
     tunnel = NoiseTunnel(of(model))
-    return _each(model, x, label, lambda v,k: tunnel.attribute(v, nt_type=kind, nt_samples=samples, nt_samples_batch_size=1, stdevs=noise, target=k, **options)[:,0].abs(), seed)
+    return _each(
+        model,
+        x,
+        label,
+        lambda v, k: tunnel.attribute(
+            v,
+            nt_type=kind,
+            nt_samples=samples,
+            nt_samples_batch_size=1,
+            stdevs=noise,
+            target=k,
+            **options,
+        )[:, 0].abs(),
+        seed,
+    )
 
 # %% ../../nbs/11_explain/02_attribution.ipynb #7f82e5e7
 def cut_patches(
-    regions, # `(D,H,W)`: bool lungs, or integer lobes with 0 outside
-    size=None, # edge of a tile in voxels, one number or `(z,y,x)`; `None` leaves the regions whole
-)->torch.Tensor: # `(D,H,W)` int64: 0 outside, patches 1 … n
+    regions,  # `(D,H,W)`: bool lungs, or integer lobes with 0 outside
+    size=None,  # edge of a tile in voxels, one number or `(z,y,x)`; `None` leaves the regions whole
+) -> torch.Tensor:  # `(D,H,W)` int64: 0 outside, patches 1 … n
     "Patches that end where lung or lobe end; raises `DataError` for empty regions"
     r = np.asarray(regions).astype('i8')
-    if r.ndim!=3 or not r.any(): raise DataError('cut_patches', f'regions of shape {r.shape} with {np.count_nonzero(r)} voxels', 'Give a mask (D,H,W) that is not empty.')
+    if r.ndim != 3 or not r.any():
+        raise DataError(
+            'cut_patches',
+            f'regions of shape {r.shape} with {np.count_nonzero(r)} voxels',
+            'Give a mask (D,H,W) that is not empty.',
+        )
     tile = np.zeros_like(r)
     if size is not None:
-        for n,i,s in zip(r.shape, np.indices(r.shape, sparse=True), np.broadcast_to(size, 3)): tile = tile*(n//int(s)+1)+i//int(s)
-    code = np.where(r>0, r*(tile.max()+1)+tile, 0)
-    return torch.from_numpy(np.unique(code, return_inverse=True)[1].reshape(r.shape)+int(code.min()>0))
+        for n, i, s in zip(
+            r.shape, np.indices(r.shape, sparse=True), np.broadcast_to(size, 3), strict=False
+        ):
+            tile = tile * (n // int(s) + 1) + i // int(s)
+    code = np.where(r > 0, r * (tile.max() + 1) + tile, 0)
+    return torch.from_numpy(
+        np.unique(code, return_inverse=True)[1].reshape(r.shape) + int(code.min() > 0)
+    )
 
 # %% ../../nbs/11_explain/02_attribution.ipynb #094c53f9
 def occlusion(
-    model:nn.Module, # any network that returns logits
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-    label=None, # a class, one per volume, or `None` for the predicted one
-    patches=None, # from `cut_patches`, `(D,H,W)` for all volumes or `(B,D,H,W)`; `None`: tiles of a sixth of each axis in what is not 0
-    fill:float=None, # value of what is taken away; `None`: median of the voxels in patches
-    chunk:int=None, # patches at a time; `None`: what fits
-    tell=None, # is given the `MemoryPlan` before the work starts, as `print`
-)->torch.Tensor: # `(B,D,H,W)`: fall of the logit, alike in a patch, 0 outside
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+    label=None,  # a class, one per volume, or `None` for the predicted one
+    patches=None,  # from `cut_patches`, `(D,H,W)` for all volumes or `(B,D,H,W)`; `None`: tiles of a sixth of each axis in what is not 0
+    fill: float = None,  # value of what is taken away; `None`: median of the voxels in patches
+    chunk: int = None,  # patches at a time; `None`: what fits
+    tell=None,  # is given the `MemoryPlan` before the work starts, as `print`
+) -> torch.Tensor:  # `(B,D,H,W)`: fall of the logit, alike in a patch, 0 outside
     "Occlusion along the anatomy, @eq-occlusion (after Zeiler & Fergus 2014)"
     n = _portion(model, x, chunk, tell, backward=False)
-    cut = [cut_patches(v[0].cpu()>0, [max(1,-(-k//6)) for k in v.shape[1:]]) for v in x] if patches is None else torch.as_tensor(patches).expand(len(x), *x.shape[2:])
-    if patches is not None and not all((c>0).any() for c in cut): raise DataError('occlusion', 'a volume has no patch', 'Give patches that are not all 0.')
+    cut = (
+        [cut_patches(v[0].cpu() > 0, [max(1, -(-k // 6)) for k in v.shape[1:]]) for v in x]
+        if patches is None
+        else torch.as_tensor(patches).expand(len(x), *x.shape[2:])
+    )
+    if patches is not None and not all((c > 0).any() for c in cut):
+        raise DataError('occlusion', 'a volume has no patch', 'Give patches that are not all 0.')
     todo = iter(cut)
+
     def one(v, k):
-        p = next(todo).to(v.device)[None,None]; f = float(v[p>0].median()) if fill is None else fill
-        with torch.no_grad(): return (FeatureAblation(model).attribute(v, f, target=k, feature_mask=p, perturbations_per_eval=n)*(p>0))[:,0]
+        p = next(todo).to(v.device)[None, None]
+        f = float(v[p > 0].median()) if fill is None else fill
+        with torch.no_grad():
+            return (
+                FeatureAblation(model).attribute(
+                    v, f, target=k, feature_mask=p, perturbations_per_eval=n
+                )
+                * (p > 0)
+            )[:, 0]
+
     return _each(model, x, label, one)
 
 # %% ../../nbs/11_explain/02_attribution.ipynb #ff462670
-_LAYERS = {'gradient × activation': LayerGradientXActivation, 'integrated gradients': LayerIntegratedGradients, 'activation': LayerActivation} # name → Captum class
+_LAYERS = {
+    'gradient × activation': LayerGradientXActivation,
+    'integrated gradients': LayerIntegratedGradients,
+    'activation': LayerActivation,
+}  # name → Captum class
+
 
 def layer_attribution(
-    model:nn.Module, # any network that returns logits
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-    label=None, # a class, one per volume, or `None` for the predicted one
-    layer=None, # as in `find_layer`
-    of:str='gradient × activation', # a key of `_LAYERS`
-    steps:int=16, # points on the way of integrated gradients
-)->torch.Tensor: # `(B,D',H',W')` at the size of the layer, channels added up
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+    label=None,  # a class, one per volume, or `None` for the predicted one
+    layer=None,  # as in `find_layer`
+    of: str = 'gradient × activation',  # a key of `_LAYERS`
+    steps: int = 16,  # points on the way of integrated gradients
+) -> torch.Tensor:  # `(B,D',H',W')` at the size of the layer, channels added up
     "What each place of a layer contributed; raises `DataError` for an unknown layer or method"
-    if of not in _LAYERS: raise DataError('layer_attribution', f'no method {of!r}', f'Choose one of {", ".join(_LAYERS)}.')
+    if of not in _LAYERS:
+        raise DataError(
+            'layer_attribution', f'no method {of!r}', f'Choose one of {", ".join(_LAYERS)}.'
+        )
     method = _LAYERS[of](model, find_layer(model, layer)[1])
-    extra = dict(n_steps=steps, internal_batch_size=1) if of=='integrated gradients' else {}
+    extra = dict(n_steps=steps, internal_batch_size=1) if of == 'integrated gradients' else {}
+
     def one(v, k):
-        a = method.attribute(v.requires_grad_(), **({} if of=='activation' else dict(target=k)|extra))
-        if a.ndim!=5: raise GeometryError(of, f'the layer puts out {tuple(a.shape)}, no feature map (B,C,D,H,W)', 'Name a layer in front of the global mean.')
+        a = method.attribute(
+            v.requires_grad_(), **({} if of == 'activation' else dict(target=k) | extra)
+        )
+        if a.ndim != 5:
+            raise GeometryError(
+                of,
+                f'the layer puts out {tuple(a.shape)}, no feature map (B,C,D,H,W)',
+                'Name a layer in front of the global mean.',
+            )
         return a.sum(1)
+
     return _each(model, x, label, one)
 
 # %% ../../nbs/11_explain/02_attribution.ipynb #eac9235e
-_LAYER_METHODS = {'integrated gradients': integrated_gradients, 'SmoothGrad': smooth_grad, 'occlusion': occlusion, 'layer attribution': layer_attribution} # name → function of (model, x, label)
+_LAYER_METHODS = {
+    'integrated gradients': integrated_gradients,
+    'SmoothGrad': smooth_grad,
+    'occlusion': occlusion,
+    'layer attribution': layer_attribution,
+}  # name → function of (model, x, label)

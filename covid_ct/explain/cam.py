@@ -8,264 +8,416 @@ __all__ = ['CAM_METHODS', 'class_index', 'cam', 'all_cams', 'contrast_cam', 'fin
 
 # %% ../../nbs/11_explain/01_cam.ipynb #a3a29123
 from functools import partial
+
 import numpy as np
 import torch
 from torch import nn
+
 from ..scan import DataError, GeometryError, Map, check_same_grid, evaluating
 
 # %% ../../nbs/11_explain/01_cam.ipynb #7e934ce8
 def class_index(
-    logits:torch.Tensor, # `(B,K)`
-    label=None, # a class, one per volume, or `None` for the class each volume is given
-)->torch.Tensor: # class indices, `(B,)`
+    logits: torch.Tensor,  # `(B,K)`
+    label=None,  # a class, one per volume, or `None` for the class each volume is given
+) -> torch.Tensor:  # class indices, `(B,)`
     "The class that each map is to argue for; raises `DataError` if there is no such class"
-    label = logits.argmax(1) if label is None else torch.as_tensor(label, device=logits.device).expand(len(logits))
-    if label.min()<0 or label.max()>=logits.shape[1]: raise DataError('cam', f'no class {label.tolist()} among {logits.shape[1]}', f'Choose from 0 to {logits.shape[1]-1}.')
+    label = (
+        logits.argmax(1)
+        if label is None
+        else torch.as_tensor(label, device=logits.device).expand(len(logits))
+    )
+    if label.min() < 0 or label.max() >= logits.shape[1]:
+        raise DataError(
+            'cam',
+            f'no class {label.tolist()} among {logits.shape[1]}',
+            f'Choose from 0 to {logits.shape[1] - 1}.',
+        )
     return label
 
 # %% ../../nbs/11_explain/01_cam.ipynb #51c8dca5
 def _features(model, x):
-    if not (hasattr(model,'features') and isinstance(getattr(model,'fc',None), nn.Linear)):
-        raise DataError(type(model).__name__, 'has no `features` and linear `fc`, so its logit is not a sum over places', 'Use Grad-CAM and name a layer.')
-    with evaluating(model), torch.no_grad(): f = model.features(x)
-    return f, model.fc.weight.detach(), model.fc(f.mean((2,3,4))).detach()
+    if not (hasattr(model, 'features') and isinstance(getattr(model, 'fc', None), nn.Linear)):
+        raise DataError(
+            type(model).__name__,
+            'has no `features` and linear `fc`, so its logit is not a sum over places',
+            'Use Grad-CAM and name a layer.',
+        )
+    with evaluating(model), torch.no_grad():
+        f = model.features(x)
+    return f, model.fc.weight.detach(), model.fc(f.mean((2, 3, 4))).detach()
+
 
 def cam(
-    model:nn.Module, # with `features(x)` and a linear `fc` on their mean
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-    label=None, # a class, one per volume, or `None` for the predicted one
-)->torch.Tensor: # `(B,D',H',W')`; its mean is the logit less the bias
+    model: nn.Module,  # with `features(x)` and a linear `fc` on their mean
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+    label=None,  # a class, one per volume, or `None` for the predicted one
+) -> torch.Tensor:  # `(B,D',H',W')`; its mean is the logit less the bias
     "Class activation map: what each feature voxel adds to the logit (Zhou et al. 2016, Eq. 2)"
-    f,w,logits = _features(model, x)
+    f, w, logits = _features(model, x)
     return torch.einsum('bcdhw,bc->bdhw', f, w[class_index(logits, label)])
 
+
 def all_cams(
-    model:nn.Module, # with `features(x)` and a linear `fc` on their mean
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-    contrast:bool=False, # leave out what all classes share, @eq-contrast
-)->torch.Tensor: # `(B,K,D',H',W')`
+    model: nn.Module,  # with `features(x)` and a linear `fc` on their mean
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+    contrast: bool = False,  # leave out what all classes share, @eq-contrast
+) -> torch.Tensor:  # `(B,K,D',H',W')`
     "Class activation maps of every class in one forward pass"
-    f,w,_ = _features(model, x)
-    return torch.einsum('bcdhw,kc->bkdhw', f, w-w.mean(0) if contrast else w)
+    f, w, _ = _features(model, x)
+    return torch.einsum('bcdhw,kc->bkdhw', f, w - w.mean(0) if contrast else w)
 
 # %% ../../nbs/11_explain/01_cam.ipynb #0780d507
 def contrast_cam(
-    model:nn.Module, # with `features(x)` and a linear `fc` on their mean
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-    label=None, # a class, one per volume, or `None` for the predicted one
-)->torch.Tensor: # `(B,D',H',W')`
+    model: nn.Module,  # with `features(x)` and a linear `fc` on their mean
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+    label=None,  # a class, one per volume, or `None` for the predicted one
+) -> torch.Tensor:  # `(B,D',H',W')`
     "Class activation map without what all classes share: blind to a constant on every logit"
-    f,w,logits = _features(model, x)
-    return torch.einsum('bcdhw,bc->bdhw', f, (w-w.mean(0))[class_index(logits, label)])
+    f, w, logits = _features(model, x)
+    return torch.einsum('bcdhw,bc->bdhw', f, (w - w.mean(0))[class_index(logits, label)])
 
 # %% ../../nbs/11_explain/01_cam.ipynb #7c1dfdb9
 def find_layer(
-    model:nn.Module, # any network
-    layer=None, # a module, its dotted name, or `None` for the last stage, else the last convolution
-)->tuple: # name and module
+    model: nn.Module,  # any network
+    layer=None,  # a module, its dotted name, or `None` for the last stage, else the last convolution
+) -> tuple:  # name and module
     "The layer that a map is read from; raises `DataError` if there is none such"
     named = dict(model.named_modules())
-    if layer is None: layer = model.stages[-1] if hasattr(model,'stages') else next((m for m in [*named.values()][::-1] if isinstance(m, nn.Conv3d)), None)
-    name = layer if isinstance(layer, str) else next((n for n,m in named.items() if m is layer), None)
-    if name not in named: raise DataError(type(model).__name__, f'has no layer {layer!r}', f'Name one of {", ".join(n for n in [*named][1:] if "." not in n)} or a part of them.')
+    if layer is None:
+        layer = (
+            model.stages[-1]
+            if hasattr(model, 'stages')
+            else next((m for m in [*named.values()][::-1] if isinstance(m, nn.Conv3d)), None)
+        )
+    name = (
+        layer if isinstance(layer, str) else next((n for n, m in named.items() if m is layer), None)
+    )
+    if name not in named:
+        raise DataError(
+            type(model).__name__,
+            f'has no layer {layer!r}',
+            f'Name one of {", ".join(n for n in [*named][1:] if "." not in n)} or a part of them.',
+        )
     return name, named[name]
 
-def _slopes(model, x, label, layer)->tuple: # features of a layer and the gradient of the logit there, both `(B,C,D',H',W')`
+
+def _slopes(
+    model, x, label, layer
+) -> tuple:  # features of a layer and the gradient of the logit there, both `(B,C,D',H',W')`
     kept = []
-    def keep(m, i, o): kept.append(o if o.requires_grad else o.requires_grad_())
-    name,module = find_layer(model, layer)
+
+    def keep(m, i, o):
+        kept.append(o if o.requires_grad else o.requires_grad_())
+
+    name, module = find_layer(model, layer)
     hook = module.register_forward_hook(keep)
     try:
         with evaluating(model), torch.enable_grad():
             logits = model(x)
-            if not kept or kept[-1].ndim!=5: raise GeometryError(name, 'puts out no feature map (B,C,D,H,W)', 'Name a layer in front of the global mean.')
-            grad, = torch.autograd.grad(logits.gather(1, class_index(logits, label)[:,None]).sum(), kept[-1])
-    finally: hook.remove()
+            if not kept or kept[-1].ndim != 5:
+                raise GeometryError(
+                    name,
+                    'puts out no feature map (B,C,D,H,W)',
+                    'Name a layer in front of the global mean.',
+                )
+            (grad,) = torch.autograd.grad(
+                logits.gather(1, class_index(logits, label)[:, None]).sum(), kept[-1]
+            )
+    finally:
+        hook.remove()
     return kept[-1].detach(), grad
 
+
 def grad_cam(
-    model:nn.Module, # any network that returns logits
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-    label=None, # a class, one per volume, or `None` for the predicted one
-    layer=None, # as in `find_layer`
-    relu:bool=True, # keep only what argues for the class
-)->torch.Tensor: # `(B,D',H',W')` at the size of the layer
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+    label=None,  # a class, one per volume, or `None` for the predicted one
+    layer=None,  # as in `find_layer`
+    relu: bool = True,  # keep only what argues for the class
+) -> torch.Tensor:  # `(B,D',H',W')` at the size of the layer
     "Gradient-weighted class activation map (Selvaraju et al. 2017, Eq. 1-2)"
-    f,grad = _slopes(model, x, label, layer)
-    out = torch.einsum('bcdhw,bc->bdhw', f, grad.mean((2,3,4)))
+    f, grad = _slopes(model, x, label, layer)
+    out = torch.einsum('bcdhw,bc->bdhw', f, grad.mean((2, 3, 4)))
     return out.relu() if relu else out
 
 # %% ../../nbs/11_explain/01_cam.ipynb #954acf80
 def grad_cam_pp(
-    model:nn.Module, # any network that returns logits
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-    label=None, # a class, one per volume, or `None` for the predicted one
-    layer=None, # as in `find_layer`
-)->torch.Tensor: # `(B,D',H',W')` at the size of the layer, ≥ 0
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+    label=None,  # a class, one per volume, or `None` for the predicted one
+    layer=None,  # as in `find_layer`
+) -> torch.Tensor:  # `(B,D',H',W')` at the size of the layer, ≥ 0
     "Grad-CAM++, @eq-gradcampp (Chattopadhay et al. 2018, Eq. 19)"
-    f,grad = _slopes(model, x, label, layer)
-    under = 2+grad*f.sum((2,3,4), keepdim=True)
-    alpha = torch.where(under!=0, 1/under, 0)
-    return torch.einsum('bcdhw,bc->bdhw', f, (alpha*grad.relu()).sum((2,3,4))).relu()
+    f, grad = _slopes(model, x, label, layer)
+    under = 2 + grad * f.sum((2, 3, 4), keepdim=True)
+    alpha = torch.where(under != 0, 1 / under, 0)
+    return torch.einsum('bcdhw,bc->bdhw', f, (alpha * grad.relu()).sum((2, 3, 4))).relu()
 
 # %% ../../nbs/11_explain/01_cam.ipynb #f67b8c72
 def _layer_sizes(
-    model:nn.Module, # any network
-    x:torch.Tensor, # one volume, `(1,1,D,H,W)`
-)->dict: # dotted name → `(C,D',H',W')`, in the order in which they run
+    model: nn.Module,  # any network
+    x: torch.Tensor,  # one volume, `(1,1,D,H,W)`
+) -> dict:  # dotted name → `(C,D',H',W')`, in the order in which they run
     "Layers that a map can be read from"
     sizes = {}
+
     def note(name):
         def hook(m, i, o):
-            if torch.is_tensor(o) and o.ndim==5: sizes[name] = tuple(o.shape[1:])
+            if torch.is_tensor(o) and o.ndim == 5:
+                sizes[name] = tuple(o.shape[1:])
+
         return hook
-    hooks = [m.register_forward_hook(note(n)) for n,m in model.named_modules() if n]
+
+    hooks = [m.register_forward_hook(note(n)) for n, m in model.named_modules() if n]
     try:
-        with evaluating(model), torch.no_grad(): model(x)
+        with evaluating(model), torch.no_grad():
+            model(x)
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return sizes
 
 # %% ../../nbs/11_explain/01_cam.ipynb #c983b171
 def normalise_maps(
-    maps:torch.Tensor, # `(B,D',H',W')` or `(D',H',W')`, any range
-)->torch.Tensor: # each volume from its lowest value 0 to its highest 1; zeros where it has no range
+    maps: torch.Tensor,  # `(B,D',H',W')` or `(D',H',W')`, any range
+) -> (
+    torch.Tensor
+):  # each volume from its lowest value 0 to its highest 1; zeros where it has no range
     "Stretch each map to [0,1]"
-    lo,hi = (f(maps, dim=(-3,-2,-1), keepdim=True) for f in (torch.amin, torch.amax))
-    return torch.where(hi>lo, (maps-lo)/(hi-lo).clamp(min=torch.finfo(maps.dtype).tiny), torch.zeros_like(maps))
+    lo, hi = (f(maps, dim=(-3, -2, -1), keepdim=True) for f in (torch.amin, torch.amax))
+    return torch.where(
+        hi > lo,
+        (maps - lo) / (hi - lo).clamp(min=torch.finfo(maps.dtype).tiny),
+        torch.zeros_like(maps),
+    )
 
 # %% ../../nbs/11_explain/01_cam.ipynb #7d387c0c
 def center_gaussian(
-    shape, # `(D,H,W)`, or anything with a `.shape`
-    sigma:float=.25, # width of the bell, as a share of each axis
-)->np.ndarray: # `(D,H,W)`, float32, highest value 1
+    shape,  # `(D,H,W)`, or anything with a `.shape`
+    sigma: float = 0.25,  # width of the bell, as a share of each axis
+) -> np.ndarray:  # `(D,H,W)`, float32, highest value 1
     "The map of somebody who always points at the middle: a baseline"
     shape = tuple(getattr(shape, 'shape', shape))
-    bell = [np.exp(-.5*((np.arange(n)-(n-1)/2)/(sigma*n))**2) for n in shape]
-    out = bell[0][:,None,None]*bell[1][:,None]*bell[2]
-    return (out/out.max()).astype('f4')
+    bell = [np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (sigma * n)) ** 2) for n in shape]
+    out = bell[0][:, None, None] * bell[1][:, None] * bell[2]
+    return (out / out.max()).astype('f4')
 
 # %% ../../nbs/11_explain/01_cam.ipynb #94b5d8a0
-CAM_METHODS = {'CAM': cam, 'contrast CAM': contrast_cam, 'Grad-CAM': grad_cam, 'Grad-CAM++': grad_cam_pp} # name → function of (model, x, label)
+CAM_METHODS = {
+    'CAM': cam,
+    'contrast CAM': contrast_cam,
+    'Grad-CAM': grad_cam,
+    'Grad-CAM++': grad_cam_pp,
+}  # name → function of (model, x, label)
 
-def _input(model, prepared)->torch.Tensor: # `(1,1,D,H,W)` where the network is
+
+def _input(model, prepared) -> torch.Tensor:  # `(1,1,D,H,W)` where the network is
     at = next((p.device for p in model.parameters()), 'cpu')
-    return torch.tensor(np.asarray(prepared.voxels), device=at)[None,None]
+    return torch.tensor(np.asarray(prepared.voxels), device=at)[None, None]
+
 
 def to_scan_space(
-    values, # `(d,h,w)` over the extent of the network's input, ≥ 0, array or tensor
-    prepared, # what `prepare` made of the scan: has `scan_grid` and `back`
-    scan, # the scan itself
-    label:str='', # class that the map argues for
-    layer:str='', # where it was read
-    method:str='', # how it was made
-    stretch:bool=True, # the largest value becomes 1; False: values are in [0,1] and stay
-)->Map: # on the grid of the scan; 0 where the network saw nothing
+    values,  # `(d,h,w)` over the extent of the network's input, ≥ 0, array or tensor
+    prepared,  # what `prepare` made of the scan: has `scan_grid` and `back`
+    scan,  # the scan itself
+    label: str = '',  # class that the map argues for
+    layer: str = '',  # where it was read
+    method: str = '',  # how it was made
+    stretch: bool = True,  # the largest value becomes 1; False: values are in [0,1] and stay
+) -> Map:  # on the grid of the scan; 0 where the network saw nothing
     "From network space to the scan's own voxels; raises `GeometryError` for another scan"
     check_same_grid(prepared.scan_grid, scan, method or 'map')
     v = values.detach().cpu().numpy() if torch.is_tensor(values) else np.asarray(values)
-    v = prepared.back(v/max(v.max(), np.finfo('f4').tiny) if stretch else v).clip(0,1)
-    if getattr(prepared,'kept',None) is not None: v = v*prepared.back(prepared.kept, 0)
-    return Map(v/max(v.max(), 1e-12) if stretch else v, scan.grid, str(label), layer, method)
+    v = prepared.back(v / max(v.max(), np.finfo('f4').tiny) if stretch else v).clip(0, 1)
+    if getattr(prepared, 'kept', None) is not None:
+        v = v * prepared.back(prepared.kept, 0)
+    return Map(v / max(v.max(), 1e-12) if stretch else v, scan.grid, str(label), layer, method)
 
 # %% ../../nbs/11_explain/01_cam.ipynb #59908da0
-def _named(method, layer)->tuple: # name and function of (model, x, label)
-    if not callable(method) and method not in CAM_METHODS: raise DataError('explain', f'no method {method!r}', f'Choose one of {", ".join(CAM_METHODS)}, or give a function of (model, x, label).')
-    name = method if not callable(method) else getattr(method, 'func', method).__name__.replace('_',' ')
+def _named(method, layer) -> tuple:  # name and function of (model, x, label)
+    if not callable(method) and method not in CAM_METHODS:
+        raise DataError(
+            'explain',
+            f'no method {method!r}',
+            f'Choose one of {", ".join(CAM_METHODS)}, or give a function of (model, x, label).',
+        )
+    name = (
+        method
+        if not callable(method)
+        else getattr(method, 'func', method).__name__.replace('_', ' ')
+    )
     f = method if callable(method) else CAM_METHODS[method]
-    if layer is None: return name, f
-    if f in (cam,contrast_cam): raise DataError(name, f'reads the last features, not {layer!r}', 'Use Grad-CAM or Grad-CAM++ for another layer.')
+    if layer is None:
+        return name, f
+    if f in (cam, contrast_cam):
+        raise DataError(
+            name,
+            f'reads the last features, not {layer!r}',
+            'Use Grad-CAM or Grad-CAM++ for another layer.',
+        )
     return name, partial(f, layer=layer)
 
+
 def explain(
-    model:nn.Module, # any network that returns logits
-    prepared, # what `prepare` made of the scan: has `voxels`, `scan_grid` and `back`
-    scan, # the scan itself
-    label, # name or index of the class to argue for
-    method='CAM', # a key of `CAM_METHODS`, or a function of (model, x, label)
-    classes=('healthy','cap','covid'), # names of the logits, in order
-    layer=None, # for methods that read one, as in `find_layer`
-)->Map: # values in [0,1] on the grid of the scan
+    model: nn.Module,  # any network that returns logits
+    prepared,  # what `prepare` made of the scan: has `voxels`, `scan_grid` and `back`
+    scan,  # the scan itself
+    label,  # name or index of the class to argue for
+    method='CAM',  # a key of `CAM_METHODS`, or a function of (model, x, label)
+    classes=('healthy', 'cap', 'covid'),  # names of the logits, in order
+    layer=None,  # for methods that read one, as in `find_layer`
+) -> Map:  # values in [0,1] on the grid of the scan
     "A heat-map in the scan's own geometry; raises `DataError` for an unknown class or method, `GeometryError` for another scan"
-    name,f = _named(method, layer)
-    if isinstance(label, str) and label not in classes: raise DataError('explain', f'no class {label!r}', f'Choose one of {", ".join(classes)}.')
+    name, f = _named(method, layer)
+    if isinstance(label, str) and label not in classes:
+        raise DataError('explain', f'no class {label!r}', f'Choose one of {", ".join(classes)}.')
     check_same_grid(prepared.scan_grid, scan, 'explain')
     k = classes.index(label) if isinstance(label, str) else int(label)
     heat = normalise_maps(f(model, _input(model, prepared), k).relu())[0]
-    read = find_layer(model, layer)[0] if layer is not None or f in (grad_cam,grad_cam_pp) or hasattr(model,'stages') else 'features'
-    return to_scan_space(heat, prepared, scan, classes[k], '' if callable(method) and layer is None else read, name)
+    read = (
+        find_layer(model, layer)[0]
+        if layer is not None or f in (grad_cam, grad_cam_pp) or hasattr(model, 'stages')
+        else 'features'
+    )
+    return to_scan_space(
+        heat, prepared, scan, classes[k], '' if callable(method) and layer is None else read, name
+    )
 
 # %% ../../nbs/11_explain/01_cam.ipynb #3aa981d8
 def _explain_all(
-    model:nn.Module, # with `features(x)` and a linear `fc` on their mean
-    prepared, # as in `explain`
-    scan, # the scan itself
-    classes=('healthy','cap','covid'), # names of the logits, in order
-    contrast:bool=True, # leave out what all classes share
-)->dict: # class → `Map`, on one scale: 1 is the strongest place for any class
+    model: nn.Module,  # with `features(x)` and a linear `fc` on their mean
+    prepared,  # as in `explain`
+    scan,  # the scan itself
+    classes=('healthy', 'cap', 'covid'),  # names of the logits, in order
+    contrast: bool = True,  # leave out what all classes share
+) -> dict:  # class → `Map`, on one scale: 1 is the strongest place for any class
     "Class activation maps of every class in one forward pass, to be compared with each other"
     check_same_grid(prepared.scan_grid, scan, 'explain')
     heat = all_cams(model, _input(model, prepared), contrast)[0].relu()
-    heat = heat/heat.max().clamp(min=torch.finfo(heat.dtype).tiny)
-    read = find_layer(model)[0] if hasattr(model,'stages') else 'features'
-    return {c: to_scan_space(h, prepared, scan, c, read, 'contrast CAM' if contrast else 'CAM', stretch=False) for c,h in zip(classes, heat, strict=True)}
+    heat = heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)
+    read = find_layer(model)[0] if hasattr(model, 'stages') else 'features'
+    return {
+        c: to_scan_space(
+            h, prepared, scan, c, read, 'contrast CAM' if contrast else 'CAM', stretch=False
+        )
+        for c, h in zip(classes, heat, strict=True)
+    }
+
 
 def baseline_maps(
-    scan, # `Scan` or `Grid`
-    lungs, # bool `(D,H,W)`
-)->dict: # name → `Map`
+    scan,  # `Scan` or `Grid`
+    lungs,  # bool `(D,H,W)`
+) -> dict:  # name → `Map`
     "Maps that never saw a network; a heat-map has to beat them"
     grid = getattr(scan, 'grid', scan)
-    return {'centre': Map(center_gaussian(grid.shape), grid, method='centre Gaussian'), 'lungs': Map(lungs.astype('f4'), grid, method='lung mask')}
+    return {
+        'centre': Map(center_gaussian(grid.shape), grid, method='centre Gaussian'),
+        'lungs': Map(lungs.astype('f4'), grid, method='lung mask'),
+    }
 
 # %% ../../nbs/11_explain/01_cam.ipynb #e2f7a3cd
-def _passed(model, seen)->list: # hooks that note what the channel gates let through
+def _passed(model, seen) -> list:  # hooks that note what the channel gates let through
     def note(name):
         def hook(m, i, o):
-            a,b = o.abs().sum(1)[0], i[0].abs().sum(1)[0]
-            seen[name] = torch.where(b>0, a/b, a.sum()/b.sum().clamp(min=torch.finfo(o.dtype).tiny)) # where there is nothing, nothing can be said
+            a, b = o.abs().sum(1)[0], i[0].abs().sum(1)[0]
+            seen[name] = torch.where(
+                b > 0, a / b, a.sum() / b.sum().clamp(min=torch.finfo(o.dtype).tiny)
+            )  # where there is nothing, nothing can be said
+
         return hook
-    return [m.register_forward_hook(note(n)) for n,m in model.named_modules() if n.endswith('gates.channel')]
 
-def _met(buckets, y, x)->torch.Tensor: # buckets `(n_r,1,heads,h,w)`; share of rounds and heads in the bucket of the pixel at shares `y`, `x`
-    h,w = buckets.shape[-2:]; j,i = min(int(y*h), h-1), min(int(x*w), w-1)
-    return (buckets==buckets[...,j:j+1,i:i+1]).float().mean((0,2))
+    return [
+        m.register_forward_hook(note(n))
+        for n, m in model.named_modules()
+        if n.endswith('gates.channel')
+    ]
 
-def _read(model, x, at)->dict: # (method, layer) → `(values, stretch)` in network space
+
+def _met(
+    buckets, y, x
+) -> torch.Tensor:  # buckets `(n_r,1,heads,h,w)`; share of rounds and heads in the bucket of the pixel at shares `y`, `x`
+    h, w = buckets.shape[-2:]
+    j, i = min(int(y * h), h - 1), min(int(x * w), w - 1)
+    return (buckets == buckets[..., j : j + 1, i : i + 1]).float().mean((0, 2))
+
+
+def _read(model, x, at) -> dict:  # (method, layer) → `(values, stretch)` in network space
     hooks = _passed(model, seen := {})
     try:
-        with evaluating(model), torch.no_grad(): out = model.outputs(x)
+        with evaluating(model), torch.no_grad():
+            out = model.outputs(x)
     finally:
-        for h in hooks: h.remove()
-    depth = [n for n,_ in model.named_modules() if n.endswith('gates.depth')]
-    found = {('depth gate',n): (g.mean(1)[0][:,None,None], False) for n,g in zip(depth, out.get('depth_gates',()))}
-    found |= {('channel gate',n): (v, False) for n,v in seen.items()}
-    if 'attention' in out: found['online attention',''] = out['attention'][0,0], False
-    prior = any(type(m).__name__=='PARL' for m in model.modules())                # both kinds put out the same names
-    found |= {('prior attention' if prior else 'self-attention',f'unit {i+1}'): (m[0], True) for i,m in enumerate(out.get('attention_maps',()))}
-    return found | {('LSH bucket',f'decode.{i}.attend'): (_met(b, *at), False) for i,b in enumerate(out.get('buckets',()))}
+        for h in hooks:
+            h.remove()
+    depth = [n for n, _ in model.named_modules() if n.endswith('gates.depth')]
+    found = {
+        ('depth gate', n): (g.mean(1)[0][:, None, None], False)
+        for n, g in zip(depth, out.get('depth_gates', ()), strict=False)
+    }
+    found |= {('channel gate', n): (v, False) for n, v in seen.items()}
+    if 'attention' in out:
+        found['online attention', ''] = out['attention'][0, 0], False
+    prior = any(
+        type(m).__name__ == 'PARL' for m in model.modules()
+    )  # both kinds put out the same names
+    found |= {
+        ('prior attention' if prior else 'self-attention', f'unit {i + 1}'): (m[0], True)
+        for i, m in enumerate(out.get('attention_maps', ()))
+    }
+    return found | {
+        ('LSH bucket', f'decode.{i}.attend'): (_met(b, *at), False)
+        for i, b in enumerate(out.get('buckets', ()))
+    }
 
 # %% ../../nbs/11_explain/01_cam.ipynb #39542ffa
-def _one_slice(values, z, depth)->torch.Tensor: # `(depth,h,w)`: pixels meet within a slice only
-    out = values.new_zeros(depth, *values.shape[1:]); out[z] = values[0]
+def _one_slice(values, z, depth) -> torch.Tensor:  # `(depth,h,w)`: pixels meet within a slice only
+    out = values.new_zeros(depth, *values.shape[1:])
+    out[z] = values[0]
     return out
 
+
 def attention_maps(
-    model:nn.Module, # one of the four systems, or any with the same names in `outputs(x)`
-    prepared, # as in `explain`
-    scan, # the scan itself
-    at=None, # voxel `(z,y,x)` of the scan whose bucket is asked for, for networks of slices; `None` is the middle
-    every:bool=True, # False: of each kind only the finest layer, the last of those
-)->dict: # 'method layer' → `Map`
+    model: nn.Module,  # one of the four systems, or any with the same names in `outputs(x)`
+    prepared,  # as in `explain`
+    scan,  # the scan itself
+    at=None,  # voxel `(z,y,x)` of the scan whose bucket is asked for, for networks of slices; `None` is the middle
+    every: bool = True,  # False: of each kind only the finest layer, the last of those
+) -> dict:  # 'method layer' → `Map`
     "Attention that a network carries inside, on the scan; raises `DataError` for a network without any"
     check_same_grid(prepared.scan_grid, scan, 'attention_maps')
-    if not hasattr(model,'outputs'): raise DataError(type(model).__name__, 'has no `outputs`', 'Use explain, which asks for nothing but logits.')
-    x,flat = _input(model, prepared), getattr(model,'dims',3)==2
-    at = tuple(n//2 for n in scan.shape) if at is None else at
-    where = (prepared.grid.to_index(scan.grid.to_mm(at))+.5)/prepared.grid.shape if flat else (0,0,0)
-    if min(where)<0 or max(where)>=1: raise GeometryError('attention_maps', f'the voxel {tuple(at)} lies outside what the network sees', 'Ask for one inside the crop.')
-    z = int(where[0]*x.shape[2])
-    found = _read(model, x[:,:,z] if flat else x, where[1:])
-    if not found: raise DataError(type(model).__name__, 'carries no attention', 'Use explain.')
-    if not every: found = {k: found[k] for k in {m: (m,l) for (m,l),_ in sorted(found.items(), key=lambda kv: kv[1][0].numel())}.values()}
-    return {f'{m} {l}'.strip(): to_scan_space(_one_slice(v, z, x.shape[2]) if flat else v, prepared, scan, '', l, m, s) for (m,l),(v,s) in found.items()}
+    if not hasattr(model, 'outputs'):
+        raise DataError(
+            type(model).__name__,
+            'has no `outputs`',
+            'Use explain, which asks for nothing but logits.',
+        )
+    x, flat = _input(model, prepared), getattr(model, 'dims', 3) == 2
+    at = tuple(n // 2 for n in scan.shape) if at is None else at
+    where = (
+        (prepared.grid.to_index(scan.grid.to_mm(at)) + 0.5) / prepared.grid.shape
+        if flat
+        else (0, 0, 0)
+    )
+    if min(where) < 0 or max(where) >= 1:
+        raise GeometryError(
+            'attention_maps',
+            f'the voxel {tuple(at)} lies outside what the network sees',
+            'Ask for one inside the crop.',
+        )
+    z = int(where[0] * x.shape[2])
+    found = _read(model, x[:, :, z] if flat else x, where[1:])
+    if not found:
+        raise DataError(type(model).__name__, 'carries no attention', 'Use explain.')
+    if not every:
+        found = {
+            k: found[k]
+            for k in {
+                m: (m, l) for (m, l), _ in sorted(found.items(), key=lambda kv: kv[1][0].numel())
+            }.values()
+        }
+    return {
+        f'{m} {l}'.strip(): to_scan_space(
+            _one_slice(v, z, x.shape[2]) if flat else v, prepared, scan, '', l, m, s
+        )
+        for (m, l), (v, s) in found.items()
+    }

@@ -10,6 +10,7 @@ __all__ = ['SCORES', 'map_average_precision', 'score_map', 'score_case', 'score_
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #19828777
 from copy import deepcopy
 from itertools import combinations
+
 import numpy as np
 import pandas as pd
 import torch
@@ -19,231 +20,370 @@ from scipy.integrate import trapezoid
 from scipy.ndimage import uniform_filter
 from scipy.stats import rankdata
 from torch import nn
+
 from ..evaluate.metrics import bootstrap, energy_in, pointing_game
 from .attribution import frozen_evaluation
 from .cam import center_gaussian, class_index, normalise_maps
 from ..scan import DataError, GeometryError, evaluating
 
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #6e4ce4ce
-_LEVELS = tuple(np.linspace(.05, .95, 19).round(2))
+_LEVELS = tuple(np.linspace(0.05, 0.95, 19).round(2))
+
 
 def _overlap_curve(
-    values, # map in [0,1], `(D,H,W)`
-    mask, # lesions, bool `(D,H,W)`
-    levels=_LEVELS, # thresholds t
-)->pd.DataFrame: # index threshold; columns dice, iou in [0,1]
+    values,  # map in [0,1], `(D,H,W)`
+    mask,  # lesions, bool `(D,H,W)`
+    levels=_LEVELS,  # thresholds t
+) -> pd.DataFrame:  # index threshold; columns dice, iou in [0,1]
     "Dice and IoU of a map above each threshold, @eq-overlap; raises `GeometryError`"
-    v, m = np.asarray(values, 'f4').ravel(), np.asarray(mask).ravel()>0
-    if np.shape(values)!=np.shape(mask): raise GeometryError('map and mask', f'shapes differ, {np.shape(values)} and {np.shape(mask)}', 'Bring both onto the grid of the scan.')
-    t = np.asarray(levels, 'f4'); above = lambda k: k.size-np.searchsorted(np.sort(k), t)
+    v, m = np.asarray(values, 'f4').ravel(), np.asarray(mask).ravel() > 0
+    if np.shape(values) != np.shape(mask):
+        raise GeometryError(
+            'map and mask',
+            f'shapes differ, {np.shape(values)} and {np.shape(mask)}',
+            'Bring both onto the grid of the scan.',
+        )
+    t = np.asarray(levels, 'f4')
+
+    def above(k):
+        return k.size - np.searchsorted(np.sort(k), t)
+
     both, a = above(v[m]), above(v)
-    with np.errstate(invalid='ignore'): return pd.DataFrame(dict(dice=2*both/(a+m.sum()), iou=both/(a+m.sum()-both)), index=pd.Index(t, name='threshold')).fillna(0.)
+    with np.errstate(invalid='ignore'):
+        return pd.DataFrame(
+            dict(dice=2 * both / (a + m.sum()), iou=both / (a + m.sum() - both)),
+            index=pd.Index(t, name='threshold'),
+        ).fillna(0.0)
+
 
 def map_average_precision(
-    values, # map, `(D,H,W)`
-    mask, # lesions, bool `(D,H,W)`
-)->float: # in [0,1]; nan without lesions; a map without any order gets the share of lesions
+    values,  # map, `(D,H,W)`
+    mask,  # lesions, bool `(D,H,W)`
+) -> float:  # in [0,1]; nan without lesions; a map without any order gets the share of lesions
     "Area under the precision-recall curve, tied values entering together, @eq-overlap"
-    v, m = np.asarray(values).ravel(), np.asarray(mask).ravel()>0
-    if not m.any(): return float('nan')
-    order = np.argsort(-v, kind='stable'); last = np.r_[np.flatnonzero(np.diff(v[order])), v.size-1]
+    v, m = np.asarray(values).ravel(), np.asarray(mask).ravel() > 0
+    if not m.any():
+        return float('nan')
+    order = np.argsort(-v, kind='stable')
+    last = np.r_[np.flatnonzero(np.diff(v[order])), v.size - 1]
     hit = np.cumsum(m[order])[last]
-    return float((np.diff(hit, prepend=0)/m.sum()*hit/(last+1)).sum())
+    return float((np.diff(hit, prepend=0) / m.sum() * hit / (last + 1)).sum())
 
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #c1789991
-SCORES = ('pointing','energy','dice','iou','dice_best','auprc')
+SCORES = ('pointing', 'energy', 'dice', 'iou', 'dice_best', 'auprc')
+
 
 def score_map(
-    values, # map in [0,1], `(D,H,W)`
-    mask, # lesions, bool `(D,H,W)`
-)->dict: # the names of `SCORES` → number in [0,1]
+    values,  # map in [0,1], `(D,H,W)`
+    mask,  # lesions, bool `(D,H,W)`
+) -> dict:  # the names of `SCORES` → number in [0,1]
     "How well a map lies on the lesions, @eq-pointing and @eq-overlap"
     c = _overlap_curve(values, mask)
-    return {k: float(np.nan_to_num(x)) for k,x in dict(pointing=pointing_game(values, mask), energy=energy_in(values, mask), dice=c.dice.mean(), iou=c.iou.mean(), dice_best=c.dice.max(), auprc=map_average_precision(values, mask)).items()}
+    return {
+        k: float(np.nan_to_num(x))
+        for k, x in dict(
+            pointing=pointing_game(values, mask),
+            energy=energy_in(values, mask),
+            dice=c.dice.mean(),
+            iou=c.iou.mean(),
+            dice_best=c.dice.max(),
+            auprc=map_average_precision(values, mask),
+        ).items()
+    }
+
 
 def score_case(
-    maps:dict, # name → `Map`, or array in [0,1] `(D,H,W)`
-    mask, # lesions, bool `(D,H,W)`
-    lungs, # lungs, bool `(D,H,W)`: the first baseline
-    **ids, # columns to add, as `scan_id`, `patient_id`
-)->pd.DataFrame: # one row a map, with the baselines 'lungs' and 'centre': `method`, the ids, the names of `SCORES`
+    maps: dict,  # name → `Map`, or array in [0,1] `(D,H,W)`
+    mask,  # lesions, bool `(D,H,W)`
+    lungs,  # lungs, bool `(D,H,W)`: the first baseline
+    **ids,  # columns to add, as `scan_id`, `patient_id`
+) -> pd.DataFrame:  # one row a map, with the baselines 'lungs' and 'centre': `method`, the ids, the names of `SCORES`
     "Score the maps of one scan beside two that never saw a network"
-    if not np.any(mask): raise DataError(ids.get('scan_id','case'), 'has no lesions, so nothing can be hit', 'Score scans with lesions only.')
+    if not np.any(mask):
+        raise DataError(
+            ids.get('scan_id', 'case'),
+            'has no lesions, so nothing can be hit',
+            'Score scans with lesions only.',
+        )
     every = {**maps, 'lungs': np.asarray(lungs, 'f4'), 'centre': center_gaussian(np.shape(mask))}
-    return pd.DataFrame([{**ids, 'method': k, **score_map(getattr(m,'values',m), mask)} for k,m in every.items()])
+    return pd.DataFrame(
+        [{**ids, 'method': k, **score_map(getattr(m, 'values', m), mask)} for k, m in every.items()]
+    )
 
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #832a390b
 def score_table(
-    scores:pd.DataFrame, # one row a scan and map: `scan_id patient_id method` and numbers, as `score_case` makes them
-    of=SCORES, # columns to sum up
-    against=('lungs','centre'), # maps to compare with; those that are there are used
-    n:int=1000, # resampled cohorts
-    seed:int=0, # of the draw
-)->pd.DataFrame: # `method score against value low high`; `against` is '' for the score itself, else a map that was subtracted scan by scan
+    scores: pd.DataFrame,  # one row a scan and map: `scan_id patient_id method` and numbers, as `score_case` makes them
+    of=SCORES,  # columns to sum up
+    against=('lungs', 'centre'),  # maps to compare with; those that are there are used
+    n: int = 1000,  # resampled cohorts
+    seed: int = 0,  # of the draw
+) -> pd.DataFrame:  # `method score against value low high`; `against` is '' for the score itself, else a map that was subtracted scan by scan
     "Mean scores and paired differences with intervals over patients"
-    rows, mean = [], lambda name: (lambda t,w: w@t[name].to_numpy()/w.sum(1))
+    rows, mean = [], lambda name: lambda t, w: w @ t[name].to_numpy() / w.sum(1)
     for s in of:
-        wide = scores.pivot(index=['patient_id','scan_id'], columns='method', values=s).reset_index()
+        wide = scores.pivot(
+            index=['patient_id', 'scan_id'], columns='method', values=s
+        ).reset_index()
         for m in scores.method.unique():
-            for b in ('', *(b for b in against if b in wide and b!=m)):
-                t = wide[['patient_id']].assign(d=wide[m]-(wide[b] if b else 0))
-                rows.append(dict(method=m, score=s, against=b, **bootstrap(t, mean('d'), n=n, seed=seed)._asdict()))
+            for b in ('', *(b for b in against if b in wide and b != m)):
+                t = wide[['patient_id']].assign(d=wide[m] - (wide[b] if b else 0))
+                rows.append(
+                    dict(
+                        method=m,
+                        score=s,
+                        against=b,
+                        **bootstrap(t, mean('d'), n=n, seed=seed)._asdict(),
+                    )
+                )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #90d0169e
 def input_size_maps(
-    model:nn.Module, # any network that returns logits
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`
-    method, # function of (model, x, label) → `(B,d,h,w)`
-    label=None, # a class, one per volume, or `None` for the predicted one
-)->np.ndarray: # `(B,D,H,W)`, float32 in [0,1]
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`
+    method,  # function of (model, x, label) → `(B,d,h,w)`
+    label=None,  # a class, one per volume, or `None` for the predicted one
+) -> np.ndarray:  # `(B,D,H,W)`, float32 in [0,1]
     "What argues for a class, at the size of the input"
-    heat = method(model, x, label).detach().relu()[:,None]
-    if heat.shape[2:]!=x.shape[2:]: heat = F.interpolate(heat, x.shape[2:], mode='trilinear', align_corners=False)
-    return normalise_maps(heat[:,0]).float().cpu().numpy()
+    heat = method(model, x, label).detach().relu()[:, None]
+    if heat.shape[2:] != x.shape[2:]:
+        heat = F.interpolate(heat, x.shape[2:], mode='trilinear', align_corners=False)
+    return normalise_maps(heat[:, 0]).float().cpu().numpy()
 
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #cc0a9951
 def deletion(
-    model:nn.Module, # any network that returns logits
-    x:torch.Tensor, # one volume, `(1,1,D,H,W)`
-    heat, # its map at the same size, `(D,H,W)`
-    label:int, # class whose probability is watched
-    steps:int=10, # pictures after the first
-    insert:bool=False, # put in instead of taking out
-    fill:float=None, # value of what is out; `None`: median of the voxels that count
-    where=None, # voxels that count, bool `(D,H,W)`; `None`: those that are not 0
-    seed:int=0, # of the order among equals
-)->pd.DataFrame: # `share` of the voxels that were moved, `prob` of the class
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # one volume, `(1,1,D,H,W)`
+    heat,  # its map at the same size, `(D,H,W)`
+    label: int,  # class whose probability is watched
+    steps: int = 10,  # pictures after the first
+    insert: bool = False,  # put in instead of taking out
+    fill: float = None,  # value of what is out; `None`: median of the voxels that count
+    where=None,  # voxels that count, bool `(D,H,W)`; `None`: those that are not 0
+    seed: int = 0,  # of the order among equals
+) -> pd.DataFrame:  # `share` of the voxels that were moved, `prob` of the class
     "Probability of a class as a picture loses, or gains, what a map calls important, @eq-deletion"
-    if tuple(np.shape(heat))!=tuple(x.shape[2:]) or len(x)!=1: raise GeometryError('deletion', f'a map {np.shape(heat)} for a volume {tuple(x.shape)}', 'Give one volume and its map at the same size.')
-    v = x[0,0]; where = v!=0 if where is None else torch.as_tensor(where, device=v.device)
-    at = torch.nonzero(where.flatten())[:,0]; h = np.asarray(heat).ravel()[at.cpu().numpy()]
-    order = at[torch.as_tensor(np.lexsort((np.random.default_rng(seed).random(len(h)), -h)), device=v.device)]
-    f = v.flatten()[at].median() if fill is None else torch.tensor(float(fill), device=v.device, dtype=v.dtype)
-    start,end = (torch.where(where, f, v), v) if insert else (v, torch.where(where, f, v))
+    if tuple(np.shape(heat)) != tuple(x.shape[2:]) or len(x) != 1:
+        raise GeometryError(
+            'deletion',
+            f'a map {np.shape(heat)} for a volume {tuple(x.shape)}',
+            'Give one volume and its map at the same size.',
+        )
+    v = x[0, 0]
+    where = v != 0 if where is None else torch.as_tensor(where, device=v.device)
+    at = torch.nonzero(where.flatten())[:, 0]
+    h = np.asarray(heat).ravel()[at.cpu().numpy()]
+    order = at[
+        torch.as_tensor(
+            np.lexsort((np.random.default_rng(seed).random(len(h)), -h)), device=v.device
+        )
+    ]
+    f = (
+        v.flatten()[at].median()
+        if fill is None
+        else torch.tensor(float(fill), device=v.device, dtype=v.dtype)
+    )
+    start, end = (torch.where(where, f, v), v) if insert else (v, torch.where(where, f, v))
     prob = []
     with evaluating(model), torch.no_grad():
-        for k in np.linspace(0, len(order), steps+1).round().astype(int):
-            now = start.flatten().clone(); now[order[:k]] = end.flatten()[order[:k]]
-            prob.append(float(model(now.view_as(x)).softmax(1)[0,label]))
-    return pd.DataFrame(dict(share=np.linspace(0, 1, steps+1), prob=prob))
+        for k in np.linspace(0, len(order), steps + 1).round().astype(int):
+            now = start.flatten().clone()
+            now[order[:k]] = end.flatten()[order[:k]]
+            prob.append(float(model(now.view_as(x)).softmax(1)[0, label]))
+    return pd.DataFrame(dict(share=np.linspace(0, 1, steps + 1), prob=prob))
+
 
 def curve_area(
-    curve:pd.DataFrame, # from `deletion`
-)->float: # in [0,1]
+    curve: pd.DataFrame,  # from `deletion`
+) -> float:  # in [0,1]
     "Mean probability along a curve, @eq-deletion"
     return float(trapezoid(curve.prob, curve.share))
 
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #7fa41cda
 def ssim(
-    a, # map in [0,1], `(D,H,W)` or any number of axes
-    b, # another, the same shape
-    window:int=7, # edge of the window in voxels, odd
-)->float: # in [-1,1]; 1 for equal maps
+    a,  # map in [0,1], `(D,H,W)` or any number of axes
+    b,  # another, the same shape
+    window: int = 7,  # edge of the window in voxels, odd
+) -> float:  # in [-1,1]; 1 for equal maps
     "Structural similarity, @eq-ssim (Wang et al. 2004, Eq. 13); raises `GeometryError`"
-    a,b = np.asarray(a, 'f8'), np.asarray(b, 'f8')
-    if a.shape!=b.shape or min(a.shape)<window: raise GeometryError('ssim', f'maps {a.shape} and {b.shape} with a window of {window}', 'Give two maps of one size, no axis below the window.')
-    mean = lambda v: uniform_filter(v, window); n = window**a.ndim
-    ma,mb = mean(a),mean(b); va,vb,vab = (n/(n-1)*(mean(p*q)-r*s) for p,q,r,s in ((a,a,ma,ma), (b,b,mb,mb), (a,b,ma,mb)))
-    s = (2*ma*mb+1e-4)*(2*vab+9e-4)/((ma**2+mb**2+1e-4)*(va+vb+9e-4))
-    return float(s[(slice(window//2, -(window//2) or None),)*a.ndim].mean())
+    a, b = np.asarray(a, 'f8'), np.asarray(b, 'f8')
+    if a.shape != b.shape or min(a.shape) < window:
+        raise GeometryError(
+            'ssim',
+            f'maps {a.shape} and {b.shape} with a window of {window}',
+            'Give two maps of one size, no axis below the window.',
+        )
+
+    def mean(v):
+        return uniform_filter(v, window)
+
+    n = window**a.ndim
+    ma, mb = mean(a), mean(b)
+    va, vb, vab = (
+        n / (n - 1) * (mean(p * q) - r * s)
+        for p, q, r, s in ((a, a, ma, ma), (b, b, mb, mb), (a, b, ma, mb))
+    )
+    s = (2 * ma * mb + 1e-4) * (2 * vab + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+    return float(s[(slice(window // 2, -(window // 2) or None),) * a.ndim].mean())
+
 
 def _rank_correlation(
-    a, # map, any shape
-    b, # another, the same shape
-)->float: # in [-1,1]; 0 for a flat map
+    a,  # map, any shape
+    b,  # another, the same shape
+) -> float:  # in [-1,1]; 0 for a flat map
     "Spearman's correlation of the voxels of two maps"
-    r = [rankdata(np.ravel(v)) for v in (a,b)]
-    return float(np.corrcoef(r)[0,1]) if min(np.std(v) for v in r)>0 else 0.
+    r = [rankdata(np.ravel(v)) for v in (a, b)]
+    return float(np.corrcoef(r)[0, 1]) if min(np.std(v) for v in r) > 0 else 0.0
+
 
 def compare_maps(
-    a, # maps, `(B,D,H,W)`
-    b, # others of the same scans, or of another network, the same shape
-)->pd.DataFrame: # one row a scan: `ssim`, `rank`
+    a,  # maps, `(B,D,H,W)`
+    b,  # others of the same scans, or of another network, the same shape
+) -> pd.DataFrame:  # one row a scan: `ssim`, `rank`
     "How alike two sets of maps are, scan by scan"
-    return pd.DataFrame([dict(ssim=ssim(p, q), rank=_rank_correlation(p, q)) for p,q in zip(a, b, strict=True)])
+    return pd.DataFrame(
+        [dict(ssim=ssim(p, q), rank=_rank_correlation(p, q)) for p, q in zip(a, b, strict=True)]
+    )
+
 
 def random_pairs(
-    maps, # of different scans, `(B,D,H,W)`
-    n:int=50, # pairs, at most
-    seed:int=0, # of the draw
-)->pd.DataFrame: # one row a pair: `ssim`, `rank`
+    maps,  # of different scans, `(B,D,H,W)`
+    n: int = 50,  # pairs, at most
+    seed: int = 0,  # of the draw
+) -> pd.DataFrame:  # one row a pair: `ssim`, `rank`
     "How alike maps of different scans are: the level that a randomised network has to fall to"
-    pairs = list(combinations(range(len(maps)), 2)); pick = np.random.default_rng(seed).permutation(len(pairs))[:n]
-    return compare_maps(*(np.stack([maps[pairs[i][k]] for i in pick]) for k in (0,1)))
+    pairs = list(combinations(range(len(maps)), 2))
+    pick = np.random.default_rng(seed).permutation(len(pairs))[:n]
+    return compare_maps(*(np.stack([maps[pairs[i][k]] for i in pick]) for k in (0, 1)))
 
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #6c147807
 def randomised_copies(
-    model:nn.Module, # any network; it is not touched
-    depth:int=2, # parts of a name that make a group: 2 makes `stages.3` one
-    seed:int=0, # of the new weights
+    model: nn.Module,  # any network; it is not touched
+    depth: int = 2,  # parts of a name that make a group: 2 makes `stages.3` one
+    seed: int = 0,  # of the new weights
 ):
     "Copies of a network that forget from the top: yields `(group, copy)`, the first as trained, then one group more at random each time"
     copy, done = deepcopy(model), []
     yield 'as trained', deepcopy(copy)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for name,m in [*copy.named_modules()][::-1]:
-            if not hasattr(m, 'reset_parameters'): continue
+        for name, m in [*copy.named_modules()][::-1]:
+            if not hasattr(m, 'reset_parameters'):
+                continue
             group = '.'.join(name.split('.')[:depth])
-            if done and group!=done[-1]: yield done[-1], deepcopy(copy)
-            m.reset_parameters(); done.append(group)
-    if not done: raise DataError(type(model).__name__, 'has no layer that can be reset', 'Give a network with `reset_parameters` in its layers.')
+            if done and group != done[-1]:
+                yield done[-1], deepcopy(copy)
+            m.reset_parameters()
+            done.append(group)
+    if not done:
+        raise DataError(
+            type(model).__name__,
+            'has no layer that can be reset',
+            'Give a network with `reset_parameters` in its layers.',
+        )
     yield done[-1], copy
 
+
 def _cascade_table(
-    model:nn.Module, # any network that returns logits
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`
-    method, # function of (model, x, label)
-    label=None, # a class, one per volume, or `None` for the one that the trained network gives
-    seeds=(0,1), # of the new weights
-    depth:int=2, # as in `randomised_copies`
-)->pd.DataFrame: # one row a group, top first: `ssim` and `rank` with the trained network's maps, mean over scans and seeds
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`
+    method,  # function of (model, x, label)
+    label=None,  # a class, one per volume, or `None` for the one that the trained network gives
+    seeds=(0, 1),  # of the new weights
+    depth: int = 2,  # as in `randomised_copies`
+) -> pd.DataFrame:  # one row a group, top first: `ssim` and `rank` with the trained network's maps, mean over scans and seeds
     "Cascading randomisation of the weights (Adebayo et al. 2018)"
     if label is None:
-        with evaluating(model), torch.no_grad(): label = class_index(model(x), None)
+        with evaluating(model), torch.no_grad():
+            label = class_index(model(x), None)
     first = input_size_maps(model, x, method, label)
-    rows = [dict(group=g, **compare_maps(first, input_size_maps(net, x, method, label)).mean()) for s in seeds for g,net in randomised_copies(model, depth, s)]
+    rows = [
+        dict(group=g, **compare_maps(first, input_size_maps(net, x, method, label)).mean())
+        for s in seeds
+        for g, net in randomised_copies(model, depth, s)
+    ]
     return pd.DataFrame(rows).groupby('group', sort=False).mean()
 
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #cb68f729
 def deal_labels(
-    patients, # patient of each scan, `(N,)`
-    labels, # label of each scan, `(N,)`
-    seed:int=0, # of the deal
-)->np.ndarray: # `(N,)`: the same labels, dealt to other patients; scans of one patient keep together
+    patients,  # patient of each scan, `(N,)`
+    labels,  # label of each scan, `(N,)`
+    seed: int = 0,  # of the deal
+) -> (
+    np.ndarray
+):  # `(N,)`: the same labels, dealt to other patients; scans of one patient keep together
     "Labels without meaning, for a training that can learn nothing"
     t = pd.DataFrame(dict(p=np.asarray(patients), y=np.asarray(labels)))
-    one = t.drop_duplicates('p'); new = dict(zip(one.p, np.random.default_rng(seed).permutation(one.y.to_numpy())))
+    one = t.drop_duplicates('p')
+    new = dict(zip(one.p, np.random.default_rng(seed).permutation(one.y.to_numpy()), strict=False))
     return t.p.map(new).to_numpy()
 
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #a7986a7d
 def sensitivity(
-    model:nn.Module, # any network that returns logits
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`
-    method, # function of (model, x, label)
-    label=None, # a class, one per volume, or `None` for the predicted one
-    radius:float=.02, # largest change of a voxel
-    n:int=4, # changes tried
-    seed:int=0, # of the changes
-)->np.ndarray: # `(B,)`, ≥ 0; nan for a flat map
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`
+    method,  # function of (model, x, label)
+    label=None,  # a class, one per volume, or `None` for the predicted one
+    radius: float = 0.02,  # largest change of a voxel
+    n: int = 4,  # changes tried
+    seed: int = 0,  # of the changes
+) -> np.ndarray:  # `(B,)`, ≥ 0; nan for a flat map
     "Largest change of a map under a small change of the picture, @eq-yeh (Yeh et al. 2019)"
-    with evaluating(model), torch.no_grad(): k = class_index(model(x), label).tolist()
-    explain = lambda c: lambda v: torch.as_tensor(input_size_maps(model, v[0] if isinstance(v, tuple) else v, method, c))[:,None]
-    with frozen_evaluation(model, seed): found = [sensitivity_max(explain(c), v[None], perturb_radius=radius, n_perturb_samples=n, max_examples_per_batch=1) for v,c in zip(x, k)]
+    with evaluating(model), torch.no_grad():
+        k = class_index(model(x), label).tolist()
+
+    def explain(c):
+        return lambda v: torch.as_tensor(
+            input_size_maps(model, v[0] if isinstance(v, tuple) else v, method, c)
+        )[:, None]
+
+    with frozen_evaluation(model, seed):
+        found = [
+            sensitivity_max(
+                explain(c),
+                v[None],
+                perturb_radius=radius,
+                n_perturb_samples=n,
+                max_examples_per_batch=1,
+            )
+            for v, c in zip(x, k, strict=False)
+        ]
     return torch.cat(found).cpu().numpy()
 
+
 def infidelities(
-    model:nn.Module, # any network that returns logits
-    x:torch.Tensor, # volumes, `(B,1,D,H,W)`
-    maps, # `(B,D,H,W)`
-    label=None, # a class, one per volume, or `None` for the predicted one
-    noise:float=.1, # standard deviation of the changes
-    n:int=32, # changes tried
-    seed:int=0, # of the changes
-)->np.ndarray: # `(B,)`, ≥ 0, in squared units of the logit
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # volumes, `(B,1,D,H,W)`
+    maps,  # `(B,D,H,W)`
+    label=None,  # a class, one per volume, or `None` for the predicted one
+    noise: float = 0.1,  # standard deviation of the changes
+    n: int = 32,  # changes tried
+    seed: int = 0,  # of the changes
+) -> np.ndarray:  # `(B,)`, ≥ 0, in squared units of the logit
     "How badly a map predicts what changes do to the logit, @eq-yeh (Yeh et al. 2019)"
-    def change(v): d = noise*torch.randn_like(v); return d, v-d
+
+    def change(v):
+        d = noise * torch.randn_like(v)
+        return d, v - d
+
     with frozen_evaluation(model, seed), torch.no_grad():
         k = class_index(model(x), label)
-        return torch.cat([infidelity(model, change, v[None], torch.as_tensor(a)[None,None].to(v), target=int(c), n_perturb_samples=n, max_examples_per_batch=8, normalize=True) for v,a,c in zip(x, maps, k)]).cpu().numpy()
+        return (
+            torch.cat(
+                [
+                    infidelity(
+                        model,
+                        change,
+                        v[None],
+                        torch.as_tensor(a)[None, None].to(v),
+                        target=int(c),
+                        n_perturb_samples=n,
+                        max_examples_per_batch=8,
+                        normalize=True,
+                    )
+                    for v, a, c in zip(x, maps, k, strict=False)
+                ]
+            )
+            .cpu()
+            .numpy()
+        )

@@ -10,180 +10,324 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from torch import nn
 from tqdm.auto import tqdm
-from ..widgets.cases import CaseError, Notes, case_table, read_index, read_predictions, runs_in, thumbnail_of, write_index
-from ..widgets.reading_room import ReadingRoom
-from ..preprocess.cache import own_lungs
+
 from ..cohort.table import load_mask, load_row, read_cohort
-from ..preprocess.lungs import lung_mask
-from ..preprocess.resample import PREPS, Prep, prepare
 from ..evaluate.metrics import energy_in
 from ..explain.cam import attention_maps, explain
-from ..scan import DataError, Map, NotAChestError, UnitsError
 from ..plot import find_centre
+from ..preprocess.cache import own_lungs
+from ..preprocess.lungs import lung_mask
+from ..preprocess.resample import PREPS, Prep, prepare
+from ..scan import DataError, Map, NotAChestError, UnitsError
 from ..train.loop import load_run
+from covid_ct.widgets.cases import (
+    CaseError,
+    Notes,
+    case_table,
+    read_index,
+    read_predictions,
+    runs_in,
+    thumbnail_of,
+    write_index,
+)
+from ..widgets.reading_room import ReadingRoom
 
 # %% ../../nbs/09_inference/05_cases.ipynb #12e24bb1
 def _method_for(
-    model:nn.Module, # any network
-)->str: # a key of `explain.cam.METHODS`
+    model: nn.Module,  # any network
+) -> str:  # a key of `explain.cam.METHODS`
     "The class activation map where the network allows it, else Grad-CAM"
-    return 'CAM' if hasattr(model, 'features') and isinstance(getattr(model, 'fc', None), nn.Linear) else 'Grad-CAM'
+    return (
+        'CAM'
+        if hasattr(model, 'features') and isinstance(getattr(model, 'fc', None), nn.Linear)
+        else 'Grad-CAM'
+    )
+
 
 def _own_attention(
-    model:nn.Module, # any network
-    prepared, # what `prepare` made of the scan
-    scan, # the scan itself
-    at, # voxel `(z,y,x)` whose hash bucket is asked for, for networks of slices
-)->list: # of `Map`, one of each kind; empty where there is none
+    model: nn.Module,  # any network
+    prepared,  # what `prepare` made of the scan
+    scan,  # the scan itself
+    at,  # voxel `(z,y,x)` whose hash bucket is asked for, for networks of slices
+) -> list:  # of `Map`, one of each kind; empty where there is none
     "What a network carries inside; an extra, so that nothing fails for want of it"
-    try: return list(attention_maps(model, prepared, scan, at, every=False).values())
-    except DataError: return []
+    try:
+        return list(attention_maps(model, prepared, scan, at, every=False).values())
+    except DataError:
+        return []
 
 # %% ../../nbs/09_inference/05_cases.ipynb #13f69aac
 @dataclass
 class _CaseLoader:
     "Loads a case of a cohort with its masks and the maps of the networks"
-    cohort:pd.DataFrame # of scans on disk
-    root:Path # folder that its paths start from
-    networks:dict # name → (model, recipe)
-    table:pd.DataFrame # from `case_table`
-    fault:str='' # why there are no networks
-    lungs:Callable=lung_mask # finds the lungs of a scan
 
-    def row(self, scan_id:str)->pd.Series:
+    cohort: pd.DataFrame  # of scans on disk
+    root: Path  # folder that its paths start from
+    networks: dict  # name → (model, recipe)
+    table: pd.DataFrame  # from `case_table`
+    fault: str = ''  # why there are no networks
+    lungs: Callable = lung_mask  # finds the lungs of a scan
+
+    def row(self, scan_id: str) -> pd.Series:
         "Row of the cohort; raises `CaseError` for a scan that is not in it"
-        rows = self.cohort[self.cohort.scan_id==scan_id]
-        if not len(rows): raise CaseError('cohort', f'has no scan {scan_id}', 'Give the cohort that the run was tested on.')
+        rows = self.cohort[self.cohort.scan_id == scan_id]
+        if not len(rows):
+            raise CaseError(
+                'cohort', f'has no scan {scan_id}', 'Give the cohort that the run was tested on.'
+            )
         return rows.iloc[0]
 
-    def masks(self, row, scan, lungs)->dict: # name → bool array
+    def masks(self, row, scan, lungs) -> dict:  # name → bool array
         "Lesions and lungs, as far as they are known"
-        known = lambda c: isinstance(row.get(c), str) and bool(row[c])
-        out = {n: load_mask(row, c, self.root, scan)>0 for n,c in dict(lesions='infection_mask', lungs='lung_mask').items() if known(c)}
-        if 'lungs' not in out:
-            try: out['lungs'] = lungs(scan)
-            except (NotAChestError, UnitsError): pass                        # without lungs there is still a scan to look at
-        return {n:m for n,m in out.items() if m.any() or n=='lesions'}        # no lesions is knowledge too, and keeps the colours
 
-    def maps(self, scan, labels:list, lungs, at=None)->dict: # name → `Map`
+        def known(c):
+            return isinstance(row.get(c), str) and bool(row[c])
+
+        out = {
+            n: load_mask(row, c, self.root, scan) > 0
+            for n, c in dict(lesions='infection_mask', lungs='lung_mask').items()
+            if known(c)
+        }
+        if 'lungs' not in out:
+            try:
+                out['lungs'] = lungs(scan)
+            except (NotAChestError, UnitsError):
+                pass  # without lungs there is still a scan to look at
+        return {
+            n: m for n, m in out.items() if m.any() or n == 'lesions'
+        }  # no lesions is knowledge too, and keeps the colours
+
+    def maps(self, scan, labels: list, lungs, at=None) -> dict:  # name → `Map`
         "Maps of every network for some classes and, where a voxel is named, its own attention; a scan is prepared once for networks that want it alike"
-        out,ready = {},{}
-        for name,(model,recipe) in self.networks.items():
-            if recipe.prep not in ready: ready[recipe.prep] = prepare(scan, PREPS[recipe.prep] if recipe.prep else Prep(scan.shape), lungs=lungs)
-            q,method,whose = ready[recipe.prep],_method_for(model),f', {name}' if len(self.networks)>1 else ''
-            if recipe.task=='classify': out |= {f'{method} {c}{whose}': explain(model, q, scan, c, method, recipe.classes) for c in labels}
-            if at is not None: out |= {m.method+whose: m for m in _own_attention(model, q, scan, at)}
+        out, ready = {}, {}
+        for name, (model, recipe) in self.networks.items():
+            if recipe.prep not in ready:
+                ready[recipe.prep] = prepare(
+                    scan, PREPS[recipe.prep] if recipe.prep else Prep(scan.shape), lungs=lungs
+                )
+            q, method, whose = (
+                ready[recipe.prep],
+                _method_for(model),
+                f', {name}' if len(self.networks) > 1 else '',
+            )
+            if recipe.task == 'classify':
+                out |= {
+                    f'{method} {c}{whose}': explain(model, q, scan, c, method, recipe.classes)
+                    for c in labels
+                }
+            if at is not None:
+                out |= {m.method + whose: m for m in _own_attention(model, q, scan, at)}
         return out
 
-    def __call__(self, scan_id:str, whole:bool=True)->dict: # what `ReadingRoom` shows: `scan masks maps`, and `fault` where there is no map
+    def __call__(
+        self, scan_id: str, whole: bool = True
+    ) -> dict:  # what `ReadingRoom` shows: `scan masks maps`, and `fault` where there is no map
         "A case as the viewer takes it; the `whole` has the map for the truth, if one network was wrong, and the networks' own attention; raises `DataError` where the scan cannot be had"
-        row,case = self.row(scan_id),self.table.set_index('scan_id').loc[scan_id]
-        labels = [case.predicted, case.label] if whole and len(self.networks)==1 and case.label!=case.predicted else [case.predicted]
-        scan,once = load_row(row, self.root),{}
-        def lungs(s): # crop and outline ask for the same, and training used it too
+        row, case = self.row(scan_id), self.table.set_index('scan_id').loc[scan_id]
+        labels = (
+            [case.predicted, case.label]
+            if whole and len(self.networks) == 1 and case.label != case.predicted
+            else [case.predicted]
+        )
+        scan, once = load_row(row, self.root), {}
+
+        def lungs(s):  # crop and outline ask for the same, and training used it too
             if not once:
                 own = own_lungs(row, s, self.root)
                 once['lungs'] = self.lungs(s) if own is None else own
             return once['lungs']
+
         out = dict(scan=scan, masks=self.masks(row, scan, lungs))
-        if not self.networks: return out|dict(maps={}, fault=f'No map of attention: {self.fault or "no network"}.')
-        try: return out|dict(maps=self.maps(scan, labels, lungs, find_centre(scan, out['masks']) if whole else None))
-        except DataError as e: return out|dict(maps={}, fault=f'No map of attention: {e.fault}.')
+        if not self.networks:
+            return out | dict(maps={}, fault=f'No map of attention: {self.fault or "no network"}.')
+        try:
+            return out | dict(
+                maps=self.maps(
+                    scan, labels, lungs, find_centre(scan, out['masks']) if whole else None
+                )
+            )
+        except DataError as e:
+            return out | dict(maps={}, fault=f'No map of attention: {e.fault}.')
 
 # %% ../../nbs/09_inference/05_cases.ipynb #12870388
 def _look_once(
-    loader:_CaseLoader, # loads cases
-    scan_id:str, # which
-)->tuple: # dict of measures, and thumbnail `(72,72,3)`
+    loader: _CaseLoader,  # loads cases
+    scan_id: str,  # which
+) -> tuple:  # dict of measures, and thumbnail `(72,72,3)`
     "What the table says of the attention to one case"
-    found = loader(scan_id, whole=False); masks,scan = found['masks'],found['scan']
+    found = loader(scan_id, whole=False)
+    masks, scan = found['masks'], found['scan']
     case = loader.table.set_index('scan_id').loc[scan_id]
     heats = [m.values for m in found['maps'].values()]
     heat = Map(np.mean(heats, 0), scan.grid, case.predicted) if heats else None
-    out = lambda n: 1-energy_in(heat.values, masks[n]) if heat is not None and n in masks and masks[n].any() else np.nan
-    ratio = (masks['lesions']&masks['lungs']).sum()/masks['lungs'].sum() if {'lesions','lungs'}<=set(masks) else np.nan
-    return dict(scan_id=scan_id, answer=case.predicted, maps=len(heats), infection_ratio=ratio, outside_lung=out('lungs'), outside_lesion=out('lesions')), thumbnail_of(scan, heat, masks.get('lesions'))
+
+    def out(n):
+        return (
+            1 - energy_in(heat.values, masks[n])
+            if heat is not None and n in masks and masks[n].any()
+            else np.nan
+        )
+
+    ratio = (
+        (masks['lesions'] & masks['lungs']).sum() / masks['lungs'].sum()
+        if {'lesions', 'lungs'} <= set(masks)
+        else np.nan
+    )
+    return dict(
+        scan_id=scan_id,
+        answer=case.predicted,
+        maps=len(heats),
+        infection_ratio=ratio,
+        outside_lung=out('lungs'),
+        outside_lesion=out('lesions'),
+    ), thumbnail_of(scan, heat, masks.get('lesions'))
+
 
 def _look(
-    loader:_CaseLoader, # loads cases
-    folder, # where the index is kept
-    progress:bool=True, # show a bar
-)->tuple: # table of measures, thumbnails `(N,72,72,3)`, and scan id → why a case could not be seen
+    loader: _CaseLoader,  # loads cases
+    folder,  # where the index is kept
+    progress: bool = True,  # show a bar
+) -> (
+    tuple
+):  # table of measures, thumbnails `(N,72,72,3)`, and scan id → why a case could not be seen
     "Look at every case that was not seen yet; goes on where it was stopped"
-    about,thumbs = read_index(folder); answers = loader.table.set_index('scan_id').predicted
-    stale = lambda a: a.scan_id in answers.index and (answers[a.scan_id]!=a.answer or (loader.networks and not a.maps))
-    keep = [] if about is None else [k for k,a in enumerate(about.itertuples()) if not stale(a)]        # also those of the run's other part
-    rows,pictures,faults = [about.iloc[k].to_dict() for k in keep],[np.array(thumbs[k]) for k in keep],{}
-    store = lambda: write_index(folder, pd.DataFrame(rows), np.stack(pictures)) if rows else None
+    about, thumbs = read_index(folder)
+    answers = loader.table.set_index('scan_id').predicted
+
+    def stale(a):
+        return a.scan_id in answers.index and (
+            answers[a.scan_id] != a.answer or (loader.networks and not a.maps)
+        )
+
+    keep = (
+        [] if about is None else [k for k, a in enumerate(about.itertuples()) if not stale(a)]
+    )  # also those of the run's other part
+    rows, pictures, faults = (
+        [about.iloc[k].to_dict() for k in keep],
+        [np.array(thumbs[k]) for k in keep],
+        {},
+    )
+
+    def store():
+        return write_index(folder, pd.DataFrame(rows), np.stack(pictures)) if rows else None
+
     todo = [i for i in answers.index if i not in {r['scan_id'] for r in rows}]
-    for k,i in enumerate(tqdm(todo, desc='cases', disable=not (progress and todo)), 1):
-        try: row,picture = _look_once(loader, i)
-        except DataError as e: faults[i] = e.fault; continue
-        rows.append(row); pictures.append(picture)
-        if k%50==0: store()
-    if todo: store()
-    here = [k for k,r in enumerate(rows) if r['scan_id'] in answers.index]
-    return (pd.DataFrame([rows[k] for k in here]), np.stack([pictures[k] for k in here]), faults) if here else (None,None,faults)
+    for k, i in enumerate(tqdm(todo, desc='cases', disable=not (progress and todo)), 1):
+        try:
+            row, picture = _look_once(loader, i)
+        except DataError as e:
+            faults[i] = e.fault
+            continue
+        rows.append(row)
+        pictures.append(picture)
+        if k % 50 == 0:
+            store()
+    if todo:
+        store()
+    here = [k for k, r in enumerate(rows) if r['scan_id'] in answers.index]
+    return (
+        (pd.DataFrame([rows[k] for k in here]), np.stack([pictures[k] for k in here]), faults)
+        if here
+        else (None, None, faults)
+    )
 
 # %% ../../nbs/09_inference/05_cases.ipynb #ca0bdaba
 def _load_networks(
-    runs:dict, # name → run folder
-)->tuple: # name → (model, recipe), and what is wrong with the weights: '' if nothing is
+    runs: dict,  # name → run folder
+) -> tuple:  # name → (model, recipe), and what is wrong with the weights: '' if nothing is
     "The networks of runs; without weights that can be used there are no maps, but still cases to read"
-    try: return {n: load_run(f)[:2] for n,f in runs.items()},''
-    except DataError as e: return {},e.fault
+    try:
+        return {n: load_run(f)[:2] for n, f in runs.items()}, ''
+    except DataError as e:
+        return {}, e.fault
+
 
 def _name_runs(
-    run, # run folder, folder of a cross-validation, or a list of them
-)->tuple: # name → run folder, and the folder where index and notes are kept
+    run,  # run folder, folder of a cross-validation, or a list of them
+) -> tuple:  # name → run folder, and the folder where index and notes are kept
     "The runs that are read together; raises `CaseError` where there is none"
-    given = [Path(r) for r in ([run] if isinstance(run, (str,Path)) else run)]
-    found = [f for g in given for f in runs_in(g)]; names = [f.name for f in found]
-    if len(set(names))<len(found): names = [f'{f.parent.name}/{f.name}' for f in found]
-    return dict(zip(names, found)),given[0]/('cases' if len(given)==1 else 'cases_'+'_'.join(g.name for g in given))
+    given = [Path(r) for r in ([run] if isinstance(run, (str, Path)) else run)]
+    found = [f for g in given for f in runs_in(g)]
+    names = [f.name for f in found]
+    if len(set(names)) < len(found):
+        names = [f'{f.parent.name}/{f.name}' for f in found]
+    return dict(zip(names, found, strict=False)), given[0] / (
+        'cases' if len(given) == 1 else 'cases_' + '_'.join(g.name for g in given)
+    )
 
 # %% ../../nbs/09_inference/05_cases.ipynb #88ea1472
 def open_room(
-    run, # run folder, folder of a cross-validation, or a list of them to read together
-    cohort=None, # cohort CSV or table with the scans; None: `cohort.csv` in the folder, else no pictures
-    root=None, # folder that its paths start from; None: that of the table
-    part:str='test', # 'test' or 'valid'
-    by:str='reader', # who writes notes; a pseudonym
-    progress:bool=True, # show a bar while scans are looked at
-    lungs:Callable=lung_mask, # finds the lungs of a scan
-)->ReadingRoom: # live in JupyterLab; `.save(path)` writes the page
+    run,  # run folder, folder of a cross-validation, or a list of them to read together
+    cohort=None,  # cohort CSV or table with the scans; None: `cohort.csv` in the folder, else no pictures
+    root=None,  # folder that its paths start from; None: that of the table
+    part: str = 'test',  # 'test' or 'valid'
+    by: str = 'reader',  # who writes notes; a pseudonym
+    progress: bool = True,  # show a bar while scans are looked at
+    lungs: Callable = lung_mask,  # finds the lungs of a scan
+) -> ReadingRoom:  # live in JupyterLab; `.save(path)` writes the page
     "The cases of a run; raises `CaseError` for a folder that is none, or another cohort"
-    runs,kept = _name_runs(run); said = [read_predictions(f, part) for f in runs.values()]; table = case_table(said)
-    dress = lambda about,thumbs,load=None: ReadingRoom(table if about is None else case_table(said, about), load, None if about is None else (list(about.scan_id), thumbs),
-                                                       Notes(kept/'notes.json', by), title=f'{kept.parent.name}, {part} set')
-    if cohort is None and (kept.parent/'cohort.csv').is_file(): cohort = kept.parent/'cohort.csv'
-    if cohort is None: return dress(*read_index(kept))
+    runs, kept = _name_runs(run)
+    said = [read_predictions(f, part) for f in runs.values()]
+    table = case_table(said)
+
+    def dress(about, thumbs, load=None):
+        return ReadingRoom(
+            table if about is None else case_table(said, about),
+            load,
+            None if about is None else (list(about.scan_id), thumbs),
+            Notes(kept / 'notes.json', by),
+            title=f'{kept.parent.name}, {part} set',
+        )
+
+    if cohort is None and (kept.parent / 'cohort.csv').is_file():
+        cohort = kept.parent / 'cohort.csv'
+    if cohort is None:
+        return dress(*read_index(kept))
     cohort = cohort if isinstance(cohort, pd.DataFrame) else read_cohort(cohort, root)
-    if not set(table.scan_id)&set(cohort.scan_id): raise CaseError(kept.parent, 'was tested on none of the scans of this cohort', 'Give the cohort that it was trained and tested with.')
-    nets,fault = _load_networks(runs)
-    loader = _CaseLoader(cohort, Path(root or cohort.attrs.get('root', '.')), nets, table, fault, lungs)
-    about,thumbs,faults = _look(loader, kept, progress)
-    room = dress(about, thumbs, loader); room.faults = faults
+    if not set(table.scan_id) & set(cohort.scan_id):
+        raise CaseError(
+            kept.parent,
+            'was tested on none of the scans of this cohort',
+            'Give the cohort that it was trained and tested with.',
+        )
+    nets, fault = _load_networks(runs)
+    loader = _CaseLoader(
+        cohort, Path(root or cohort.attrs.get('root', '.')), nets, table, fault, lungs
+    )
+    about, thumbs, faults = _look(loader, kept, progress)
+    room = dress(about, thumbs, loader)
+    room.faults = faults
     return room
 
 # %% ../../nbs/09_inference/05_cases.ipynb #96292112
 def room_text(
-    room:ReadingRoom, # opened
-    worst:int=10, # cases to list
-)->str: # lines for a terminal
+    room: ReadingRoom,  # opened
+    worst: int = 10,  # cases to list
+) -> str:  # lines for a terminal
     "What the room holds, as text"
-    lines = [f'{len(room.rows)} cases'+(f', {len(room.faults)} could not be seen' if getattr(room, 'faults', None) else '')]
-    lines += [f'{sum(k in r["flags"] for r in room.rows):>6}  {k}: {w}' for k,w in room.meta['filters'].items()]
-    lines += ['worst:']+[f'{r["loss"]:>6.2f}  {r["id"]}  {r["label"]}, called {r["predicted"]} with {r["sure"]:.2f}' for r in sorted(room.rows, key=lambda r: -r['loss'])[:worst]]
+    lines = [
+        f'{len(room.rows)} cases'
+        + (f', {len(room.faults)} could not be seen' if getattr(room, 'faults', None) else '')
+    ]
+    lines += [
+        f'{sum(k in r["flags"] for r in room.rows):>6}  {k}: {w}'
+        for k, w in room.meta['filters'].items()
+    ]
+    lines += ['worst:'] + [
+        f'{r["loss"]:>6.2f}  {r["id"]}  {r["label"]}, called {r["predicted"]} with {r["sure"]:.2f}'
+        for r in sorted(room.rows, key=lambda r: -r['loss'])[:worst]
+    ]
     return '\n'.join(lines)
 
+
 def room_json(
-    room:ReadingRoom, # opened
-)->str: # JSON
+    room: ReadingRoom,  # opened
+) -> str:  # JSON
     "The cases as a list of plain values"
-    drop = ('words','thumb')
-    return json.dumps([{k:v for k,v in r.items() if k not in drop} for r in room.rows], indent=1)
+    drop = ('words', 'thumb')
+    return json.dumps([{k: v for k, v in r.items() if k not in drop} for r in room.rows], indent=1)

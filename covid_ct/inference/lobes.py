@@ -8,203 +8,317 @@ __all__ = ['LOBE_PREPS', 'FISSURES', 'LobeError', 'lobe_input', 'bend_anatomy', 
 
 # %% ../../nbs/09_inference/04_lobes.ipynb #9be08aed
 from dataclasses import replace
+
 import numpy as np
 import torch
 from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
 from torch import nn
-from ..phantom.anatomy import LOBES
-from ..io.read import read_mask
+
 from ..io.labels import convert_lobes
+from ..io.read import read_mask
+from ..models.unet import UNet
+from ..phantom.anatomy import LOBES
+from ..phantom.chest import PHANTOM_MASKS, Phantom
 from ..preprocess.lungs import dice, lung_mask, two_sides
 from ..preprocess.resample import Prep, Prepared, prepare
-from ..models.unet import UNet
-from ..phantom.chest import PHANTOM_MASKS, Phantom
 from ..scan import DataError, GeometryError, Scan, evaluating
 
 # %% ../../nbs/09_inference/04_lobes.ipynb #f2c62352
-class LobeError(DataError): "Lungs or labels that do not make five lobes"
+class LobeError(DataError):
+    "Lungs or labels that do not make five lobes"
 
-def _who(scan): return scan.source or scan.scan_id or 'scan'
+
+def _who(scan):
+    return scan.source or scan.scan_id or 'scan'
+
 
 def _coarse_lungs(
-    scan:Scan, # a chest in HU
-    lungs=None, # bool `(D,H,W)` if there is a mask already; None: `lung_mask`
-)->np.ndarray: # bool `(D,H,W)`
+    scan: Scan,  # a chest in HU
+    lungs=None,  # bool `(D,H,W)` if there is a mask already; None: `lung_mask`
+) -> np.ndarray:  # bool `(D,H,W)`
     "Both lungs as one mask; raises `LobeError` unless there are two, and like `lung_mask`"
     name = _who(scan)
     mask = lung_mask(scan) if lungs is None else np.asarray(lungs, bool)
-    if mask.shape!=scan.shape: raise GeometryError(name, f'its lung mask has shape {mask.shape}, the scan {scan.shape}', 'Give a mask on the grid of the scan.')
-    if not mask.any(): raise LobeError(name, 'its lung mask is empty', 'Give a chest, or a mask with lungs.')
-    if not (two_sides(mask, scan.spacing)==2).any(): raise LobeError(name, 'shows one lung, not two', 'Five lobes need both lungs: measure this scan by lung instead.')
+    if mask.shape != scan.shape:
+        raise GeometryError(
+            name,
+            f'its lung mask has shape {mask.shape}, the scan {scan.shape}',
+            'Give a mask on the grid of the scan.',
+        )
+    if not mask.any():
+        raise LobeError(name, 'its lung mask is empty', 'Give a chest, or a mask with lungs.')
+    if not (two_sides(mask, scan.spacing) == 2).any():
+        raise LobeError(
+            name,
+            'shows one lung, not two',
+            'Five lobes need both lungs: measure this scan by lung instead.',
+        )
     return mask
 
 # %% ../../nbs/09_inference/04_lobes.ipynb #b87759d6
 def _convex_hull(
-    mask:np.ndarray, # bool `(D,H,W)`
-)->np.ndarray: # bool, same shape: voxels whose centre lies in the hull of the centres of the mask
+    mask: np.ndarray,  # bool `(D,H,W)`
+) -> (
+    np.ndarray
+):  # bool, same shape: voxels whose centre lies in the hull of the centres of the mask
     "The smallest convex body around a mask (@eq-hull); raises `LobeError` for an empty or flat one"
-    edge = np.argwhere(mask&~ndimage.binary_erosion(mask))
-    try: planes = np.unique(ConvexHull(edge).equations.round(9), axis=0)
-    except (QhullError,ValueError) as e: raise LobeError('lung mask', 'is empty or flat: it has no convex hull', 'Look at the scan; a chest has a volume.') from e
-    (z,y,_),x = np.ogrid[tuple(map(slice, (*mask.shape[:2],1)))], np.arange(mask.shape[2])
-    low, high = np.full((*mask.shape[:2],1), -np.inf), np.full((*mask.shape[:2],1), np.inf)
-    for a,b,c,d in planes: # each row of voxels enters the body once and leaves it once
-        room = 1e-3-(a*z+b*y+d)
-        if abs(c)<1e-9: high[room<0] = -np.inf
-        elif c>0: np.minimum(high, room/c, out=high)
-        else: np.maximum(low, room/c, out=low)
-    return (low<=x)&(x<=high)
+    edge = np.argwhere(mask & ~ndimage.binary_erosion(mask))
+    try:
+        planes = np.unique(ConvexHull(edge).equations.round(9), axis=0)
+    except (QhullError, ValueError) as e:
+        raise LobeError(
+            'lung mask',
+            'is empty or flat: it has no convex hull',
+            'Look at the scan; a chest has a volume.',
+        ) from e
+    (z, y, _), x = np.ogrid[tuple(map(slice, (*mask.shape[:2], 1)))], np.arange(mask.shape[2])
+    low, high = np.full((*mask.shape[:2], 1), -np.inf), np.full((*mask.shape[:2], 1), np.inf)
+    for a, b, c, d in planes:  # each row of voxels enters the body once and leaves it once
+        room = 1e-3 - (a * z + b * y + d)
+        if abs(c) < 1e-9:
+            high[room < 0] = -np.inf
+        elif c > 0:
+            np.minimum(high, room / c, out=high)
+        else:
+            np.maximum(low, room / c, out=low)
+    return (low <= x) & (x <= high)
 
 # %% ../../nbs/09_inference/04_lobes.ipynb #97cd0aa5
 LOBE_PREPS = {
-    'paper': Prep(size=(128,96,128), crop='lungs', margin=5., window=(-1250.,250.)), # Wang et al. 2020: size V-A, window IV; margin ours
-    'tiny': Prep(size=(48,36,48), crop='lungs', margin=5., window=(-1250.,250.))} # ours: the same field, minutes on two cores
-_REFINED = Prep(size=(96,96,96), crop='lungs', margin=0., window=(-1250.,250.)) # Wang et al. 2020, III-B: the crop that is classified
+    'paper': Prep(
+        size=(128, 96, 128), crop='lungs', margin=5.0, window=(-1250.0, 250.0)
+    ),  # Wang et al. 2020: size V-A, window IV; margin ours
+    'tiny': Prep(size=(48, 36, 48), crop='lungs', margin=5.0, window=(-1250.0, 250.0)),
+}  # ours: the same field, minutes on two cores
+_REFINED = Prep(
+    size=(96, 96, 96), crop='lungs', margin=0.0, window=(-1250.0, 250.0)
+)  # Wang et al. 2020, III-B: the crop that is classified
+
 
 def lobe_input(
-    scan:Scan, # in HU
-    prep:Prep, # a row of `LOBE_PREPS`
-    lungs:np.ndarray, # bool `(D,H,W)`, coarse
-)->Prepared: # voxels of the hull, 0 outside; `kept` is the hull
+    scan: Scan,  # in HU
+    prep: Prep,  # a row of `LOBE_PREPS`
+    lungs: np.ndarray,  # bool `(D,H,W)`, coarse
+) -> Prepared:  # voxels of the hull, 0 outside; `kept` is the hull
     "Crop to the convex hull of the lungs and resample"
     out = prepare(scan, prep, lungs)
-    hull = _convex_hull(out.forward(lungs)); v = np.where(hull, out.voxels, prep.fill).astype('f4')
+    hull = _convex_hull(out.forward(lungs))
+    v = np.where(hull, out.voxels, prep.fill).astype('f4')
     v.flags.writeable = False
     return replace(out, voxels=v, kept=hull)
 
 # %% ../../nbs/09_inference/04_lobes.ipynb #d19a0023
 def bend_anatomy(
-    phantom:Phantom, # any
-    seed=0, # of the field, a whole number or a tuple of them
-    mm:float=10., # standard deviation of the shift along each axis, mm
-    width:float=45., # how far the shift stays alike, mm
-)->Phantom: # scan and masks shifted alike
+    phantom: Phantom,  # any
+    seed=0,  # of the field, a whole number or a tuple of them
+    mm: float = 10.0,  # standard deviation of the shift along each axis, mm
+    width: float = 45.0,  # how far the shift stays alike, mm
+) -> Phantom:  # scan and masks shifted alike
     "Another anatomy with the same truth (@eq-bend)"
     rng, step = np.random.default_rng(seed), np.array(phantom.scan.spacing)
-    shift = np.stack([ndimage.gaussian_filter(rng.standard_normal(phantom.scan.shape, 'f4'), width/step) for _ in step])
-    at = np.indices(phantom.scan.shape, 'f4')+shift*(mm/shift.std((1,2,3))/step)[:,None,None,None]
-    moved = lambda v, order: ndimage.map_coordinates(v, at, order=order, mode='nearest')
+    shift = np.stack(
+        [
+            ndimage.gaussian_filter(rng.standard_normal(phantom.scan.shape, 'f4'), width / step)
+            for _ in step
+        ]
+    )
+    at = (
+        np.indices(phantom.scan.shape, 'f4')
+        + shift * (mm / shift.std((1, 2, 3)) / step)[:, None, None, None]
+    )
+
+    def moved(v, order):
+        return ndimage.map_coordinates(v, at, order=order, mode='nearest')
+
     hu = np.round(moved(phantom.scan.voxels.astype('f4'), 1)).astype('i2')
-    return replace(phantom, scan=phantom.scan.replace(voxels=hu), **{k: moved(getattr(phantom,k).astype('u1'), 0).astype(getattr(phantom,k).dtype) for k in PHANTOM_MASKS})
+    return replace(
+        phantom,
+        scan=phantom.scan.replace(voxels=hu),
+        **{
+            k: moved(getattr(phantom, k).astype('u1'), 0).astype(getattr(phantom, k).dtype)
+            for k in PHANTOM_MASKS
+        },
+    )
 
 # %% ../../nbs/09_inference/04_lobes.ipynb #91ef1f0a
-FISSURES = {'left oblique':((1,),(2,)), 'right oblique':((3,4),(5,)), 'right horizontal':((3,),(4,))} # name: lobes above and below
+FISSURES = {
+    'left oblique': ((1,), (2,)),
+    'right oblique': ((3, 4), (5,)),
+    'right horizontal': ((3,), (4,)),
+}  # name: lobes above and below
+
 
 def _fissure(
-    lobes:np.ndarray, # `(D,H,W)` uint8, 1 … 5
-    name:str, # key of `FISSURES`
-)->np.ndarray: # bool `(D,H,W)`: voxels of the upper lobe that touch the lower one
+    lobes: np.ndarray,  # `(D,H,W)` uint8, 1 … 5
+    name: str,  # key of `FISSURES`
+) -> np.ndarray:  # bool `(D,H,W)`: voxels of the upper lobe that touch the lower one
     "Where two lobes meet"
     above, below = (np.isin(lobes, k) for k in FISSURES[name])
-    return above&ndimage.binary_dilation(below)
+    return above & ndimage.binary_dilation(below)
 
-def _far(m, to, spacing): return ndimage.distance_transform_edt(~to, sampling=spacing)[m].mean() # mm
+
+def _far(m, to, spacing):
+    return ndimage.distance_transform_edt(~to, sampling=spacing)[m].mean()  # mm
+
 
 def _fissure_error(
-    found:np.ndarray, # `(D,H,W)` lobes
-    true:np.ndarray, # same
-    spacing, # mm, `(z,y,x)`
-)->dict: # mean distance in mm of each fissure; NaN where either map lacks it
+    found: np.ndarray,  # `(D,H,W)` lobes
+    true: np.ndarray,  # same
+    spacing,  # mm, `(z,y,x)`
+) -> dict:  # mean distance in mm of each fissure; NaN where either map lacks it
     "How far the found fissures lie from the true ones (@eq-fissure)"
     out = {}
     for name in FISSURES:
         a, b = _fissure(found, name), _fissure(true, name)
-        out[name] = float(_far(a,b,spacing)+_far(b,a,spacing))/2 if a.any() and b.any() else np.nan
+        out[name] = (
+            float(_far(a, b, spacing) + _far(b, a, spacing)) / 2 if a.any() and b.any() else np.nan
+        )
     return out
 
+
 def lobe_scores(
-    found:np.ndarray, # `(D,H,W)` lobes
-    true:np.ndarray, # same
-    spacing, # mm, `(z,y,x)`
-)->dict: # Dice of each lobe by name, mm of each fissure by name
+    found: np.ndarray,  # `(D,H,W)` lobes
+    true: np.ndarray,  # same
+    spacing,  # mm, `(z,y,x)`
+) -> dict:  # Dice of each lobe by name, mm of each fissure by name
     "Volumes and surfaces of a map of lobes against the truth"
-    if np.shape(found)!=np.shape(true): raise GeometryError('lobe_scores', f'maps of shape {np.shape(found)} and {np.shape(true)}', 'Bring both to one grid.')
-    return {k: dice(found==i, true==i) for i,k in enumerate(LOBES,1)}|_fissure_error(found, true, spacing)
+    if np.shape(found) != np.shape(true):
+        raise GeometryError(
+            'lobe_scores',
+            f'maps of shape {np.shape(found)} and {np.shape(true)}',
+            'Bring both to one grid.',
+        )
+    return {k: dice(found == i, true == i) for i, k in enumerate(LOBES, 1)} | _fissure_error(
+        found, true, spacing
+    )
 
 # %% ../../nbs/09_inference/04_lobes.ipynb #25a95bcc
 def lobe_net(
-    widths=(8,16,32,32), # channels of each level; (16,32,64,128) for the paper's size
-)->UNet: # one channel in, six out
+    widths=(8, 16, 32, 32),  # channels of each level; (16,32,64,128) for the paper's size
+) -> UNet:  # one channel in, six out
     "3-D U-Net for non-lung and five lobes (Wang et al. 2020, V-A)"
-    return UNet(3, 1, 1+len(LOBES), widths)
+    return UNet(3, 1, 1 + len(LOBES), widths)
+
 
 class LobeBatches:
     "Phantoms as batches for the training loop, bent anew in every epoch"
-    def __init__(self,
-                 phantoms, # list of `Phantom`
-                 prep:Prep=LOBE_PREPS['tiny'], # size of the network
-                 batch_size:int=2, # patients in a step, the paper's 2
-                 mm:float=10., # of `bend_anatomy`; 0: as they are
-                 seed:int=0, # of bends and order
-                 fresh:bool=True, # other bends and another order in every epoch
-                ):
-        if not len(phantoms): raise LobeError('phantoms', 'there are none', 'Give at least one.')
-        self.phantoms, self.prep, self.batch_size, self.mm, self.seed, self.fresh, self.epoch = list(phantoms), prep, batch_size, mm, seed, fresh, 0
 
-    def set_epoch(self, epoch:int)->None: self.epoch = epoch
-    def __len__(self)->int: return -(-len(self.phantoms)//self.batch_size)
+    def __init__(
+        self,
+        phantoms,  # list of `Phantom`
+        prep: Prep = LOBE_PREPS['tiny'],  # size of the network
+        batch_size: int = 2,  # patients in a step, the paper's 2
+        mm: float = 10.0,  # of `bend_anatomy`; 0: as they are
+        seed: int = 0,  # of bends and order
+        fresh: bool = True,  # other bends and another order in every epoch
+    ):
+        if not len(phantoms):
+            raise LobeError('phantoms', 'there are none', 'Give at least one.')
+        self.phantoms, self.prep, self.batch_size, self.mm, self.seed, self.fresh, self.epoch = (
+            list(phantoms),
+            prep,
+            batch_size,
+            mm,
+            seed,
+            fresh,
+            0,
+        )
 
-    def example(self,
-                i:int, # which phantom
-               )->tuple: # the bent phantom and its `Prepared`
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.phantoms) // self.batch_size)
+
+    def example(
+        self,
+        i: int,  # which phantom
+    ) -> tuple:  # the bent phantom and its `Prepared`
         "One patient of this epoch"
         p = self.phantoms[i]
-        b = bend_anatomy(p, (self.seed, self.epoch if self.fresh else 0, i), self.mm) if self.mm else p
+        b = (
+            bend_anatomy(p, (self.seed, self.epoch if self.fresh else 0, i), self.mm)
+            if self.mm
+            else p
+        )
         return b, lobe_input(b.scan, self.prep, b.lungs)
 
     def __iter__(self):
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.phantoms)) if self.fresh else np.arange(len(self.phantoms))
+        order = (
+            np.random.default_rng((self.seed, self.epoch)).permutation(len(self.phantoms))
+            if self.fresh
+            else np.arange(len(self.phantoms))
+        )
         for k in range(0, len(order), self.batch_size):
-            got = [self.example(i) for i in order[k:k+self.batch_size]]
-            image, mask = (np.stack(v) for v in zip(*[(q.voxels, q.forward(b.lobes)) for b,q in got]))
-            yield dict(image=torch.from_numpy(image)[:,None], mask=torch.from_numpy(mask.astype('i8')), scan_id=[b.scan.scan_id for b,_ in got], patient_id=[b.patient_id for b,_ in got])
+            got = [self.example(i) for i in order[k : k + self.batch_size]]
+            image, mask = (
+                np.stack(v)
+                for v in zip(*[(q.voxels, q.forward(b.lobes)) for b, q in got], strict=False)
+            )
+            yield dict(
+                image=torch.from_numpy(image)[:, None],
+                mask=torch.from_numpy(mask.astype('i8')),
+                scan_id=[b.scan.scan_id for b, _ in got],
+                patient_id=[b.patient_id for b, _ in got],
+            )
 
 # %% ../../nbs/09_inference/04_lobes.ipynb #6affa13a
 def vote_lobes(
-    prob:np.ndarray, # `(6,d,h,w)`, of non-lung and the lobes, on the grid of `prepared`
-    prepared:Prepared, # of `lobe_input`
-    lungs:np.ndarray, # bool `(D,H,W)` on the scan
-    reach:float=.9, # probability of lung from which a voxel outside the mask counts too; above 1: never
-)->np.ndarray: # `(D,H,W)` uint8
+    prob: np.ndarray,  # `(6,d,h,w)`, of non-lung and the lobes, on the grid of `prepared`
+    prepared: Prepared,  # of `lobe_input`
+    lungs: np.ndarray,  # bool `(D,H,W)` on the scan
+    reach: float = 0.9,  # probability of lung from which a voxel outside the mask counts too; above 1: never
+) -> np.ndarray:  # `(D,H,W)` uint8
     "Lobes on the scan from probabilities on the network's grid"
-    best, lung, lobes = (np.zeros(lungs.shape, kind) for kind in ('f4','f4','u1'))
-    for k,v in enumerate(prob[1:],1): # one lobe at a time: a full scan has a hundred million voxels
-        full = prepared.back(v); lung += full; ahead = full>best
+    best, lung, lobes = (np.zeros(lungs.shape, kind) for kind in ('f4', 'f4', 'u1'))
+    for k, v in enumerate(
+        prob[1:], 1
+    ):  # one lobe at a time: a full scan has a hundred million voxels
+        full = prepared.back(v)
+        lung += full
+        ahead = full > best
         lobes[ahead], best[ahead] = k, full[ahead]
-    return lobes*(lungs|(lung>reach))
+    return lobes * (lungs | (lung > reach))
+
 
 def segment_lobes(
-    model:nn.Module, # of `lobe_net`, trained
-    scan:Scan, # a chest in HU
-    prep:Prep=LOBE_PREPS['tiny'], # the row it was trained with
-    lungs=None, # bool `(D,H,W)`; None: `lung_mask`
-    reach:float=.9, # of `vote_lobes`
-)->np.ndarray: # `(D,H,W)` uint8, 1 … 5 in the order of `LOBES`
+    model: nn.Module,  # of `lobe_net`, trained
+    scan: Scan,  # a chest in HU
+    prep: Prep = LOBE_PREPS['tiny'],  # the row it was trained with
+    lungs=None,  # bool `(D,H,W)`; None: `lung_mask`
+    reach: float = 0.9,  # of `vote_lobes`
+) -> np.ndarray:  # `(D,H,W)` uint8, 1 … 5 in the order of `LOBES`
     "The five lobes of a scan (Wang et al. 2020, III-A); raises like `_coarse_lungs`"
-    mask = _coarse_lungs(scan, lungs); x = lobe_input(scan, prep, mask)
-    image = torch.tensor(x.voxels, device=next(model.parameters()).device)[None,None]
+    mask = _coarse_lungs(scan, lungs)
+    x = lobe_input(scan, prep, mask)
+    image = torch.tensor(x.voxels, device=next(model.parameters()).device)[None, None]
     with evaluating(model), torch.inference_mode():
         prob = model(image).float().softmax(1)[0].cpu().numpy()
     return vote_lobes(prob, x, mask, reach)
 
 # %% ../../nbs/09_inference/04_lobes.ipynb #fdd181ca
 def _outside_lobes(
-    path, # volume file with labels
-    scan:Scan, # the scan it must lie on
-    convention:str, # row of `covid_ct.io.labels.LOBE_CONVENTIONS`
-)->np.ndarray: # `(D,H,W)` uint8, 1 … 5 in the order of `LOBES`
+    path,  # volume file with labels
+    scan: Scan,  # the scan it must lie on
+    convention: str,  # row of `covid_ct.io.labels.LOBE_CONVENTIONS`
+) -> np.ndarray:  # `(D,H,W)` uint8, 1 … 5 in the order of `LOBES`
     "Lobes from a file; raises `GeometryError` for another grid, `VoxelError` for labels of another convention, `LobeError` if a lobe is missing"
     lobes = convert_lobes(read_mask(path, scan), convention, path)
-    lost = [n for k,n in enumerate(LOBES,1) if not (lobes==k).any()]
-    if lost: raise LobeError(path, f'has no {lost[0]} lobe', 'Check the convention, or measure this scan by lung.')
+    lost = [n for k, n in enumerate(LOBES, 1) if not (lobes == k).any()]
+    if lost:
+        raise LobeError(
+            path, f'has no {lost[0]} lobe', 'Check the convention, or measure this scan by lung.'
+        )
     return lobes
 
+
 def refined_crop(
-    scan:Scan, # in HU
-    lobes:np.ndarray, # `(D,H,W)`, 0 outside
-    prep:Prep=_REFINED, # size and window of the classifier
-)->Prepared: # voxels in [0,1], `(96,96,96)`
+    scan: Scan,  # in HU
+    lobes: np.ndarray,  # `(D,H,W)`, 0 outside
+    prep: Prep = _REFINED,  # size and window of the classifier
+) -> Prepared:  # voxels in [0,1], `(96,96,96)`
     "The lungs as the lobes bound them, for the classifier (Wang et al. 2020, III-B); raises `LobeError` for an empty map"
-    if not np.any(lobes): raise LobeError(_who(scan), 'its map of lobes is empty', 'There is nothing to crop to.')
-    return prepare(scan, prep, np.asarray(lobes)>0)
+    if not np.any(lobes):
+        raise LobeError(_who(scan), 'its map of lobes is empty', 'There is nothing to crop to.')
+    return prepare(scan, prep, np.asarray(lobes) > 0)

@@ -7,7 +7,9 @@ __all__ = ['inspect', 'predict_class', 'predict_scan']
 
 # %% ../../nbs/09_inference/02_predict.ipynb #c94bde7f
 from pathlib import Path
+
 import numpy as np
+
 from ..io.dicom import series_rows
 from ..io.read import read
 from ..preprocess.lungs import hu_warnings, lung_mask, lung_volume_l, mask_warnings
@@ -15,168 +17,215 @@ from ..scan import DataError, NotAChestError
 
 # %% ../../nbs/09_inference/02_predict.ipynb #0feac71c
 def _histogram(
-    scan, # `Scan`
-)->dict: # `edges` in the unit of the scan, and the `share` of all voxels between them
+    scan,  # `Scan`
+) -> dict:  # `edges` in the unit of the scan, and the `share` of all voxels between them
     "How often each value occurs, counted slice by slice"
-    lo,hi = dict(HU=(-1050,1050), uint8=(0,256), unit=(0,1))[scan.units]
+    lo, hi = dict(HU=(-1050, 1050), uint8=(0, 256), unit=(0, 1))[scan.units]
     edges = np.linspace(lo, hi, 43)
-    if scan.voxels.dtype.kind=='f':
+    if scan.voxels.dtype.kind == 'f':
         n = sum(np.histogram(s, edges)[0] for s in scan.voxels)
-    else: # whole numbers: count each, then add up
-        every = sum(np.bincount(s.ravel().clip(lo-1,hi+1)-(lo-1), minlength=hi-lo+3)
-                    for s in scan.voxels.astype('i2', copy=False))
-        n = np.histogram(np.arange(lo-1,hi+2), edges, weights=every)[0]
-    return dict(edges=edges.round(3).tolist(), share=(n/max(1,n.sum())).round(5).tolist())
+    else:  # whole numbers: count each, then add up
+        every = sum(
+            np.bincount(s.ravel().clip(lo - 1, hi + 1) - (lo - 1), minlength=hi - lo + 3)
+            for s in scan.voxels.astype('i2', copy=False)
+        )
+        n = np.histogram(np.arange(lo - 1, hi + 2), edges, weights=every)[0]
+    return dict(edges=edges.round(3).tolist(), share=(n / max(1, n.sum())).round(5).tolist())
 
 # %% ../../nbs/09_inference/02_predict.ipynb #cb1f1830
 def _lungs_of(
-    scan, # `Scan`
-)->tuple: # mask `(D,H,W)` or None, and sentences on what is odd about it
+    scan,  # `Scan`
+) -> tuple:  # mask `(D,H,W)` or None, and sentences on what is odd about it
     "Lung mask as far as there can be one"
-    if scan.units!='HU': return None,(f'values are {scan.units}, not HU: no lung mask',)
-    if not scan.geometry_known: return None,('geometry unknown: no lung volume',)
-    try: mask = lung_mask(scan)
-    except NotAChestError as e: return None,(f'not a chest: {e.fault}',)
+    if scan.units != 'HU':
+        return None, (f'values are {scan.units}, not HU: no lung mask',)
+    if not scan.geometry_known:
+        return None, ('geometry unknown: no lung volume',)
+    try:
+        mask = lung_mask(scan)
+    except NotAChestError as e:
+        return None, (f'not a chest: {e.fault}',)
     return mask, mask_warnings(mask, scan)
 
+
 def _facts_of(
-    scan, # `Scan`
-    lungs=None, # from `_lungs_of`; None: they are looked for
-)->dict: # as of `inspect`, without path and series
+    scan,  # `Scan`
+    lungs=None,  # from `_lungs_of`; None: they are looked for
+) -> dict:  # as of `inspect`, without path and series
     "What a scan is, in plain Python types"
-    mask,said = _lungs_of(scan) if lungs is None else lungs
-    return dict(shape=list(scan.shape), spacing=list(scan.spacing), units=scan.units,
-                orientation=scan.stored_as, origin=list(scan.origin),
-                direction=[list(r) for r in scan.direction], geometry_known=scan.geometry_known,
-                lung_volume_l=None if mask is None else lung_volume_l(mask, scan),
-                histogram=_histogram(scan),
-                warnings=[*scan.remarks, *(hu_warnings(scan) if scan.units=='HU' else ()), *said])
+    mask, said = _lungs_of(scan) if lungs is None else lungs
+    return dict(
+        shape=list(scan.shape),
+        spacing=list(scan.spacing),
+        units=scan.units,
+        orientation=scan.stored_as,
+        origin=list(scan.origin),
+        direction=[list(r) for r in scan.direction],
+        geometry_known=scan.geometry_known,
+        lung_volume_l=None if mask is None else lung_volume_l(mask, scan),
+        histogram=_histogram(scan),
+        warnings=[*scan.remarks, *(hu_warnings(scan) if scan.units == 'HU' else ()), *said],
+    )
 
 # %% ../../nbs/09_inference/02_predict.ipynb #6a7bce03
-def _series_in(path)->list:
+def _series_in(path) -> list:
     "Series of a folder in plain types; none for a file"
-    def plain(v): return list(v) if isinstance(v, tuple) else v
+
+    def plain(v):
+        return list(v) if isinstance(v, tuple) else v
+
     rows = series_rows(path) if Path(path).is_dir() else []
-    return [dict(index=i, **{k: plain(v) for k,v in r.items()}) for i,r in enumerate(rows)]
+    return [dict(index=i, **{k: plain(v) for k, v in r.items()}) for i, r in enumerate(rows)]
+
 
 def inspect(
-    path, # volume file, DICOM folder, folder of slice images
-    series=None, # number, UID or part of the description, where there are several
-    report=None, # HTML file to write
-    **how, # of `read`: `allow_unknown_geometry`, `tilt`
-)->dict: # facts ready for JSON; `shape` is None where a series has to be chosen
+    path,  # volume file, DICOM folder, folder of slice images
+    series=None,  # number, UID or part of the description, where there are several
+    report=None,  # HTML file to write
+    **how,  # of `read`: `allow_unknown_geometry`, `tilt`
+) -> dict:  # facts ready for JSON; `shape` is None where a series has to be chosen
     "What is at a path, read once, its lungs found once; raises `DataError` for what cannot be read"
     found = _series_in(path)
     several = sum(r['readable'] for r in found)
-    if several>1 and series is None and not report:
+    if several > 1 and series is None and not report:
         said = f'{several} series that can be read: choose one with --series'
         return dict(path=str(path), series=found, shape=None, histogram=None, warnings=[said])
     scan = read(path, series=series, **how)
     lungs = _lungs_of(scan)
     facts = dict(path=str(path), series=found, **_facts_of(scan, lungs))
-    if report: _inspect_report(facts, scan, lungs[0]).write(report)
+    if report:
+        _inspect_report(facts, scan, lungs[0]).write(report)
     return facts
 
 # %% ../../nbs/09_inference/02_predict.ipynb #ab3e3376
 def _inspect_report(
-    facts:dict, # from `_facts_of`
-    scan, # `Scan`
-    mask=None, # its lungs, bool `(D,H,W)`
-)->'HtmlReport': # not yet written
+    facts: dict,  # from `_facts_of`
+    scan,  # `Scan`
+    mask=None,  # its lungs, bool `(D,H,W)`
+) -> 'HtmlReport':  # not yet written
     "What a scan is, as a page with planes and viewer"
-    from covid_ct.widgets.overlay import overlay
     from covid_ct.widgets.html import HtmlReport
+    from covid_ct.widgets.overlay import overlay
+
     r = HtmlReport(scan.scan_id or 'A scan', 'What this scan is, before any network sees it.')
-    size,mm = (' × '.join(f'{v:.3g}' for v in facts[k]) for k in ('shape','spacing'))
+    size, mm = (' × '.join(f'{v:.3g}' for v in facts[k]) for k in ('shape', 'spacing'))
     litres = '–' if mask is None else f"{facts['lung_volume_l']:.2f} L"
-    r.facts({'voxels (D,H,W)': size, 'mm (z,y,x)': mm if scan.geometry_known else 'unknown',
-             'units': scan.units, 'lungs': litres})
-    for w in facts['warnings']: r.note(w)
-    masks = {} if mask is None else {'lungs':mask}
+    r.facts(
+        {
+            'voxels (D,H,W)': size,
+            'mm (z,y,x)': mm if scan.geometry_known else 'unknown',
+            'units': scan.units,
+            'lungs': litres,
+        }
+    )
+    for w in facts['warnings']:
+        r.note(w)
+    masks = {} if mask is None else {'lungs': mask}
     return r.section('Browse').html(overlay(scan, masks=masks).frame())
 
 # %% ../../nbs/09_inference/02_predict.ipynb #1181b6d8
 def _load_classifier(
-    run, # run folder of `covid_ct.train.loop.fit`
-)->tuple: # model, recipe, config
+    run,  # run folder of `covid_ct.train.loop.fit`
+) -> tuple:  # model, recipe, config
     "Network of a run that names scans; raises `RunError` for a folder that holds no such network"
     from covid_ct.preprocess.resample import PREPS
     from covid_ct.train.loop import load_run
     from covid_ct.train.run_folder import RunError
-    model,recipe,config = load_run(run)
-    if recipe.task!='classify':
-        raise RunError(run, f'holds a network that outlines lesions ({recipe.system}), '
-                       'it gives no probabilities',
-                       'Use covid-ct segment, or give the run of a classifier.')
+
+    model, recipe, config = load_run(run)
+    if recipe.task != 'classify':
+        raise RunError(
+            run,
+            f'holds a network that outlines lesions ({recipe.system}), it gives no probabilities',
+            'Use covid-ct segment, or give the run of a classifier.',
+        )
     if recipe.prep not in PREPS:
-        raise RunError(run, f'names no preprocessing that is known here ({recipe.prep!r})',
-                       f'Give the run of a recipe with one of {", ".join(PREPS)}.')
-    return model,recipe,config
+        raise RunError(
+            run,
+            f'names no preprocessing that is known here ({recipe.prep!r})',
+            f'Give the run of a recipe with one of {", ".join(PREPS)}.',
+        )
+    return model, recipe, config
 
 # %% ../../nbs/09_inference/02_predict.ipynb #d0f6dfd9
 def predict_class(
-    scan, # `Scan` in the unit that the recipe needs
-    run, # run folder, or what `_load_classifier` made of it
-    lungs=lung_mask, # bool `(D,H,W)`, or a function of the scan, asked where the recipe needs lungs
-)->tuple: # probabilities by class, `Map` of the most probable one, config of the run
+    scan,  # `Scan` in the unit that the recipe needs
+    run,  # run folder, or what `_load_classifier` made of it
+    lungs=lung_mask,  # bool `(D,H,W)`, or a function of the scan, asked where the recipe needs lungs
+) -> tuple:  # probabilities by class, `Map` of the most probable one, config of the run
     "Probabilities of a trained network, and its CAM on the scan's own voxels (Zhou et al. 2016)"
     import torch
-    from covid_ct.preprocess.resample import PREPS, prepare
+
     from covid_ct.explain.cam import explain
-    model,recipe,config = run if isinstance(run, tuple) else _load_classifier(run)
+    from covid_ct.preprocess.resample import PREPS, prepare
+
+    model, recipe, config = run if isinstance(run, tuple) else _load_classifier(run)
     ready = prepare(scan, PREPS[recipe.prep], lungs=lungs)
-    image = torch.tensor(ready.voxels)[None,None]
-    with torch.no_grad(): prob = model.eval()(image).softmax(1)[0]
+    image = torch.tensor(ready.voxels)[None, None]
+    with torch.no_grad():
+        prob = model.eval()(image).softmax(1)[0]
     label = recipe.classes[int(prob.argmax())]
     heat = explain(model, ready, scan, label, classes=recipe.classes)
-    return dict(zip(recipe.classes, prob.tolist())), heat, config
+    return dict(zip(recipe.classes, prob.tolist(), strict=False)), heat, config
 
 # %% ../../nbs/09_inference/02_predict.ipynb #9b3774af
 def _trained_on(
-    config:dict, # of a run folder
-)->str: # plain words
+    config: dict,  # of a run folder
+) -> str:  # plain words
     "What a run says about its training data"
     return str(config.get('trained_on') or 'data that its run folder does not name')
 
+
 def predict_scan(
-    path, # as for `inspect`
-    run, # run folder
-    report=None, # HTML file to write
-    series=None, # as for `inspect`
-    **how, # as for `inspect`
-)->dict: # `probabilities`, `predicted`, `_trained_on`, `warnings`
+    path,  # as for `inspect`
+    run,  # run folder
+    report=None,  # HTML file to write
+    series=None,  # as for `inspect`
+    **how,  # as for `inspect`
+) -> dict:  # `probabilities`, `predicted`, `_trained_on`, `warnings`
     "Read a scan once, ask a trained network, write the report; raises `DataError` for scan or run"
     network = _load_classifier(run)
-    scan,masks = read(path, series=series, **how),[]
+    scan, masks = read(path, series=series, **how), []
+
     def lungs(scan):
         masks.append(lung_mask(scan))
         return masks[-1]
-    prob,heat,config = predict_class(scan, network, lungs)
-    warnings = [*scan.remarks, *(hu_warnings(scan) if scan.units=='HU' else ())]
-    for m in masks: warnings += mask_warnings(m, scan)
-    found = dict(probabilities=prob, predicted=heat.label, trained_on=_trained_on(config),
-                 warnings=warnings)
-    if report: _predict_report(found, scan, heat, scan.scan_id or 'A scan').write(report)
+
+    prob, heat, config = predict_class(scan, network, lungs)
+    warnings = [*scan.remarks, *(hu_warnings(scan) if scan.units == 'HU' else ())]
+    for m in masks:
+        warnings += mask_warnings(m, scan)
+    found = dict(
+        probabilities=prob, predicted=heat.label, trained_on=_trained_on(config), warnings=warnings
+    )
+    if report:
+        _predict_report(found, scan, heat, scan.scan_id or 'A scan').write(report)
     return found
 
 # %% ../../nbs/09_inference/02_predict.ipynb #e5b2d2bc
 def _predict_report(
-    found:dict, # from `predict_scan`
-    scan, # `Scan`
-    heat, # `Map` on its grid
-    name:str, # heading
-)->'HtmlReport': # not yet written
+    found: dict,  # from `predict_scan`
+    scan,  # `Scan`
+    heat,  # `Map` on its grid
+    name: str,  # heading
+) -> 'HtmlReport':  # not yet written
     "What the network says of one scan, with its attention in planes and viewer"
-    from covid_ct.widgets.overlay import overlay
-    from covid_ct.widgets.html import HtmlReport
     from covid_ct.plot import show_planes
+    from covid_ct.widgets.html import HtmlReport
+    from covid_ct.widgets.overlay import overlay
+
     r = HtmlReport(name, 'What a trained network says about this scan, and where it looked.')
-    r.note(f"The weights were trained on **{found['trained_on']}**. For teaching and research, "
-           'not for clinical use: these numbers are no diagnosis.')
-    r.facts({f'probability of {k}': f'{p:.3f}' for k,p in found['probabilities'].items()})
-    for w in found['warnings']: r.note(w)
+    r.note(
+        f"The weights were trained on **{found['trained_on']}**. For teaching and research, "
+        'not for clinical use: these numbers are no diagnosis.'
+    )
+    r.facts({f'probability of {k}': f'{p:.3f}' for k, p in found['probabilities'].items()})
+    for w in found['warnings']:
+        r.note(w)
     alt = f'Three planes of the scan with the class activation map for {heat.label} in colour'
-    r.section('Where it looked', f'Class activation map for {heat.label} on the voxels of the '
-              'scan, scaled to [0,1].')
+    r.section(
+        'Where it looked',
+        f'Class activation map for {heat.label} on the voxels of the scan, scaled to [0,1].',
+    )
     r.figure(show_planes(scan, heat=heat), alt, 'Planes through the strongest voxel.')
     return r.html(overlay(scan, maps=[heat]).frame())

@@ -11,169 +11,248 @@ from collections.abc import Iterator
 from copy import deepcopy
 from functools import reduce
 from itertools import product
+
 import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
 from ..scan import GeometryError, evaluating
 
 # %% ../../nbs/09_inference/01_sliding_window.ipynb #3e106d30
 class _Alive(TorchDispatchMode):
     "Counts the bytes of the tensors that are made and have not died"
+
     def __init__(self):
         super().__init__()
-        self.now,self.peak,self.known = 0,0,set()
+        self.now, self.peak, self.known = 0, 0, set()
+
     def _gone(self, key, n):
-        self.now -= n; self.known.discard(key)
+        self.now -= n
+        self.known.discard(key)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for s in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
-            if s._cdata in self.known: continue
-            self.known.add(s._cdata); self.now += s.nbytes(); self.peak = max(self.peak, self.now)
+            if s._cdata in self.known:
+                continue
+            self.known.add(s._cdata)
+            self.now += s.nbytes()
+            self.peak = max(self.peak, self.now)
             weakref.finalize(s, self._gone, s._cdata, s.nbytes())
         return out
 
+
 def dry_run(
-    model:nn.Module, # any network; neither its weights nor its mode are touched
-    shape, # of the input, `(B,C,*S)`
-)->tuple: # `(output on the meta device, bytes at the peak)`, input included, weights not
+    model: nn.Module,  # any network; neither its weights nor its mode are touched
+    shape,  # of the input, `(B,C,*S)`
+) -> tuple:  # `(output on the meta device, bytes at the peak)`, input included, weights not
     "Shape of the answer and memory of a pass without gradients, for a network that never runs"
-    memo = {id(t): type(t)(t.detach().to('meta')) if isinstance(t, nn.Parameter) else t.to('meta') for t in (*model.parameters(), *model.buffers())}
+    memo = {
+        id(t): type(t)(t.detach().to('meta')) if isinstance(t, nn.Parameter) else t.to('meta')
+        for t in (*model.parameters(), *model.buffers())
+    }
     ghost = deepcopy(model, memo).eval()
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    with torch.no_grad(), _Alive() as alive: out = ghost(torch.zeros(shape, device='meta', dtype=dtype))
+    with torch.no_grad(), _Alive() as alive:
+        out = ghost(torch.zeros(shape, device='meta', dtype=dtype))
     return out, alive.peak
 
 # %% ../../nbs/09_inference/01_sliding_window.ipynb #8bd3b1c9
-_BLENDS = { # name: weight at t in (−1,1), from the first to the last voxel of a window
+_BLENDS = {  # name: weight at t in (−1,1), from the first to the last voxel of a window
     'constant': np.ones_like,
-    'linear':   lambda t: 1-np.abs(t),
-    'gaussian': lambda t: np.exp(-8*t*t)} # standard deviation: an eighth of the window
+    'linear': lambda t: 1 - np.abs(t),
+    'gaussian': lambda t: np.exp(-8 * t * t),
+}  # standard deviation: an eighth of the window
+
 
 def _window_starts(
-    n:int, # voxels of the axis
-    window:int, # voxels of a window
-    overlap:float=.5, # share of a window that the next one sees again, in [0,1)
-    align:int=1, # every start is a multiple of this
-)->list: # `(first, last+1)` of each window
+    n: int,  # voxels of the axis
+    window: int,  # voxels of a window
+    overlap: float = 0.5,  # share of a window that the next one sees again, in [0,1)
+    align: int = 1,  # every start is a multiple of this
+) -> list:  # `(first, last+1)` of each window
     "Windows along an axis; the last one ends where the axis ends"
-    if not 0<=overlap<1 or window<1: raise GeometryError('window', f'{window} voxels, overlap {overlap}', 'Use at least one voxel and an overlap in [0,1).')
-    if window>=n: return [(0, n)]
-    step = max(1, int(window*(1-overlap))//align)*align
-    return [(a, min(a+window, n)) for a in (*range(0, n-window, step), -(-(n-window)//align)*align)]
+    if not 0 <= overlap < 1 or window < 1:
+        raise GeometryError(
+            'window',
+            f'{window} voxels, overlap {overlap}',
+            'Use at least one voxel and an overlap in [0,1).',
+        )
+    if window >= n:
+        return [(0, n)]
+    step = max(1, int(window * (1 - overlap)) // align) * align
+    return [
+        (a, min(a + window, n))
+        for a in (*range(0, n - window, step), -(-(n - window) // align) * align)
+    ]
 
 # %% ../../nbs/09_inference/01_sliding_window.ipynb #ed506937
 def _blend_weights(
-    n:int, # voxels of the axis
-    window:int, # voxels of a window
-    overlap:float=.5, # as in `_window_starts`
-    kind:str='gaussian', # a key of `_BLENDS`
-    align:int=1, # as in `_window_starts`
-    margin:int=0, # voxels at the rim of a window that do not count, except where the image ends
-)->list: # `(first, last+1, weights)` of each window, float64; they sum to 1 at every voxel
+    n: int,  # voxels of the axis
+    window: int,  # voxels of a window
+    overlap: float = 0.5,  # as in `_window_starts`
+    kind: str = 'gaussian',  # a key of `_BLENDS`
+    align: int = 1,  # as in `_window_starts`
+    margin: int = 0,  # voxels at the rim of a window that do not count, except where the image ends
+) -> list:  # `(first, last+1, weights)` of each window, float64; they sum to 1 at every voxel
     "Windows along an axis with their weights (@eq-blend); raises `GeometryError` where a voxel is left over"
-    if kind not in _BLENDS: raise GeometryError('window', f'unknown blend {kind!r}', f'Use one of {", ".join(_BLENDS)}.')
-    spans,total = _window_starts(n, window, overlap, align),np.zeros(n)
+    if kind not in _BLENDS:
+        raise GeometryError(
+            'window', f'unknown blend {kind!r}', f'Use one of {", ".join(_BLENDS)}.'
+        )
+    spans, total = _window_starts(n, window, overlap, align), np.zeros(n)
+
     def weigh(a, b):
-        i = np.arange(a, b); w = _BLENDS[kind]((2*(i-a)-(b-a-1))/(b-a))
-        return w*(((i>=a+margin)|(a==0)) & ((i<b-margin)|(b==n)))
-    parts = [weigh(a, b) for a,b in spans]
-    for (a,b),w in zip(spans, parts): total[a:b] += w
-    if not (total>0).all(): raise GeometryError('window', f'voxel {int(np.argmin(total>0))} of {n} is seen by no window of {window}', 'Raise the overlap or the window, or lower the margin.')
-    return [(a, b, w/total[a:b]) for (a,b),w in zip(spans, parts)]
+        i = np.arange(a, b)
+        w = _BLENDS[kind]((2 * (i - a) - (b - a - 1)) / (b - a))
+        return w * (((i >= a + margin) | (a == 0)) & ((i < b - margin) | (b == n)))
+
+    parts = [weigh(a, b) for a, b in spans]
+    for (a, b), w in zip(spans, parts, strict=False):
+        total[a:b] += w
+    if not (total > 0).all():
+        raise GeometryError(
+            'window',
+            f'voxel {int(np.argmin(total > 0))} of {n} is seen by no window of {window}',
+            'Raise the overlap or the window, or lower the margin.',
+        )
+    return [(a, b, w / total[a:b]) for (a, b), w in zip(spans, parts, strict=False)]
 
 # %% ../../nbs/09_inference/01_sliding_window.ipynb #dd16f190
 def _slabs(
-    model:nn.Module, # gives logits `(B,K,*S)`; its mode is restored
-    volume, # array or tensor `(C,*S)` in [0,1]; a memory map will do
-    window, # voxels of the window, one per axis
-    overlap:float=.5, # as in `_window_starts`
-    kind:str='gaussian', # as in `_blend_weights`
-    margin:int=0, # as in `_blend_weights`
-)->Iterator: # of `(slice of the first axis, logits (K,*slab))`, float32 on the CPU
+    model: nn.Module,  # gives logits `(B,K,*S)`; its mode is restored
+    volume,  # array or tensor `(C,*S)` in [0,1]; a memory map will do
+    window,  # voxels of the window, one per axis
+    overlap: float = 0.5,  # as in `_window_starts`
+    kind: str = 'gaussian',  # as in `_blend_weights`
+    margin: int = 0,  # as in `_blend_weights`
+) -> Iterator:  # of `(slice of the first axis, logits (K,*slab))`, float32 on the CPU
     "Sliding-window logits, handed out slab by slab from the first to the last"
-    align,weights = getattr(model, 'multiple', 1), next(model.parameters())
-    first,*others = [_blend_weights(n, w, overlap, kind, align, margin) for n,w in zip(volume.shape[1:], window, strict=True)]
+    align, weights = getattr(model, 'multiple', 1), next(model.parameters())
+    first, *others = [
+        _blend_weights(n, w, overlap, kind, align, margin)
+        for n, w in zip(volume.shape[1:], window, strict=True)
+    ]
     held = None
     with evaluating(model):
-        for (a,b,wz),(stop,*_) in zip(first, [*first[1:], (volume.shape[1],)]):
+        for (a, b, wz), (stop, *_) in zip(first, [*first[1:], (volume.shape[1],)], strict=False):
             for spans in product(*others):
-                box = [slice(s,e) for s,e,_ in spans]
-                x = torch.tensor(np.asarray(volume[(slice(None),slice(a,b),*box)]), dtype=weights.dtype, device=weights.device)
-                with torch.inference_mode(): y = model(x[None])[0].float().cpu()
-                if held is None: held = torch.zeros(len(y), max(e-s for s,e,_ in first), *volume.shape[2:])
-                share = reduce(np.multiply.outer, (wz, *(w for *_,w in spans)))
-                held[(slice(None),slice(b-a),*box)] += y*torch.from_numpy(share.astype('f4'))
-            yield slice(a,stop), held[:,:stop-a]
-            held = torch.cat([held[:,stop-a:], torch.zeros_like(held[:,:stop-a])], 1)
+                box = [slice(s, e) for s, e, _ in spans]
+                x = torch.tensor(
+                    np.asarray(volume[(slice(None), slice(a, b), *box)]),
+                    dtype=weights.dtype,
+                    device=weights.device,
+                )
+                with torch.inference_mode():
+                    y = model(x[None])[0].float().cpu()
+                if held is None:
+                    held = torch.zeros(len(y), max(e - s for s, e, _ in first), *volume.shape[2:])
+                share = reduce(np.multiply.outer, (wz, *(w for *_, w in spans)))
+                held[(slice(None), slice(b - a), *box)] += y * torch.from_numpy(share.astype('f4'))
+            yield slice(a, stop), held[:, : stop - a]
+            held = torch.cat([held[:, stop - a :], torch.zeros_like(held[:, : stop - a])], 1)
 
 # %% ../../nbs/09_inference/01_sliding_window.ipynb #ce7e0323
 def likeliest_class(
-    logits:torch.Tensor, # `(K,*S)`
-)->torch.Tensor: # `(*S)`, uint8
+    logits: torch.Tensor,  # `(K,*S)`
+) -> torch.Tensor:  # `(*S)`, uint8
     "The likeliest class of each voxel"
     return logits.argmax(0).to(torch.uint8)
 
+
 def class_probabilities(
-    logits:torch.Tensor, # `(K,*S)`
-)->torch.Tensor: # `(K,*S)` in [0,1], float32
+    logits: torch.Tensor,  # `(K,*S)`
+) -> torch.Tensor:  # `(K,*S)` in [0,1], float32
     "The probability of each class"
     return logits.softmax(0)
 
+
 def _sliding_bytes(
-    model:nn.Module, # gives logits `(B,K,*S)`
-    shape, # of the volume, `(C,*S)`
-    window, # voxels of the window, one per axis
-    finish=lambda z: z, # as in `sliding_window`
-)->dict: # bytes of one window's pass, of the slabs held, of the result, and their sum
+    model: nn.Module,  # gives logits `(B,K,*S)`
+    shape,  # of the volume, `(C,*S)`
+    window,  # voxels of the window, one per axis
+    finish=lambda z: z,  # as in `sliding_window`
+) -> dict:  # bytes of one window's pass, of the slabs held, of the result, and their sum
     "Memory that `sliding_window` takes beside the volume and the weights"
     size = tuple(map(min, window, shape[1:]))
-    y,passing = dry_run(model, (1, shape[0], *size))
+    y, passing = dry_run(model, (1, shape[0], *size))
     slab = torch.empty(y.shape[1], size[0], *shape[2:], device='meta')
-    with _Alive() as finishing: done = finish(slab)
-    need = dict(window=passing+3*y.nbytes, slabs=3*slab.nbytes+finishing.peak, out=done.nbytes//size[0]*shape[1])
+    with _Alive() as finishing:
+        done = finish(slab)
+    need = dict(
+        window=passing + 3 * y.nbytes,
+        slabs=3 * slab.nbytes + finishing.peak,
+        out=done.nbytes // size[0] * shape[1],
+    )
     return dict(need, total=sum(need.values()))
 
 # %% ../../nbs/09_inference/01_sliding_window.ipynb #af18db83
 def sliding_window(
-    model:nn.Module, # gives logits `(B,K,*S)`
-    volume, # array or tensor `(C,*S)` in [0,1]
-    window, # voxels of the window, one per axis
-    overlap:float=.5, # as in `_window_starts`
-    kind:str='gaussian', # as in `_blend_weights`
-    margin:int=0, # as in `_blend_weights`
-    finish=lambda z: z, # what to keep of a slab of logits `(K,*S)`: `likeliest_class`, `class_probabilities`
-    limit:int=None, # bytes that may be taken
-)->torch.Tensor: # `finish` of the whole volume; logits `(K,*S)` by default
+    model: nn.Module,  # gives logits `(B,K,*S)`
+    volume,  # array or tensor `(C,*S)` in [0,1]
+    window,  # voxels of the window, one per axis
+    overlap: float = 0.5,  # as in `_window_starts`
+    kind: str = 'gaussian',  # as in `_blend_weights`
+    margin: int = 0,  # as in `_blend_weights`
+    finish=lambda z: (
+        z
+    ),  # what to keep of a slab of logits `(K,*S)`: `likeliest_class`, `class_probabilities`
+    limit: int = None,  # bytes that may be taken
+) -> torch.Tensor:  # `finish` of the whole volume; logits `(K,*S)` by default
     "Segment a volume of any size; raises `GeometryError` if more than `limit` bytes would be needed"
     need = _sliding_bytes(model, volume.shape, window, finish)['total'] if limit is not None else 0
-    if limit is not None and need>limit: raise GeometryError('sliding', f'needs {need/2**20:,.1f} MiB, the limit is {limit/2**20:,.1f}', 'Take a smaller window, or finish=labels.')
+    if limit is not None and need > limit:
+        raise GeometryError(
+            'sliding',
+            f'needs {need / 2**20:,.1f} MiB, the limit is {limit / 2**20:,.1f}',
+            'Take a smaller window, or finish=labels.',
+        )
     out = None
-    for part,z in _slabs(model, volume, window, overlap, kind, margin):
-        z = finish(z); at = z.ndim-len(window)
-        if out is None: out = z.new_empty((*z.shape[:at], volume.shape[1], *z.shape[at+1:]))
-        out[(slice(None),)*at+(part,)] = z
+    for part, z in _slabs(model, volume, window, overlap, kind, margin):
+        z = finish(z)
+        at = z.ndim - len(window)
+        if out is None:
+            out = z.new_empty((*z.shape[:at], volume.shape[1], *z.shape[at + 1 :]))
+        out[(slice(None),) * at + (part,)] = z
     return out
 
 # %% ../../nbs/09_inference/01_sliding_window.ipynb #f61828b2
-_PARTS = {'lungs':(1,2), 'infection':(2,)} # name of a mask: the classes whose probabilities it adds up
+_PARTS = {
+    'lungs': (1, 2),
+    'infection': (2,),
+}  # name of a mask: the classes whose probabilities it adds up
+
 
 def segment_masks(
-    model:nn.Module, # gives logits `(B,K,D,H,W)`
-    prepared, # what `prepare` made of the scan: has `voxels` and `back`
-    window=None, # voxels of the window, `(D,H,W)`; `None`: all at once
-    parts:dict=None, # name → classes; `None`: `_PARTS`
-)->dict: # name → bool `(D,H,W)` on the grid of the scan
+    model: nn.Module,  # gives logits `(B,K,D,H,W)`
+    prepared,  # what `prepare` made of the scan: has `voxels` and `back`
+    window=None,  # voxels of the window, `(D,H,W)`; `None`: all at once
+    parts: dict = None,  # name → classes; `None`: `_PARTS`
+) -> dict:  # name → bool `(D,H,W)` on the grid of the scan
     "Masks of a scan"
-    p = sliding_window(model, prepared.voxels[None], window or prepared.voxels.shape, finish=class_probabilities).numpy()
-    return {name: prepared.back(p[list(ks)].sum(0))>=.5 for name,ks in (_PARTS if parts is None else parts).items()}
+    p = sliding_window(
+        model, prepared.voxels[None], window or prepared.voxels.shape, finish=class_probabilities
+    ).numpy()
+    return {
+        name: prepared.back(p[list(ks)].sum(0)) >= 0.5
+        for name, ks in (_PARTS if parts is None else parts).items()
+    }
+
 
 def segmentation_target(
-    prepared, # has `forward`, which brings a mask from the scan to network space
-    lungs:np.ndarray, # bool `(D,H,W)` on the grid of the scan
-    infection:np.ndarray, # bool, the same grid
-)->np.ndarray: # `(D,H,W)` int64 in network space: 0 background, 1 lung, 2 infection
+    prepared,  # has `forward`, which brings a mask from the scan to network space
+    lungs: np.ndarray,  # bool `(D,H,W)` on the grid of the scan
+    infection: np.ndarray,  # bool, the same grid
+) -> np.ndarray:  # `(D,H,W)` int64 in network space: 0 background, 1 lung, 2 infection
     "What a segmentation should answer; raises `GeometryError` for masks of two shapes"
-    if np.shape(lungs)!=np.shape(infection): raise GeometryError('target', f'lungs {np.shape(lungs)} and infection {np.shape(infection)} differ in shape', 'Bring both onto the grid of the scan.')
-    return prepared.forward(np.asarray(lungs, 'u1')+(np.asarray(infection, bool)&np.asarray(lungs, bool))).astype('i8')
+    if np.shape(lungs) != np.shape(infection):
+        raise GeometryError(
+            'target',
+            f'lungs {np.shape(lungs)} and infection {np.shape(infection)} differ in shape',
+            'Bring both onto the grid of the scan.',
+        )
+    return prepared.forward(
+        np.asarray(lungs, 'u1') + (np.asarray(infection, bool) & np.asarray(lungs, bool))
+    ).astype('i8')

@@ -6,140 +6,215 @@
 __all__ = ['open_archive', 'unzip', 'scans_in', 'unzip_part']
 
 # %% ../../nbs/02_io/01_archive.ipynb #14cd35de
-import os, re, shutil, stat, struct, uuid, zipfile, zlib
+import os
+import re
+import shutil
+import stat
+import struct
+import uuid
+import zipfile
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
+
 from ..scan import ReadError
 
 # %% ../../nbs/02_io/01_archive.ipynb #def955c5
-def _bad_name(name:str, # name of a member as the archive gives it
-            )->str: # why it must not be unpacked, or ''
+def _bad_name(
+    name: str,  # name of a member as the archive gives it
+) -> str:  # why it must not be unpacked, or ''
     "What is wrong with the name of a member"
     parts = name.rstrip('/').split('/')
-    if not name.strip('/'): return 'is empty'
-    if name.startswith('/') or (len(name)>1 and name[1]==':'): return 'is absolute'
-    if '\\' in name: return 'has a backslash'
-    if re.search(r'[\x00-\x1f\x7f]', name): return 'has a control character'
-    if '..' in parts: return 'points outside its folder'
-    if any(p in ('','.') for p in parts): return 'has an empty step'
-    return 'is too long' if len(name)>1024 or max(map(len,parts))>255 else ''
+    if not name.strip('/'):
+        return 'is empty'
+    if name.startswith('/') or (len(name) > 1 and name[1] == ':'):
+        return 'is absolute'
+    if '\\' in name:
+        return 'has a backslash'
+    if re.search(r'[\x00-\x1f\x7f]', name):
+        return 'has a control character'
+    if '..' in parts:
+        return 'points outside its folder'
+    if any(p in ('', '.') for p in parts):
+        return 'has an empty step'
+    return 'is too long' if len(name) > 1024 or max(map(len, parts)) > 255 else ''
 
 # %% ../../nbs/02_io/01_archive.ipynb #4c939400
-_NESTED = ('.zip','.tar','.tgz','.gz','.bz2','.xz','.7z','.rar')
-_PICKED = ('.nii.gz',) # ends in .gz and is a scan
+_NESTED = ('.zip', '.tar', '.tgz', '.gz', '.bz2', '.xz', '.7z', '.rar')
+_PICKED = ('.nii.gz',)  # ends in .gz and is a scan
 
-def _bad_member(info:zipfile.ZipInfo, # member of an archive
-              )->str: # why it must not be unpacked, or ''
+
+def _bad_member(
+    info: zipfile.ZipInfo,  # member of an archive
+) -> str:  # why it must not be unpacked, or ''
     "What is wrong with a member, seen without unpacking it"
-    kind,name = info.external_attr>>16,info.filename.lower()
-    if fault := _bad_name(info.orig_filename): return f'has a name that {fault}'
-    if stat.S_ISLNK(kind): return 'is a symbolic link'
-    if stat.S_IFMT(kind) not in (0,stat.S_IFREG,stat.S_IFDIR): return 'is a device or a pipe'
-    if info.flag_bits&1: return 'is encrypted'
-    if name.endswith(_NESTED) and not name.endswith(_PICKED): return 'is an archive itself'
+    kind, name = info.external_attr >> 16, info.filename.lower()
+    if fault := _bad_name(info.orig_filename):
+        return f'has a name that {fault}'
+    if stat.S_ISLNK(kind):
+        return 'is a symbolic link'
+    if stat.S_IFMT(kind) not in (0, stat.S_IFREG, stat.S_IFDIR):
+        return 'is a device or a pipe'
+    if info.flag_bits & 1:
+        return 'is encrypted'
+    if name.endswith(_NESTED) and not name.endswith(_PICKED):
+        return 'is an archive itself'
     return ''
 
 # %% ../../nbs/02_io/01_archive.ipynb #f3164f1d
-_MAX_BYTES,_MAX_RATIO,_MAX_FILES = 64<<30, 400, 500_000
+_MAX_BYTES, _MAX_RATIO, _MAX_FILES = 64 << 30, 400, 500_000
 
-def _folders_of(names)->set:
+
+def _folders_of(names) -> set:
     "All folders that lie above the names"
     found = set()
     for n in names:
-        while (n := n.rpartition('/')[0]) and n not in found: found.add(n)
+        while (n := n.rpartition('/')[0]) and n not in found:
+            found.add(n)
     return found
 
-def _twin(infos)->str:
+
+def _twin(infos) -> str:
     "A name that stands twice, also where case does not count, or is a file and a folder"
-    names = [i.filename.casefold() for i in infos if not i.is_dir()]; seen = _folders_of(names)
+    names = [i.filename.casefold() for i in infos if not i.is_dir()]
+    seen = _folders_of(names)
     for n in names:
-        if n in seen: return n
+        if n in seen:
+            return n
         seen.add(n)
     return ''
 
-def _overlap(infos)->bool:
-    ends = sorted((i.header_offset,i.header_offset+i.compress_size) for i in infos)
-    return any(a[1]>b[0] for a,b in zip(ends,ends[1:]))
+
+def _overlap(infos) -> bool:
+    ends = sorted((i.header_offset, i.header_offset + i.compress_size) for i in infos)
+    return any(a[1] > b[0] for a, b in zip(ends, ends[1:], strict=False))
 
 # %% ../../nbs/02_io/01_archive.ipynb #2a461bf9
-def _check_members(archive:zipfile.ZipFile, # opened for reading
-                  path, # what to name in errors
-                  limit:int=_MAX_BYTES, # bytes that all members may have together
-                  ratio:float=_MAX_RATIO, # times that the archive may grow
-                  files:int=_MAX_FILES, # members it may have
-                 )->list: # its files, `ZipInfo`, without folders and the resource forks of macOS
+def _check_members(
+    archive: zipfile.ZipFile,  # opened for reading
+    path,  # what to name in errors
+    limit: int = _MAX_BYTES,  # bytes that all members may have together
+    ratio: float = _MAX_RATIO,  # times that the archive may grow
+    files: int = _MAX_FILES,  # members it may have
+) -> list:  # its files, `ZipInfo`, without folders and the resource forks of macOS
     "Look at all members before one is unpacked (@eq-bomb); raises `ReadError` naming the member"
-    infos = archive.infolist(); total = sum(i.file_size for i in infos)
-    no = lambda fault: ReadError(path, fault, 'Do not unpack it; get the archive again from its authors.')
-    if len(infos)>files: raise no(f'has {len(infos):,} members, {files:,} are allowed')
+    infos = archive.infolist()
+    total = sum(i.file_size for i in infos)
+
+    def no(fault):
+        return ReadError(path, fault, 'Do not unpack it; get the archive again from its authors.')
+
+    if len(infos) > files:
+        raise no(f'has {len(infos):,} members, {files:,} are allowed')
     for i in infos:
-        if fault := _bad_member(i): raise no(f'member {i.orig_filename!r} {fault}')
-    if total>limit: raise no(f'would unpack to {total:,} bytes, {limit:,} are allowed')
-    if total>100<<20 and total>ratio*Path(path).stat().st_size: raise no(f'would grow more than {ratio:g} times, to {total:,} bytes')
-    if twin := _twin(infos): raise no(f'member {twin!r} stands twice')
-    if _overlap(infos): raise no('its members overlap')
+        if fault := _bad_member(i):
+            raise no(f'member {i.orig_filename!r} {fault}')
+    if total > limit:
+        raise no(f'would unpack to {total:,} bytes, {limit:,} are allowed')
+    if total > 100 << 20 and total > ratio * Path(path).stat().st_size:
+        raise no(f'would grow more than {ratio:g} times, to {total:,} bytes')
+    if twin := _twin(infos):
+        raise no(f'member {twin!r} stands twice')
+    if _overlap(infos):
+        raise no('its members overlap')
     return [i for i in infos if not i.is_dir() and not i.filename.startswith('__MACOSX/')]
 
 # %% ../../nbs/02_io/01_archive.ipynb #5aec7c01
 @contextmanager
-def open_archive(path, # zip file
-          ):
+def open_archive(
+    path,  # zip file
+):
     "A zip file for reading; raises `ReadError` for one that is missing, cut short or damaged"
     path = Path(path)
-    if not path.is_file(): raise ReadError(path, 'does not exist', 'Check the path.')
+    if not path.is_file():
+        raise ReadError(path, 'does not exist', 'Check the path.')
     try:
-        with zipfile.ZipFile(path) as archive: yield archive
-    except (zipfile.BadZipFile,zlib.error,EOFError,NotImplementedError,struct.error,UnicodeDecodeError) as e:
-        raise ReadError(path, f'is no whole zip file ({str(e) or type(e).__name__})', 'Download it again.') from e
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        NotImplementedError,
+        struct.error,
+        UnicodeDecodeError,
+    ) as e:
+        raise ReadError(
+            path, f'is no whole zip file ({str(e) or type(e).__name__})', 'Download it again.'
+        ) from e
 
 # %% ../../nbs/02_io/01_archive.ipynb #039b47cc
-def _room(infos, folder, path)->None:
-    need,free = sum(i.file_size for i in infos),shutil.disk_usage(folder).free
-    if need>free: raise ReadError(path, f'needs {need:,} bytes and {free:,} are free', 'Make room.')
+def _room(infos, folder, path) -> None:
+    need, free = sum(i.file_size for i in infos), shutil.disk_usage(folder).free
+    if need > free:
+        raise ReadError(path, f'needs {need:,} bytes and {free:,} are free', 'Make room.')
 
-def _write(archive, infos, out, path)->None:
+
+def _write(archive, infos, out, path) -> None:
     for i in infos:
-        to = out/i.filename; to.parent.mkdir(parents=True, exist_ok=True)
+        to = out / i.filename
+        to.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with archive.open(i) as src, open(to,'xb') as dst: shutil.copyfileobj(src, dst, 1<<20)
-        except (RuntimeError,OSError) as e:
-            raise ReadError(path, f'member {i.filename!r} cannot be unpacked ({type(e).__name__})', 'Make room, or download it again.') from e
+            with archive.open(i) as src, open(to, 'xb') as dst:
+                shutil.copyfileobj(src, dst, 1 << 20)
+        except (RuntimeError, OSError) as e:
+            raise ReadError(
+                path,
+                f'member {i.filename!r} cannot be unpacked ({type(e).__name__})',
+                'Make room, or download it again.',
+            ) from e
 
-def unzip(path, # zip file
-          out, # folder to make; must not exist yet
-          limit:int=_MAX_BYTES, # bytes that all members may have together
-          ratio:float=_MAX_RATIO, # times that the archive may grow
-          files:int=_MAX_FILES, # members it may have
-         )->Path: # the folder
+
+def unzip(
+    path,  # zip file
+    out,  # folder to make; must not exist yet
+    limit: int = _MAX_BYTES,  # bytes that all members may have together
+    ratio: float = _MAX_RATIO,  # times that the archive may grow
+    files: int = _MAX_FILES,  # members it may have
+) -> Path:  # the folder
     "Unpack a zip file whole or not at all; raises `ReadError` for what is not safe, not whole or not new"
-    path,out = Path(path),Path(out)
-    if out.exists(): raise ReadError(out, 'exists already', 'Remove it, or choose another folder.')
-    out.parent.mkdir(parents=True, exist_ok=True); tmp = out.with_name(f'.{uuid.uuid4().hex[:8]}')
+    path, out = Path(path), Path(out)
+    if out.exists():
+        raise ReadError(out, 'exists already', 'Remove it, or choose another folder.')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tmp = out.with_name(f'.{uuid.uuid4().hex[:8]}')
     try:
         with open_archive(path) as archive:
-            infos = _check_members(archive, path, limit, ratio, files); _room(infos, out.parent, path)
-            tmp.mkdir(); _write(archive, infos, tmp, path)
+            infos = _check_members(archive, path, limit, ratio, files)
+            _room(infos, out.parent, path)
+            tmp.mkdir()
+            _write(archive, infos, tmp, path)
         os.replace(tmp, out)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
     return out
 
 # %% ../../nbs/02_io/01_archive.ipynb #f5293fc8
-def scans_in(path, # zip file
-            )->dict: # {folder inside the archive: its file names}
+def scans_in(
+    path,  # zip file
+) -> dict:  # {folder inside the archive: its file names}
     "Folders of a zip file that hold files, nothing unpacked"
-    with open_archive(path) as archive: infos = _check_members(archive, path)
+    with open_archive(path) as archive:
+        infos = _check_members(archive, path)
     found = {}
-    for i in infos: found.setdefault(i.filename.rpartition('/')[0], []).append(i.filename.rpartition('/')[2])
+    for i in infos:
+        found.setdefault(i.filename.rpartition('/')[0], []).append(i.filename.rpartition('/')[2])
     return found
 
-def unzip_part(path, # zip file
-               inside:str, # folder inside the archive
-               out, # folder to write its files to, without the folders above them
-              )->Path: # the folder
+
+def unzip_part(
+    path,  # zip file
+    inside: str,  # folder inside the archive
+    out,  # folder to write its files to, without the folders above them
+) -> Path:  # the folder
     "Unpack the files of one folder of a zip file; raises `ReadError` where it has none"
     with open_archive(path) as archive:
-        infos = [i for i in _check_members(archive, path) if i.filename.rpartition('/')[0]==inside]
-        if not infos: raise ReadError(path, f'has no files in {inside!r}', 'Make the cohort again.')
-        for i in infos: i.filename = i.filename.rpartition('/')[2]
+        infos = [
+            i for i in _check_members(archive, path) if i.filename.rpartition('/')[0] == inside
+        ]
+        if not infos:
+            raise ReadError(path, f'has no files in {inside!r}', 'Make the cohort again.')
+        for i in infos:
+            i.filename = i.filename.rpartition('/')[2]
         _write(archive, infos, Path(out), path)
     return Path(out)

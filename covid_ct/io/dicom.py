@@ -6,19 +6,34 @@
 __all__ = ['Series', 'untilt', 'decode', 'series_rows', 'list_series', 'read_dicom']
 
 # %% ../../nbs/02_io/05_dicom.ipynb #bf94b9c0
-import hashlib, os, re
+import hashlib
+import os
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from numbers import Integral
-import numpy as np, SimpleITK as sitk
-from ..scan import Grid, DataError, ReadError, GeometryError, UnitsError
+
+import numpy as np
+import SimpleITK as sitk
+
+from covid_ct.io.dicom_header import (
+    PERSON_TAGS,
+    code_word,
+    find_damage,
+    find_foreign,
+    inflate_file,
+    read_header,
+    slices_of,
+    tag_text,
+)
 from .volume import list_files, silent_reading
-from .dicom_header import PERSON_TAGS, inflate_file, code_word, find_damage, find_foreign, read_header, slices_of, tag_text
+from ..scan import DataError, GeometryError, Grid, ReadError, UnitsError
 
 # %% ../../nbs/02_io/05_dicom.ipynb #0222d732
-def _pseudonym(text:str, # an identifier
-             )->str: # eight hex digits; '' for ''
+def _pseudonym(
+    text: str,  # an identifier
+) -> str:  # eight hex digits; '' for ''
     "Short stable stand-in for an identifier"
     return hashlib.sha1(text.strip().encode()).hexdigest()[:8] if text.strip() else ''
 
@@ -26,317 +41,574 @@ def _pseudonym(text:str, # an identifier
 @dataclass
 class Series:
     "Files that share a series UID and a fate"
-    uid:str='' # SeriesInstanceUID
-    modality:str='' # as CT, MR, SEG
-    description:str='' # free text of the scanner
-    kernel:str='' # reconstruction kernel
-    patient:str='' # PatientID; stays in memory
-    foreign:str='' # why it is no CT, or ''
-    slices:list=field(default_factory=list) # `Slice`s
-    broken:list=field(default_factory=list) # pairs of file and fault
-    files:list=field(default_factory=list) # all of its files
-    lacking:set=field(default_factory=set) # tags that some of its files do not have, of `_IDENTITY`
+
+    uid: str = ''  # SeriesInstanceUID
+    modality: str = ''  # as CT, MR, SEG
+    description: str = ''  # free text of the scanner
+    kernel: str = ''  # reconstruction kernel
+    patient: str = ''  # PatientID; stays in memory
+    foreign: str = ''  # why it is no CT, or ''
+    slices: list = field(default_factory=list)  # `Slice`s
+    broken: list = field(default_factory=list)  # pairs of file and fault
+    files: list = field(default_factory=list)  # all of its files
+    lacking: set = field(
+        default_factory=set
+    )  # tags that some of its files do not have, of `_IDENTITY`
 
     @property
-    def scan_id(self)->str: # eight hex digits
+    def scan_id(self) -> str:  # eight hex digits
         "Pseudonym of its UID, else of its images' UIDs, else of the first file's bytes"
         name = self.uid or ''.join(sorted(s.uid for s in self.slices))
         return _pseudonym(name or hashlib.sha1(self.files[0].read_bytes()).hexdigest())
 
 # %% ../../nbs/02_io/05_dicom.ipynb #a9172203
-_IDENTITY = ('Modality','SOPClassUID','SeriesInstanceUID','StudyInstanceUID','PatientID',
-            'SOPInstanceUID') # tags that de-identified exports may lack
+_IDENTITY = (
+    'Modality',
+    'SOPClassUID',
+    'SeriesInstanceUID',
+    'StudyInstanceUID',
+    'PatientID',
+    'SOPInstanceUID',
+)  # tags that de-identified exports may lack
 
-def _series_of(d, path)->tuple:
+
+def _series_of(d, path) -> tuple:
     "What files of one series have in common: its UID, or all that stands in for it"
-    if uid := tag_text(d,'SeriesInstanceUID'): return (uid,)
-    alike = ('FrameOfReferenceUID','StudyInstanceUID','PatientID','SeriesNumber',
-             'SeriesDescription','ConvolutionKernel')
-    return '',path.parent,*(tag_text(d,k) for k in alike)
+    if uid := tag_text(d, 'SeriesInstanceUID'):
+        return (uid,)
+    alike = (
+        'FrameOfReferenceUID',
+        'StudyInstanceUID',
+        'PatientID',
+        'SeriesNumber',
+        'SeriesDescription',
+        'ConvolutionKernel',
+    )
+    return '', path.parent, *(tag_text(d, k) for k in alike)
 
-def _text(d, key)->str:
+
+def _text(d, key) -> str:
     "A description without the words that also stand in a tag about a person, and without long numbers"
-    words = lambda k: re.findall(r'\w+', ' '.join(map(str, np.atleast_1d(d.get(k) or ''))))
-    named = {w.lower() for k in PERSON_TAGS for w in words(k) if len(w)>2}
-    keep = lambda w: not any(p.lower() in named or sum(c.isdigit() for c in p)>5 for p in re.findall(r'[^\W_]+', w))
-    return ' '.join(w for w in ' '.join(map(str, np.atleast_1d(d.get(key) or ''))).split() if keep(w))
 
-def _sort_in(found, d, path)->str:
+    def words(k):
+        return re.findall(r'\w+', ' '.join(map(str, np.atleast_1d(d.get(k) or ''))))
+
+    named = {w.lower() for k in PERSON_TAGS for w in words(k) if len(w) > 2}
+
+    def keep(w):
+        return not any(
+            p.lower() in named or sum(c.isdigit() for c in p) > 5 for p in re.findall(r'[^\W_]+', w)
+        )
+
+    return ' '.join(
+        w for w in ' '.join(map(str, np.atleast_1d(d.get(key) or ''))).split() if keep(w)
+    )
+
+
+def _sort_in(found, d, path) -> str:
     "Put a file into its series; returns why it cannot be told which one that is, or ''"
-    why,uid = find_foreign(d),_series_of(d, path)
+    why, uid = find_foreign(d), _series_of(d, path)
     bad = '' if why else find_damage(d, path)
     lacking = {k for k in _IDENTITY if not tag_text(d, k)}
-    if bad and {'Modality','SeriesInstanceUID'}&lacking: return bad
-    slices = [] if why or bad else slices_of(d, path) # whatever fails, fails before the file is counted
-    if (uid,why) not in found:
-        found[uid,why] = Series(uid[0], code_word(d.get('Modality')), _text(d,'SeriesDescription'),
-                                _text(d,'ConvolutionKernel'), tag_text(d,'PatientID'), why)
-    s = found[uid,why]
+    if bad and {'Modality', 'SeriesInstanceUID'} & lacking:
+        return bad
+    slices = (
+        [] if why or bad else slices_of(d, path)
+    )  # whatever fails, fails before the file is counted
+    if (uid, why) not in found:
+        found[uid, why] = Series(
+            uid[0],
+            code_word(d.get('Modality')),
+            _text(d, 'SeriesDescription'),
+            _text(d, 'ConvolutionKernel'),
+            tag_text(d, 'PatientID'),
+            why,
+        )
+    s = found[uid, why]
     s.files.append(path)
     s.slices += slices
     s.lacking |= lacking
-    if bad: s.broken.append((path,bad))
+    if bad:
+        s.broken.append((path, bad))
     return ''
 
-def _find_series(files, # paths
-               )->list: # `Series` in the order of their first files; what is not DICOM comes last
+
+def _find_series(
+    files,  # paths
+) -> list:  # `Series` in the order of their first files; what is not DICOM comes last
     "Sort files into series by their headers, each read once"
-    found,rest = {},Series(foreign='not DICOM')
+    found, rest = {}, Series(foreign='not DICOM')
     for p in files:
         try:
             d = read_header(p)
-            if d is not None and d.syntax=='DICOMDIR': continue # a table of contents: we look ourselves
+            if d is not None and d.syntax == 'DICOMDIR':
+                continue  # a table of contents: we look ourselves
             why = 'is empty (0 bytes)' if not p.stat().st_size else ''
             if d is not None:
                 bad = _sort_in(found, d, p)
-                if not bad: continue
+                if not bad:
+                    continue
                 why = f'has a damaged header: it names no modality or no series, and {bad}'
-        except Exception as e: why = f'has a damaged header ({type(e).__name__})' # its text may quote the header
+        except Exception as e:
+            why = f'has a damaged header ({type(e).__name__})'  # its text may quote the header
         rest.files.append(p)
-        if 'header' in why or p.suffix.lower() in ('.dcm','.ima'): rest.broken.append((p, why or 'is not DICOM'))
+        if 'header' in why or p.suffix.lower() in ('.dcm', '.ima'):
+            rest.broken.append((p, why or 'is not DICOM'))
     return [*found.values(), *([rest] if rest.files else [])]
 
 # %% ../../nbs/02_io/05_dicom.ipynb #10373d96
-def _mm(p)->str: return '('+', '.join(f'{x:.5g}' for x in p)+')'
+def _mm(p) -> str:
+    return '(' + ', '.join(f'{x:.5g}' for x in p) + ')'
 
-def _plane(slices, source)->np.ndarray:
+
+def _plane(slices, source) -> np.ndarray:
     "Unit vectors of row and column, `(2,3)`, that all slices share"
     for s in slices:
-        if not all(v and len(v)==n for v,n in ((s.position,3),(s.axes,6),(s.pixel,2))) or min(s.pixel)<=0:
-            raise GeometryError(source, f'{s.path.name} has no position, orientation or pixel spacing', 'Export the original series again.')
-    for what,of in dict(sizes=lambda s: s.shape, spacings=lambda s: tuple(round(x,4) for x in s.pixel)).items():
-        if len(kinds:=Counter(map(of, slices)))>1: raise GeometryError(source, f'slices of several pixel {what}: {dict(kinds)}', 'Separate them into series.')
-    axes = np.array([s.axes for s in slices]); a = axes[0].reshape(2,3)
-    if np.abs(axes-axes[0]).max()>2e-3:
-        kinds = Counter(tuple(np.round(x,2)+0.) for x in axes).most_common(4)
-        raise GeometryError(source, f'mixed orientations: {"; ".join(f"{n} × {_mm(k)}" for k,n in kinds)}', 'Separate them into series.')
-    if np.abs(a@a.T-np.eye(2)).max()>1e-2: raise GeometryError(source, f'row and column {_mm(axes[0])} are not at right angles', 'Export the original series again.')
+        if (
+            not all(v and len(v) == n for v, n in ((s.position, 3), (s.axes, 6), (s.pixel, 2)))
+            or min(s.pixel) <= 0
+        ):
+            raise GeometryError(
+                source,
+                f'{s.path.name} has no position, orientation or pixel spacing',
+                'Export the original series again.',
+            )
+    for what, of in dict(
+        sizes=lambda s: s.shape, spacings=lambda s: tuple(round(x, 4) for x in s.pixel)
+    ).items():
+        if len(kinds := Counter(map(of, slices))) > 1:
+            raise GeometryError(
+                source,
+                f'slices of several pixel {what}: {dict(kinds)}',
+                'Separate them into series.',
+            )
+    axes = np.array([s.axes for s in slices])
+    a = axes[0].reshape(2, 3)
+    if np.abs(axes - axes[0]).max() > 2e-3:
+        kinds = Counter(tuple(np.round(x, 2) + 0.0) for x in axes).most_common(4)
+        raise GeometryError(
+            source,
+            f'mixed orientations: {"; ".join(f"{n} × {_mm(k)}" for k, n in kinds)}',
+            'Separate them into series.',
+        )
+    if np.abs(a @ a.T - np.eye(2)).max() > 1e-2:
+        raise GeometryError(
+            source,
+            f'row and column {_mm(axes[0])} are not at right angles',
+            'Export the original series again.',
+        )
     return a
 
 # %% ../../nbs/02_io/05_dicom.ipynb #1873570a
-def _check_steps(at, n, pixel, source, tilt)->float:
+def _check_steps(at, n, pixel, source, tilt) -> float:
     "Mean distance of sorted positions `at` along `n`; raises where they are no even, upright stack"
-    h = at@n; gaps = np.diff(h); step = float(np.median(gaps[gaps>1e-3])) if (gaps>1e-3).any() else 0.
-    if twins:=int((gaps<=max(1e-3,.01*step)).sum()):
-        raise GeometryError(source, f'{twins+(not step)} of {len(h)} slices lie where another one lies', 'Separate phases or repeats into series.')
-    aside = at-at[0]-np.outer(h-h[0], n); drift = np.linalg.norm(aside, axis=1)
-    bent = np.linalg.norm(aside-np.outer((h-h[0])/(h[-1]-h[0]), aside[-1]), axis=1).max()
-    if bent>.5*pixel: raise GeometryError(source, f'slices jump sideways by {drift.max():.1f} mm: a moved table, or parts of several series', 'Separate the parts into series.')
-    if drift.max()>.5*pixel and tilt!='correct':
-        angle = np.degrees(np.arctan2(drift[-1], h[-1]-h[0]))
-        raise GeometryError(source, f'slices drift sideways by {drift.max():.1f} mm: '
-                            f'a gantry tilted by {angle:.1f}°',
-                            "Pass tilt='correct' (on the command line --tilt correct) "
-                            'to have it resampled on an upright grid.')
-    i = int(np.abs(gaps-step).argmax()); wide = (h[-1]-h[0])/(len(h)-1); lack = round(gaps[i]/step)-1 if abs(gaps[i]/step-round(gaps[i]/step))<.1 else 0
-    if abs(gaps[i]-step)>.1*step:
-        raise GeometryError(source, f'slices {i+1} and {i+2} of {len(h)}, at {_mm(at[i])} and {_mm(at[i+1])}, are {gaps[i]:.4g} mm apart, the others {step:.4g} mm'
-                            +f': {lack} missing'*(lack>0), 'Complete the series; nothing is filled in for you.')
-    if (off:=np.abs(h-h[0]-wide*np.arange(len(h))).max())>.25*step: raise GeometryError(source, f'slice distances vary: up to {off:.3g} mm off an even stack', 'Separate the parts into series.')
+    h = at @ n
+    gaps = np.diff(h)
+    step = float(np.median(gaps[gaps > 1e-3])) if (gaps > 1e-3).any() else 0.0
+    if twins := int((gaps <= max(1e-3, 0.01 * step)).sum()):
+        raise GeometryError(
+            source,
+            f'{twins + (not step)} of {len(h)} slices lie where another one lies',
+            'Separate phases or repeats into series.',
+        )
+    aside = at - at[0] - np.outer(h - h[0], n)
+    drift = np.linalg.norm(aside, axis=1)
+    bent = np.linalg.norm(aside - np.outer((h - h[0]) / (h[-1] - h[0]), aside[-1]), axis=1).max()
+    if bent > 0.5 * pixel:
+        raise GeometryError(
+            source,
+            f'slices jump sideways by {drift.max():.1f} mm: a moved table, or parts of several series',
+            'Separate the parts into series.',
+        )
+    if drift.max() > 0.5 * pixel and tilt != 'correct':
+        angle = np.degrees(np.arctan2(drift[-1], h[-1] - h[0]))
+        raise GeometryError(
+            source,
+            f'slices drift sideways by {drift.max():.1f} mm: a gantry tilted by {angle:.1f}°',
+            "Pass tilt='correct' (on the command line --tilt correct) "
+            'to have it resampled on an upright grid.',
+        )
+    i = int(np.abs(gaps - step).argmax())
+    wide = (h[-1] - h[0]) / (len(h) - 1)
+    lack = round(gaps[i] / step) - 1 if abs(gaps[i] / step - round(gaps[i] / step)) < 0.1 else 0
+    if abs(gaps[i] - step) > 0.1 * step:
+        raise GeometryError(
+            source,
+            f'slices {i + 1} and {i + 2} of {len(h)}, at {_mm(at[i])} and {_mm(at[i + 1])}, are {gaps[i]:.4g} mm apart, the others {step:.4g} mm'
+            + f': {lack} missing' * (lack > 0),
+            'Complete the series; nothing is filled in for you.',
+        )
+    if (off := np.abs(h - h[0] - wide * np.arange(len(h))).max()) > 0.25 * step:
+        raise GeometryError(
+            source,
+            f'slice distances vary: up to {off:.3g} mm off an even stack',
+            'Separate the parts into series.',
+        )
     return float(wide)
 
 # %% ../../nbs/02_io/05_dicom.ipynb #83111471
-def _stack_slices(slices, # `Slice`s in any order
-          source='series', # what to name in errors
-          tilt='refuse', # `'correct'` lets a leaning stack pass, for `untilt`
-         )->tuple: # slices in order along their normal, and their `Grid`
+def _stack_slices(
+    slices,  # `Slice`s in any order
+    source='series',  # what to name in errors
+    tilt='refuse',  # `'correct'` lets a leaning stack pass, for `untilt`
+) -> tuple:  # slices in order along their normal, and their `Grid`
     "Sort slices by position; raises `GeometryError` for what is no regular volume"
-    a = _plane(slices, source); n = np.cross(*a)
-    if len(slices)<2: raise GeometryError(source, 'a volume is needed, this is one slice', 'Give the folder of the whole series.')
+    a = _plane(slices, source)
+    n = np.cross(*a)
+    if len(slices) < 2:
+        raise GeometryError(
+            source, 'a volume is needed, this is one slice', 'Give the folder of the whole series.'
+        )
     slices = sorted(slices, key=lambda s: float(np.dot(s.position, n)))
-    at,pixel = np.array([s.position for s in slices]),slices[0].pixel
+    at, pixel = np.array([s.position for s in slices]), slices[0].pixel
     step = _check_steps(at, n, min(pixel), source, tilt)
-    return slices,Grid((len(slices),*slices[0].shape), (step,*pixel), tuple(at[0][::-1]), tuple(map(tuple, np.stack([n,a[1],a[0]], 1)[::-1])))
+    return slices, Grid(
+        (len(slices), *slices[0].shape),
+        (step, *pixel),
+        tuple(at[0][::-1]),
+        tuple(map(tuple, np.stack([n, a[1], a[0]], 1)[::-1])),
+    )
 
 # %% ../../nbs/02_io/05_dicom.ipynb #c0f6460f
-def _tilt_offsets(slices, # sorted `Slice`s
-         grid:Grid, # of `_stack_slices`
-        )->np.ndarray: # pixels `(D,2)`, (y,x), by which each slice lies off an upright stack; @eq-lean
+def _tilt_offsets(
+    slices,  # sorted `Slice`s
+    grid: Grid,  # of `_stack_slices`
+) -> np.ndarray:  # pixels `(D,2)`, (y,x), by which each slice lies off an upright stack; @eq-lean
     "How far each slice of a tilted gantry lies off"
-    p = np.array([s.position for s in slices]); axes = np.array(slices[0].axes).reshape(2,3)[::-1]
-    return (p-p[0])@axes.T/np.array(grid.spacing[1:])
+    p = np.array([s.position for s in slices])
+    axes = np.array(slices[0].axes).reshape(2, 3)[::-1]
+    return (p - p[0]) @ axes.T / np.array(grid.spacing[1:])
 
-def untilt(v:np.ndarray, # `(D,H,W)`
-            grid:Grid, # where it would lie if it did not lean
-            off:np.ndarray, # pixels of `_tilt_offsets`, `(D,2)`
-            air=-1024, # value outside
-           )->tuple: # larger voxels and their `Grid`
+
+def untilt(
+    v: np.ndarray,  # `(D,H,W)`
+    grid: Grid,  # where it would lie if it did not lean
+    off: np.ndarray,  # pixels of `_tilt_offsets`, `(D,2)`
+    air=-1024,  # value outside
+) -> tuple:  # larger voxels and their `Grid`
     "Move each slice in its own plane, linearly between pixels, until the stack stands"
-    low = np.floor(off.min(0)).astype(int); room = np.ceil(off.max(0)).astype(int)-low
-    out = np.full((len(v), *(np.array(v.shape[1:])+room)), air, v.dtype)
-    for s,o,d in zip(v, out, off-low):
-        for axis,x in enumerate(d):
-            f = x-int(x); s = np.moveaxis(np.asarray(s,'f4'), axis, 0)
-            if f>1e-6: w = np.concatenate([s[:1],s,s[-1:]]); s = f*w[:-1]+(1-f)*w[1:] # pixel j−1 weighs f
+    low = np.floor(off.min(0)).astype(int)
+    room = np.ceil(off.max(0)).astype(int) - low
+    out = np.full((len(v), *(np.array(v.shape[1:]) + room)), air, v.dtype)
+    for s, o, d in zip(v, out, off - low, strict=False):
+        for axis, x in enumerate(d):
+            f = x - int(x)
+            s = np.moveaxis(np.asarray(s, 'f4'), axis, 0)
+            if f > 1e-6:
+                w = np.concatenate([s[:1], s, s[-1:]])
+                s = f * w[:-1] + (1 - f) * w[1:]  # pixel j−1 weighs f
             s = np.moveaxis(s, 0, axis)
         s = np.rint(s) if v.dtype.kind in 'iu' else s
-        o[int(d[0]):int(d[0])+s.shape[0], int(d[1]):int(d[1])+s.shape[1]] = s
-    return out,Grid(out.shape, grid.spacing, tuple(grid.to_mm((0,*low))), grid.direction)
+        o[int(d[0]) : int(d[0]) + s.shape[0], int(d[1]) : int(d[1]) + s.shape[1]] = s
+    return out, Grid(out.shape, grid.spacing, tuple(grid.to_mm((0, *low))), grid.direction)
 
 # %% ../../nbs/02_io/05_dicom.ipynb #71661f69
-def _drop_copies(slices)->tuple:
+def _drop_copies(slices) -> tuple:
     "Slices without those that another file repeats byte for byte, and a remark"
-    kept,copies = {},0
+    kept, copies = {}, 0
     for s in slices:
         key = (s.uid or tuple(s.position or ()) or s.path, s.frame)
         t = kept.get(key)
-        if t and t.path!=s.path and t.path.read_bytes()==s.path.read_bytes(): copies += 1
-        else: kept[(s.path,*key) if t else key] = s
-    return list(kept.values()),[f'{copies} slices come twice, byte for byte: one copy left out']*(copies>0)
+        if t and t.path != s.path and t.path.read_bytes() == s.path.read_bytes():
+            copies += 1
+        else:
+            kept[(s.path, *key) if t else key] = s
+    return list(kept.values()), [
+        f'{copies} slices come twice, byte for byte: one copy left out'
+    ] * (copies > 0)
 
 # %% ../../nbs/02_io/05_dicom.ipynb #3e0a4f8a
-def _place(s, out)->tuple:
+def _place(s, out) -> tuple:
     "Pixels of a slice as HU into `out`; returns their smallest and largest value, or None if int16 does not hold them exactly"
-    m,b,n = 1. if s.slope is None else s.slope, s.intercept or 0., 8*int(s.kind[2])-s.bits[0]
-    size = s.shape[0]*s.shape[1]*int(s.kind[2])
-    with open(s.path,'rb') as f:
-        if s.z: raw = inflate_file(f, s.z)[s.at:s.at+size]
-        else: f.seek(s.at); raw = f.read(size)
+    m, b, n = (
+        1.0 if s.slope is None else s.slope,
+        s.intercept or 0.0,
+        8 * int(s.kind[2]) - s.bits[0],
+    )
+    size = s.shape[0] * s.shape[1] * int(s.kind[2])
+    with open(s.path, 'rb') as f:
+        if s.z:
+            raw = inflate_file(f, s.z)[s.at : s.at + size]
+        else:
+            f.seek(s.at)
+            raw = f.read(size)
     v = np.frombuffer(raw, s.kind).reshape(s.shape)
-    if n: v = (v<<n)>>n # bits beyond those stored may hold an old overlay
-    lo,hi = sorted(m*int(x)+b for x in (v.min(),v.max()))
+    if n:
+        v = (v << n) >> n  # bits beyond those stored may hold an old overlay
+    lo, hi = sorted(m * int(x) + b for x in (v.min(), v.max()))
     with np.errstate(all='ignore'):
-        if out.dtype=='f4': out[...] = v*m+b; return lo,hi
-        if m%1 or b%1 or lo<-32768 or hi>32767: return None
-        w = v.astype(v.dtype.kind+'2', copy=False).view('u2')
-        if m!=1: w = w*np.uint16(int(m)%65536) # modulo 2¹⁶, exact since the result fits
-        np.add(w, np.uint16(int(b)%65536), out=out.view('u2'))
-    return lo,hi
+        if out.dtype == 'f4':
+            out[...] = v * m + b
+            return lo, hi
+        if m % 1 or b % 1 or lo < -32768 or hi > 32767:
+            return None
+        w = v.astype(v.dtype.kind + '2', copy=False).view('u2')
+        if m != 1:
+            w = w * np.uint16(int(m) % 65536)  # modulo 2¹⁶, exact since the result fits
+        np.add(w, np.uint16(int(b) % 65536), out=out.view('u2'))
+    return lo, hi
 
-def _lay(slices, source)->tuple:
+
+def _lay(slices, source) -> tuple:
     "Stack of slices that lie unpacked in their files, smallest and largest value"
     with silent_reading(source), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for kind in ('i2','f4'):
-            v = np.empty((len(slices),*slices[0].shape), kind)
+        for kind in ('i2', 'f4'):
+            v = np.empty((len(slices), *slices[0].shape), kind)
             ends = list(pool.map(_place, slices, v))
-            if None not in ends: return v,(min(a for a,_ in ends),max(b for _,b in ends))
+            if None not in ends:
+                return v, (min(a for a, _ in ends), max(b for _, b in ends))
 
 # %% ../../nbs/02_io/05_dicom.ipynb #c1146029
-def _unpack(slices, source)->np.ndarray:
+def _unpack(slices, source) -> np.ndarray:
     "Pixels through GDCM, each file rescaled by its own header"
-    lines = [(1. if s.slope is None else s.slope, s.intercept or 0.) for s in slices]
-    ends = [m*x+b for (m,b),(n,signed) in zip(lines,(s.bits for s in slices)) for x in ((-2**(n-1),2**(n-1)-1) if signed else (0,2**n-1))]
-    kind = sitk.sitkFloat32 if any(x%1 for l in lines for x in l) else sitk.sitkInt16 if -32768<=min(ends) and max(ends)<=32767 else sitk.sitkInt32
+    lines = [(1.0 if s.slope is None else s.slope, s.intercept or 0.0) for s in slices]
+    ends = [
+        m * x + b
+        for (m, b), (n, signed) in zip(lines, (s.bits for s in slices), strict=False)
+        for x in ((-(2 ** (n - 1)), 2 ** (n - 1) - 1) if signed else (0, 2**n - 1))
+    ]
+    kind = (
+        sitk.sitkFloat32
+        if any(x % 1 for l in lines for x in l)
+        else sitk.sitkInt16
+        if -32768 <= min(ends) and max(ends) <= 32767
+        else sitk.sitkInt32
+    )
     paths = list(dict.fromkeys(s.path for s in slices))
-    one = lambda p: sitk.GetArrayFromImage(sitk.ReadImage(str(p), kind, 'GDCMImageIO'))
-    if len(paths)<len(slices):
-        if len(set(lines))>1: raise UnitsError(source, 'frames of one packed file have different rescale lines', 'Export one slice a file, or unpack it.')
-        with silent_reading(source): frames = {p:one(p).reshape(-1,*slices[0].shape) for p in paths}; return np.stack([frames[s.path][s.frame] for s in slices])
+
+    def one(p):
+        return sitk.GetArrayFromImage(sitk.ReadImage(str(p), kind, 'GDCMImageIO'))
+
+    if len(paths) < len(slices):
+        if len(set(lines)) > 1:
+            raise UnitsError(
+                source,
+                'frames of one packed file have different rescale lines',
+                'Export one slice a file, or unpack it.',
+            )
+        with silent_reading(source):
+            frames = {p: one(p).reshape(-1, *slices[0].shape) for p in paths}
+            return np.stack([frames[s.path][s.frame] for s in slices])
+
     def into(place, p):
-        with silent_reading(p): a = one(p)
-        if a.shape!=(1,*place.shape): raise ReadError(p, f'pixels are {a.shape}, its header says {place.shape}', 'Export the series again.')
+        with silent_reading(p):
+            a = one(p)
+        if a.shape != (1, *place.shape):
+            raise ReadError(
+                p,
+                f'pixels are {a.shape}, its header says {place.shape}',
+                'Export the series again.',
+            )
         place[...] = a[0]
-    v = np.empty((len(paths),*slices[0].shape), sitk.GetArrayViewFromImage(sitk.Image(1, 1, kind)).dtype)
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool: list(pool.map(into, v, paths))
+
+    v = np.empty(
+        (len(paths), *slices[0].shape), sitk.GetArrayViewFromImage(sitk.Image(1, 1, kind)).dtype
+    )
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        list(pool.map(into, v, paths))
     return v
 
-def decode(slices, # sorted `Slice`s
-           source='series', # what to name in errors
-          )->np.ndarray: # `(D,H,W)`, int16 where exact
+
+def decode(
+    slices,  # sorted `Slice`s
+    source='series',  # what to name in errors
+) -> np.ndarray:  # `(D,H,W)`, int16 where exact
     "Pixels of the slices, each rescaled by its own header; raises `ReadError` for the file that fails"
-    return (_lay(slices, source)[0] if all(s.kind for s in slices) else _unpack(slices, source))
+    return _lay(slices, source)[0] if all(s.kind for s in slices) else _unpack(slices, source)
 
 # %% ../../nbs/02_io/05_dicom.ipynb #c0620b4d
-def _identity(s)->list:
+def _identity(s) -> list:
     "Remark on the tags that a series lacks, as a list of one or none"
     gone = [k for k in _IDENTITY if k in s.lacking]
     told = f'no {", ".join(gone)} in the headers, as in de-identified exports'
     if 'SeriesInstanceUID' in gone:
         told += '; files of one folder that agree in all else are taken as one series'
-    if {'Modality','SOPClassUID'}<=s.lacking: told += '; taken as CT, its unit told from the values'
-    elif 'Modality' in gone: told += '; its class says CT'
+    if {'Modality', 'SOPClassUID'} <= s.lacking:
+        told += '; taken as CT, its unit told from the values'
+    elif 'Modality' in gone:
+        told += '; its class says CT'
     return [told] if gone else []
 
-def _check_series(s:Series, # one series
-                 source, # what to name in errors
-                 tilt='refuse', # as in `_stack_slices`
-                )->tuple: # sorted slices, `Grid`, remarks
+
+def _check_series(
+    s: Series,  # one series
+    source,  # what to name in errors
+    tilt='refuse',  # as in `_stack_slices`
+) -> tuple:  # sorted slices, `Grid`, remarks
     "What a series holds; raises `ReadError` for files that are foreign or damaged, `GeometryError` for what is no volume"
-    for p,why in s.broken[:1]: raise ReadError(p, why+f', and {len(s.broken)-1} more files are damaged'*(len(s.broken)>1), 'Copy or export the series again.')
-    if s.foreign: raise ReadError(source, s.foreign, 'Give a folder with a CT series.')
-    slices,seen = _drop_copies(s.slices)
-    slices,grid = _stack_slices(slices, source, tilt)
-    return slices,grid,_identity(s)+seen+list(dict.fromkeys(n for x in slices for n in x.notes))
+    for p, why in s.broken[:1]:
+        raise ReadError(
+            p,
+            why + f', and {len(s.broken) - 1} more files are damaged' * (len(s.broken) > 1),
+            'Copy or export the series again.',
+        )
+    if s.foreign:
+        raise ReadError(source, s.foreign, 'Give a folder with a CT series.')
+    slices, seen = _drop_copies(s.slices)
+    slices, grid = _stack_slices(slices, source, tilt)
+    return (
+        slices,
+        grid,
+        _identity(s) + seen + list(dict.fromkeys(n for x in slices for n in x.notes)),
+    )
 
-def _row(s, source)->dict:
-    row = dict(scan_id=s.scan_id, modality=s.modality, description=s.description,
-               slices=len(s.slices) or len(s.files), shape=None, spacing=None,
-               kernel=s.kernel, readable=False, why_not=s.foreign)
-    if s.foreign: return row
-    try: g = _check_series(s, source)[1]
-    except DataError as e: return row|dict(why_not=e.fault)
-    return row|dict(shape=tuple(g.shape), spacing=tuple(round(float(x),4) for x in g.spacing), readable=True)
 
-def series_rows(folder, # searched with all folders in it
-               )->list: # of dicts, one a series; `readable`, and `why_not`
+def _row(s, source) -> dict:
+    row = dict(
+        scan_id=s.scan_id,
+        modality=s.modality,
+        description=s.description,
+        slices=len(s.slices) or len(s.files),
+        shape=None,
+        spacing=None,
+        kernel=s.kernel,
+        readable=False,
+        why_not=s.foreign,
+    )
+    if s.foreign:
+        return row
+    try:
+        g = _check_series(s, source)[1]
+    except DataError as e:
+        return row | dict(why_not=e.fault)
+    return row | dict(
+        shape=tuple(g.shape), spacing=tuple(round(float(x), 4) for x in g.spacing), readable=True
+    )
+
+
+def series_rows(
+    folder,  # searched with all folders in it
+) -> list:  # of dicts, one a series; `readable`, and `why_not`
     "What lies in a DICOM folder, the unreadable included, from headers alone"
     return [_row(s, folder) for s in _find_series(list_files(folder))]
 
-def list_series(folder, # searched with all folders in it
-               )->'pd.DataFrame': # one row a series, as `series_rows`
+
+def list_series(
+    folder,  # searched with all folders in it
+) -> 'pd.DataFrame':  # one row a series, as `series_rows`
     "What lies in a DICOM folder as a table"
     import pandas as pd
+
     return pd.DataFrame(series_rows(folder))
 
 # %% ../../nbs/02_io/05_dicom.ipynb #62ebbba6
-def _check_named(found, source, s=None)->None:
+def _check_named(found, source, s=None) -> None:
     "Raise `ReadError` where files without a series lie among those of a series, of `s` if given"
-    places = lambda x: {p.parent for p in x.files}
+
+    def places(x):
+        return {p.parent for p in x.files}
+
     ct = [x for x in found if not x.foreign]
     for a in (x for x in ct if x.uid):
         for b in (x for x in ct if not x.uid):
-            if (s is None or s in (a,b)) and places(a)&places(b):
-                lost,n = len(b.files),len(a.files)+len(b.files)
-                raise ReadError(source, f'{lost} of {n} CT files name no series '
-                                '(SeriesInstanceUID), the others do: nobody can tell '
-                                'whether they belong together',
-                                'Put each series into a folder of its own, or export it again.')
+            if (s is None or s in (a, b)) and places(a) & places(b):
+                lost, n = len(b.files), len(a.files) + len(b.files)
+                raise ReadError(
+                    source,
+                    f'{lost} of {n} CT files name no series '
+                    '(SeriesInstanceUID), the others do: nobody can tell '
+                    'whether they belong together',
+                    'Put each series into a folder of its own, or export it again.',
+                )
 
-def _choose_series(found, # `Series` of one folder
-                  series, # None, an index, a uid, a `scan_id`, or a part of description or kernel that only one has
-                  source, # what to name in errors
-                 )->Series: # the one that is meant
+
+def _choose_series(
+    found,  # `Series` of one folder
+    series,  # None, an index, a uid, a `scan_id`, or a part of description or kernel that only one has
+    source,  # what to name in errors
+) -> Series:  # the one that is meant
     "One of several series; raises `ReadError` with a list where that is open"
     ct = [s for s in found if not s.foreign]
-    if series is None: hits = ct or found
-    elif isinstance(series,Integral) or str(series).isdigit(): hits = found[int(series):int(series)+1] if int(series)>=0 else []
+    if series is None:
+        hits = ct or found
+    elif isinstance(series, Integral) or str(series).isdigit():
+        hits = found[int(series) : int(series) + 1] if int(series) >= 0 else []
     else:
         hits = [s for s in found if series in (s.uid or s.scan_id, s.scan_id)]
-        words = lambda s: f'{s.description} kernel {s.kernel}'.lower()
+
+        def words(s):
+            return f'{s.description} kernel {s.kernel}'.lower()
+
         hits = hits or [s for s in found if series.lower() in words(s)]
-    if len(hits)==1: return hits[0]
-    rows = [(i,_row(x, source)) for i,x in enumerate(found) if x in (hits or found)]
-    text = '; '.join(f'[{i}] {r["modality"]} {r["description"]!r} kernel {r["kernel"]!r}, {r["slices"]} slices, {r["why_not"] or "readable"}' for i,r in rows[:8])
-    fault = f'{len(hits)} {"CT " if ct else ""}series {"found" if series is None else f"match series={series!r}"}: {text}'+f'; … {len(rows)-8} more'*(len(rows)>8)
-    if series is None and ct and not any(r['readable'] or x.broken for (_,r),x in zip(rows,ct)): raise GeometryError(source, fault, 'None of them is a volume: give one that is.')
-    if not ct: raise ReadError(source, fault, 'Give a folder with a CT series.')
-    raise ReadError(source, fault, 'Choose with series= (on the command line --series) and an '
-                    'index, a uid or a part of the description.')
+    if len(hits) == 1:
+        return hits[0]
+    rows = [(i, _row(x, source)) for i, x in enumerate(found) if x in (hits or found)]
+    text = '; '.join(
+        f'[{i}] {r["modality"]} {r["description"]!r} kernel {r["kernel"]!r}, {r["slices"]} slices, {r["why_not"] or "readable"}'
+        for i, r in rows[:8]
+    )
+    fault = (
+        f'{len(hits)} {"CT " if ct else ""}series {"found" if series is None else f"match series={series!r}"}: {text}'
+        + f'; … {len(rows) - 8} more' * (len(rows) > 8)
+    )
+    if (
+        series is None
+        and ct
+        and not any(r['readable'] or x.broken for (_, r), x in zip(rows, ct, strict=False))
+    ):
+        raise GeometryError(source, fault, 'None of them is a volume: give one that is.')
+    if not ct:
+        raise ReadError(source, fault, 'Give a folder with a CT series.')
+    raise ReadError(
+        source,
+        fault,
+        'Choose with series= (on the command line --series) and an '
+        'index, a uid or a part of the description.',
+    )
 
 # %% ../../nbs/02_io/05_dicom.ipynb #66942d37
-def read_dicom(path, # DICOM folder or file
-               files=None, # files to look at; None: all below `path`
-               series=None, # as in `_choose_series`
-               tilt='refuse', # `'correct'` sets a tilted stack upright
-              )->tuple: # voxels `(D,H,W)`, `Grid`, dict of `units` (None if the header does not say), `patient_id`, `scan_id`, `remarks`, `ends`
+def read_dicom(
+    path,  # DICOM folder or file
+    files=None,  # files to look at; None: all below `path`
+    series=None,  # as in `_choose_series`
+    tilt='refuse',  # `'correct'` sets a tilted stack upright
+) -> tuple:  # voxels `(D,H,W)`, `Grid`, dict of `units` (None if the header does not say), `patient_id`, `scan_id`, `remarks`, `ends`
     "One CT series of a folder, sorted, checked and in HU; raises a `DataError` for anything else"
-    if tilt not in ('refuse','correct'): raise ReadError(path, f'tilt={tilt!r} is not known', "Use 'refuse' or 'correct'.")
+    if tilt not in ('refuse', 'correct'):
+        raise ReadError(path, f'tilt={tilt!r} is not known', "Use 'refuse' or 'correct'.")
     found = _find_series(files or list_files(path))
-    if series is None: _check_named(found, path)
+    if series is None:
+        _check_named(found, path)
     s = _choose_series(found, series, path)
     _check_named(found, path, s)
     beside = {p.parent for p in s.files}
-    if not s.foreign: s.broken += [b for o in found if o.foreign=='not DICOM' for b in o.broken if b[0].parent in beside]
-    slices,grid,seen = _check_series(s, path, tilt)
-    v,ends = _lay(slices, path) if all(x.kind for x in slices) else (_unpack(slices, path),None)
-    if v.shape!=tuple(grid.shape): raise ReadError(path, f'pixels are {v.shape}, headers say {tuple(grid.shape)}', 'Export the series again.')
-    seen += [f'left out: {len(o.files)} files, {o.foreign or "series "+" ".join((o.description,o.kernel)).strip()}' for o in found if o is not s]
+    if not s.foreign:
+        s.broken += [
+            b for o in found if o.foreign == 'not DICOM' for b in o.broken if b[0].parent in beside
+        ]
+    slices, grid, seen = _check_series(s, path, tilt)
+    v, ends = _lay(slices, path) if all(x.kind for x in slices) else (_unpack(slices, path), None)
+    if v.shape != tuple(grid.shape):
+        raise ReadError(
+            path,
+            f'pixels are {v.shape}, headers say {tuple(grid.shape)}',
+            'Export the series again.',
+        )
+    seen += [
+        f'left out: {len(o.files)} files, {o.foreign or "series " + " ".join((o.description, o.kernel)).strip()}'
+        for o in found
+        if o is not s
+    ]
     sure = slices[0].intercept is not None and not any('rescale type' in n for n in seen)
-    sure = sure and not {'Modality','SOPClassUID'}<=s.lacking
+    sure = sure and not {'Modality', 'SOPClassUID'} <= s.lacking
     off = _tilt_offsets(slices, grid)
-    if np.abs(off).max()>.5:
-        mm = np.linalg.norm(off*grid.spacing[1:], axis=1).max(); deg = np.degrees(np.arctan2(mm, grid.spacing[0]*(len(slices)-1)))
-        seen.append(f'gantry tilt of {deg:.1f}° corrected: slices moved by up to {mm:.1f} mm in their planes, linearly interpolated')
-        air = -1024 if sure else v.min(); v,grid = untilt(np.maximum(v, air), grid, off, air); ends = None
-    return v,grid,dict(units='HU' if sure else None, patient_id=_pseudonym(s.patient),
-                       scan_id=s.scan_id, remarks=tuple(seen), ends=ends)
+    if np.abs(off).max() > 0.5:
+        mm = np.linalg.norm(off * grid.spacing[1:], axis=1).max()
+        deg = np.degrees(np.arctan2(mm, grid.spacing[0] * (len(slices) - 1)))
+        seen.append(
+            f'gantry tilt of {deg:.1f}° corrected: slices moved by up to {mm:.1f} mm in their planes, linearly interpolated'
+        )
+        air = -1024 if sure else v.min()
+        v, grid = untilt(np.maximum(v, air), grid, off, air)
+        ends = None
+    return (
+        v,
+        grid,
+        dict(
+            units='HU' if sure else None,
+            patient_id=_pseudonym(s.patient),
+            scan_id=s.scan_id,
+            remarks=tuple(seen),
+            ends=ends,
+        ),
+    )

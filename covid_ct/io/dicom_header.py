@@ -7,13 +7,18 @@ __all__ = ['CT_IMAGE_CLASS', 'PERSON_TAGS', 'Header', 'code_word', 'tag_text', '
            'inflate_file', 'read_header']
 
 # %% ../../nbs/02_io/04_dicom_header.ipynb #bd3b0bdb
-import re, struct, warnings, zlib
+import re
+import struct
+import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, pydicom
+
+import numpy as np
+import pydicom
 
 # %% ../../nbs/02_io/04_dicom_header.ipynb #98b8579f
-CT_IMAGE_CLASS = '1.2.840.10008.5.1.4.1.1.2' # class of a CT image; the enhanced ones begin with it
+CT_IMAGE_CLASS = '1.2.840.10008.5.1.4.1.1.2'  # class of a CT image; the enhanced ones begin with it
 _TAGS = '''SOPClassUID SOPInstanceUID Modality StudyInstanceUID SeriesInstanceUID SeriesNumber
 FrameOfReferenceUID SeriesDescription ImageType Rows Columns NumberOfFrames SamplesPerPixel
 PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept
@@ -21,199 +26,356 @@ RescaleType GantryDetectorTilt ConvolutionKernel LossyImageCompression SharedFun
 PERSON_TAGS = '''PatientName PatientID PatientBirthDate PatientAddress OtherPatientNames OtherPatientIDs AccessionNumber InstitutionName InstitutionAddress
 ReferringPhysicianName PerformingPhysicianName PhysiciansOfRecord OperatorsName RequestingPhysician StationName'''.split()
 
+
 class Header(dict):
     "The tags that decide, as plain Python values, and where the pixels lie"
-    syntax = '' # transfer syntax: how the pixels are packed
-    at = 0 # byte at which they begin; 0 if they are missing
-    z = 0 # byte from which on the file is deflated; 0 if it is not
-    size = 0 # bytes of the file, inflated
 
-_BIG,_DEFLATED = '1.2.840.10008.1.2.2','1.2.840.10008.1.2.1.99'
-_BARE = '','1.2.840.10008.1.2','1.2.840.10008.1.2.1',_BIG,_DEFLATED # pixels as they are
-_CODECS = {f'1.2.840.10008.1.2.{k}' for k in ('4.50','4.51','4.57','4.70','4.80','4.81','4.90','4.91','5')} # JPEG, JPEG-LS, JPEG 2000, RLE
+    syntax = ''  # transfer syntax: how the pixels are packed
+    at = 0  # byte at which they begin; 0 if they are missing
+    z = 0  # byte from which on the file is deflated; 0 if it is not
+    size = 0  # bytes of the file, inflated
 
-_WORDS = set('''CT MR PT NM US CR DX MG XA RF OT SC ES ECG IO PX OPT OP SM XC SR PR KO DOC SEG REG FID RWV PLAN RTSTRUCT RTPLAN RTDOSE RTIMAGE RTRECORD
-MONOCHROME1 MONOCHROME2 RGB ARGB YBR_FULL YBR_FULL_422 YBR_ICT YBR_RCT HU HU_MOD OD MGML PCT Z_EFF ED EDW'''.split())
 
-def code_word(text)->str:
+_BIG, _DEFLATED = '1.2.840.10008.1.2.2', '1.2.840.10008.1.2.1.99'
+_BARE = '', '1.2.840.10008.1.2', '1.2.840.10008.1.2.1', _BIG, _DEFLATED  # pixels as they are
+_CODECS = {
+    f'1.2.840.10008.1.2.{k}'
+    for k in ('4.50', '4.51', '4.57', '4.70', '4.80', '4.81', '4.90', '4.91', '5')
+}  # JPEG, JPEG-LS, JPEG 2000, RLE
+
+_WORDS = set(
+    '''CT MR PT NM US CR DX MG XA RF OT SC ES ECG IO PX OPT OP SM XC SR PR KO DOC SEG REG FID RWV PLAN RTSTRUCT RTPLAN RTDOSE RTIMAGE RTRECORD
+MONOCHROME1 MONOCHROME2 RGB ARGB YBR_FULL YBR_FULL_422 YBR_ICT YBR_RCT HU HU_MOD OD MGML PCT Z_EFF ED EDW'''.split()
+)
+
+
+def code_word(text) -> str:
     "A code word of the standard; what is none is not repeated, it might name somebody"
     return str(text) if str(text) in _WORDS else 'unknown'
 
-def _uid(text)->str:
+
+def _uid(text) -> str:
     "A number of the standard, with its name; any other may be made of a date and a name"
-    return pydicom.uid.UID(text).name if re.fullmatch(r'1\.2\.840\.10008(\.\d+){1,9}', text) else 'private'
+    return (
+        pydicom.uid.UID(text).name
+        if re.fullmatch(r'1\.2\.840\.10008(\.\d+){1,9}', text)
+        else 'private'
+    )
+
 
 @dataclass
 class _Slice:
     "One frame of one file, as its header describes it"
-    path:Path # file
-    frame:int # number of the frame in it, from 0
-    uid:str # SOPInstanceUID
-    shape:tuple # `(H,W)`
-    position:list # of the first pixel, mm `(x,y,z)`; None if not given
-    axes:list # direction of a row and of a column, 6 numbers
-    pixel:list # mm between rows, mm between columns
-    slope:float # HU for one more in the file; None if not given
-    intercept:float # HU of a stored 0; None if not given
-    bits:tuple # bits stored, signed or not
-    notes:tuple=() # what should be said about it
-    kind:str='' # numpy type of its pixels where they lie unpacked; '' where a decoder is needed
-    at:int=0 # byte of the file, inflated, at which they lie
-    z:int=0 # byte from which on the file is deflated; 0 if it is not
+
+    path: Path  # file
+    frame: int  # number of the frame in it, from 0
+    uid: str  # SOPInstanceUID
+    shape: tuple  # `(H,W)`
+    position: list  # of the first pixel, mm `(x,y,z)`; None if not given
+    axes: list  # direction of a row and of a column, 6 numbers
+    pixel: list  # mm between rows, mm between columns
+    slope: float  # HU for one more in the file; None if not given
+    intercept: float  # HU of a stored 0; None if not given
+    bits: tuple  # bits stored, signed or not
+    notes: tuple = ()  # what should be said about it
+    kind: str = ''  # numpy type of its pixels where they lie unpacked; '' where a decoder is needed
+    at: int = 0  # byte of the file, inflated, at which they lie
+    z: int = 0  # byte from which on the file is deflated; 0 if it is not
 
 # %% ../../nbs/02_io/04_dicom_header.ipynb #7d6fc1c5
-def tag_text(d, # header
-             key:str, # keyword of the tag
-            )->str: # '' where it is missing or blank
+def tag_text(
+    d,  # header
+    key: str,  # keyword of the tag
+) -> str:  # '' where it is missing or blank
     "Text of a tag"
     return str(d.get(key) or '').strip(' \0')
 
-def _numbers(group, key)->list:
+
+def _numbers(group, key) -> list:
     value = group.get(key) if group is not None else None
-    if value is None or value=='': return None
+    if value is None or value == '':
+        return None
     out = [float(x) for x in np.atleast_1d(value)]
-    if not np.isfinite(out).all(): raise ValueError('not a number')
+    if not np.isfinite(out).all():
+        raise ValueError('not a number')
     return out
 
-def _plain(d)->str:
+
+def _plain(d) -> str:
     "Numpy type of pixels that lie in the file as they are, or ''"
-    n,alloc = int(d.get('BitsStored') or 16),int(d.get('BitsAllocated') or 16)
-    simple = getattr(d,'at',0) and alloc in (8,16) and 1<=n<=alloc and int(d.get('HighBit') or n-1)==n-1
-    return f'{"<>"[d.syntax==_BIG]}{"ui"[bool(d.get("PixelRepresentation"))]}{alloc//8}' if simple and d.syntax in _BARE else ''
+    n, alloc = int(d.get('BitsStored') or 16), int(d.get('BitsAllocated') or 16)
+    simple = (
+        getattr(d, 'at', 0)
+        and alloc in (8, 16)
+        and 1 <= n <= alloc
+        and int(d.get('HighBit') or n - 1) == n - 1
+    )
+    return (
+        f'{"<>"[d.syntax == _BIG]}{"ui"[bool(d.get("PixelRepresentation"))]}{alloc // 8}'
+        if simple and d.syntax in _BARE
+        else ''
+    )
 
-def _one(d, path, i, notes, at, axes, pixel, hu)->_Slice:
-    m,b = ((_numbers(hu,k) or [None])[0] for k in ('RescaleSlope','RescaleIntercept'))
-    shape,kind = (int(d.get('Rows')),int(d.get('Columns'))),_plain(d)
-    return _Slice(Path(path), i, tag_text(d,'SOPInstanceUID'), shape,
-                 _numbers(at,'ImagePositionPatient'), _numbers(axes,'ImageOrientationPatient'),
-                 _numbers(pixel,'PixelSpacing'), m, b, (int(d.get('BitsStored') or 16),bool(d.get('PixelRepresentation'))), tuple(notes),
-                 kind, d.at+i*shape[0]*shape[1]*int(kind[2]) if kind else 0, getattr(d,'z',0))
 
-def slices_of(d, # `Header`, or a pydicom dataset
-              path, # its file
-             )->list: # one `_Slice` a frame
+def _one(d, path, i, notes, at, axes, pixel, hu) -> _Slice:
+    m, b = ((_numbers(hu, k) or [None])[0] for k in ('RescaleSlope', 'RescaleIntercept'))
+    shape, kind = (int(d.get('Rows')), int(d.get('Columns'))), _plain(d)
+    return _Slice(
+        Path(path),
+        i,
+        tag_text(d, 'SOPInstanceUID'),
+        shape,
+        _numbers(at, 'ImagePositionPatient'),
+        _numbers(axes, 'ImageOrientationPatient'),
+        _numbers(pixel, 'PixelSpacing'),
+        m,
+        b,
+        (int(d.get('BitsStored') or 16), bool(d.get('PixelRepresentation'))),
+        tuple(notes),
+        kind,
+        d.at + i * shape[0] * shape[1] * int(kind[2]) if kind else 0,
+        getattr(d, 'z', 0),
+    )
+
+
+def slices_of(
+    d,  # `Header`, or a pydicom dataset
+    path,  # its file
+) -> list:  # one `_Slice` a frame
     "Slices that a header announces, classic or enhanced"
-    tilt = (_numbers(d,'GantryDetectorTilt') or [0])[0]
-    notes = [f'gantry tilt {tilt:g}° in the header']*(abs(tilt)>.1)+['lossy compression']*(str(d.get('LossyImageCompression'))=='01')
-    if (kind:=code_word(d.get('RescaleType') or 'HU'))!='HU': notes.append(f'rescale type {kind}, not HU')
+    tilt = (_numbers(d, 'GantryDetectorTilt') or [0])[0]
+    notes = [f'gantry tilt {tilt:g}° in the header'] * (abs(tilt) > 0.1) + ['lossy compression'] * (
+        str(d.get('LossyImageCompression')) == '01'
+    )
+    if (kind := code_word(d.get('RescaleType') or 'HU')) != 'HU':
+        notes.append(f'rescale type {kind}, not HU')
     groups = d.get('PerFrameFunctionalGroupsSequence')
-    if not groups: return [_one(d, path, i, notes, d, d, d, d) for i in range(int(d.get('NumberOfFrames') or 1))]
+    if not groups:
+        return [
+            _one(d, path, i, notes, d, d, d, d) for i in range(int(d.get('NumberOfFrames') or 1))
+        ]
     shared = (d.get('SharedFunctionalGroupsSequence') or [{}])[0]
-    part = lambda g,k: next((s[k+'Sequence'][0] for s in (g,shared) if k+'Sequence' in s), None)
-    return [_one(d, path, i, notes, *(part(g,k) for k in ('PlanePosition','PlaneOrientation','PixelMeasures','PixelValueTransformation'))) for i,g in enumerate(groups)]
+
+    def part(g, k):
+        return next((s[k + 'Sequence'][0] for s in (g, shared) if k + 'Sequence' in s), None)
+
+    return [
+        _one(
+            d,
+            path,
+            i,
+            notes,
+            *(
+                part(g, k)
+                for k in (
+                    'PlanePosition',
+                    'PlaneOrientation',
+                    'PixelMeasures',
+                    'PixelValueTransformation',
+                )
+            ),
+        )
+        for i, g in enumerate(groups)
+    ]
 
 # %% ../../nbs/02_io/04_dicom_header.ipynb #54daa610
-def find_foreign(d, # header
-           )->str: # why it is no slice of a CT, or ''
+def find_foreign(
+    d,  # header
+) -> str:  # why it is no slice of a CT, or ''
     "What a DICOM file is if it is no CT slice"
-    kind,sop = code_word(tag_text(d,'Modality')),tag_text(d,'SOPClassUID')
+    kind, sop = code_word(tag_text(d, 'Modality')), tag_text(d, 'SOPClassUID')
     what = [str(t).upper().strip() for t in np.atleast_1d(d.get('ImageType') or [])]
-    if kind!='CT' and tag_text(d,'Modality'): return f'modality {kind}, not CT' # none is no other
-    if sop.startswith('1.2.840.10008.5.1.4.1.1.7'): return 'a secondary capture, a picture of a screen'
-    if sop and not sop.startswith(CT_IMAGE_CLASS): return f'not a CT image (class {_uid(sop)})'
-    return 'a localizer, a projection for planning' if {'LOCALIZER','SCOUT'}&set(what) else ''
+    if kind != 'CT' and tag_text(d, 'Modality'):
+        return f'modality {kind}, not CT'  # none is no other
+    if sop.startswith('1.2.840.10008.5.1.4.1.1.7'):
+        return 'a secondary capture, a picture of a screen'
+    if sop and not sop.startswith(CT_IMAGE_CLASS):
+        return f'not a CT image (class {_uid(sop)})'
+    return 'a localizer, a projection for planning' if {'LOCALIZER', 'SCOUT'} & set(what) else ''
 
-def _fragments(path, at)->bool:
+
+def _fragments(path, at) -> bool:
     "Whether the packed pixels at `at` are a chain of fragments that lie in the file"
     size = Path(path).stat().st_size
-    with open(path,'rb') as f:
-        while 0<at<=size-8:
-            f.seek(at); group,number,n = struct.unpack('<HHI', f.read(8)); at += 8+n
-            if (group,number)!=(0xFFFE,0xE000): return (group,number)==(0xFFFE,0xE0DD)
+    with open(path, 'rb') as f:
+        while 0 < at <= size - 8:
+            f.seek(at)
+            group, number, n = struct.unpack('<HHI', f.read(8))
+            at += 8 + n
+            if (group, number) != (0xFFFE, 0xE000):
+                return (group, number) == (0xFFFE, 0xE0DD)
     return False
 
-def find_damage(d, # header of a CT slice
-           path, # its file
-          )->str: # why it cannot be trusted, or ''
+
+def find_damage(
+    d,  # header of a CT slice
+    path,  # its file
+) -> str:  # why it cannot be trusted, or ''
     "What is wrong with a CT slice, seen without decoding it"
-    light,size,syntax = code_word(d.get('PhotometricInterpretation') or 'MONOCHROME2'),getattr(d,'size',0) or Path(path).stat().st_size,getattr(d,'syntax','')
-    if d.get('Rows') is None or getattr(d,'at',1)==0: return 'has no image, or its header ends early'
-    if int(d.get('SamplesPerPixel') or 1)!=1 or light!='MONOCHROME2': return f'{light} instead of plain CT numbers'
-    if syntax not in _BARE and syntax not in _CODECS: return f'has pixels in a transfer syntax that is not read here ({_uid(syntax)})'
-    n = [int(d.get(k) or x) for k,x in dict(Rows=0, Columns=0, NumberOfFrames=1, BitsAllocated=16).items()]
-    if min(n)<1 or n[3] not in (8,16,32): return f'promises {n[2]} images of {n[0]} × {n[1]} pixels of {n[3]} bits'
-    need = n[0]*n[1]*n[2]*n[3]//8
-    if syntax in _BARE: return f'ends early: {size:,} bytes, {getattr(d,"at",0)+need:,} needed' if size<getattr(d,'at',0)+need else ''
-    if not _fragments(path, d.at): return 'has no packed pixels, or they end early'
-    return f'promises {need:,} bytes of pixels, more than {size:,} packed bytes can hold' if need>1000*size+2**20 else ''
+    light, size, syntax = (
+        code_word(d.get('PhotometricInterpretation') or 'MONOCHROME2'),
+        getattr(d, 'size', 0) or Path(path).stat().st_size,
+        getattr(d, 'syntax', ''),
+    )
+    if d.get('Rows') is None or getattr(d, 'at', 1) == 0:
+        return 'has no image, or its header ends early'
+    if int(d.get('SamplesPerPixel') or 1) != 1 or light != 'MONOCHROME2':
+        return f'{light} instead of plain CT numbers'
+    if syntax not in _BARE and syntax not in _CODECS:
+        return f'has pixels in a transfer syntax that is not read here ({_uid(syntax)})'
+    n = [
+        int(d.get(k) or x)
+        for k, x in dict(Rows=0, Columns=0, NumberOfFrames=1, BitsAllocated=16).items()
+    ]
+    if min(n) < 1 or n[3] not in (8, 16, 32):
+        return f'promises {n[2]} images of {n[0]} × {n[1]} pixels of {n[3]} bits'
+    need = n[0] * n[1] * n[2] * n[3] // 8
+    if syntax in _BARE:
+        return (
+            f'ends early: {size:,} bytes, {getattr(d, "at", 0) + need:,} needed'
+            if size < getattr(d, 'at', 0) + need
+            else ''
+        )
+    if not _fragments(path, d.at):
+        return 'has no packed pixels, or they end early'
+    return (
+        f'promises {need:,} bytes of pixels, more than {size:,} packed bytes can hold'
+        if need > 1000 * size + 2**20
+        else ''
+    )
 
 # %% ../../nbs/02_io/04_dicom_header.ipynb #a91995a4
-_WANTED = {pydicom.datadict.tag_for_keyword(k):(k,pydicom.datadict.dictionary_VR(k)) for k in (*_TAGS,*PERSON_TAGS)}
-_WIDE = {x.encode() for x in 'OB OD OF OL OV OW SQ SV UC UN UR UT UV'.split()} # types with a length of four bytes
-_SHORT = {x.encode() for x in 'AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US'.split()}
-_OPEN,_PIXELS,_ITEM,_ITEM_END,_END = 0xFFFFFFFF,0x7FE00010,0xFFFEE000,0xFFFEE00D,0xFFFEE0DD
+_WANTED = {
+    pydicom.datadict.tag_for_keyword(k): (k, pydicom.datadict.dictionary_VR(k))
+    for k in (*_TAGS, *PERSON_TAGS)
+}
+_WIDE = {
+    x.encode() for x in 'OB OD OF OL OV OW SQ SV UC UN UR UT UV'.split()
+}  # types with a length of four bytes
+_SHORT = {
+    x.encode() for x in 'AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US'.split()
+}
+_OPEN, _PIXELS, _ITEM, _ITEM_END, _END = 0xFFFFFFFF, 0x7FE00010, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
-def _element(h, at, explicit)->tuple:
+
+def _element(h, at, explicit) -> tuple:
     "Tag, length and first byte of the value of the element at `at`"
-    group,number = struct.unpack_from('<HH', h, at); tag = group<<16|number
-    if not explicit or group==0xFFFE: return tag,struct.unpack_from('<I', h, at+4)[0],at+8
-    if h[at+4:at+6] in _WIDE: return tag,struct.unpack_from('<I', h, at+8)[0],at+12
-    if h[at+4:at+6] not in _SHORT: raise ValueError('no such type')
-    return tag,struct.unpack_from('<H', h, at+6)[0],at+8
+    group, number = struct.unpack_from('<HH', h, at)
+    tag = group << 16 | number
+    if not explicit or group == 0xFFFE:
+        return tag, struct.unpack_from('<I', h, at + 4)[0], at + 8
+    if h[at + 4 : at + 6] in _WIDE:
+        return tag, struct.unpack_from('<I', h, at + 8)[0], at + 12
+    if h[at + 4 : at + 6] not in _SHORT:
+        raise ValueError('no such type')
+    return tag, struct.unpack_from('<H', h, at + 6)[0], at + 8
 
-def _after(h, at, explicit, end)->int:
+
+def _after(h, at, explicit, end) -> int:
     "Where a sequence or an item of open length, whose inside begins at `at`, has ended"
     while True:
-        tag,n,at = _element(h, at, explicit)
-        if tag==end: return at
-        at = _after(h, at, explicit, _ITEM_END if tag==_ITEM else _END) if n==_OPEN else at+n
+        tag, n, at = _element(h, at, explicit)
+        if tag == end:
+            return at
+        at = _after(h, at, explicit, _ITEM_END if tag == _ITEM else _END) if n == _OPEN else at + n
+
 
 def _value(raw, kind):
     "Plain Python value of the bytes of one element"
-    if kind=='US': return struct.unpack('<H', raw)[0] if raw else None
-    if kind=='SQ': raise ValueError('sequence')
-    try: text = raw.decode('utf-8')
-    except UnicodeDecodeError: text = raw.decode('latin1')
+    if kind == 'US':
+        return struct.unpack('<H', raw)[0] if raw else None
+    if kind == 'SQ':
+        raise ValueError('sequence')
+    try:
+        text = raw.decode('utf-8')
+    except UnicodeDecodeError:
+        text = raw.decode('latin1')
     parts = [p.strip(' \0') for p in text.split('\\')]
-    if kind in ('DS','IS'): parts = [(float if kind=='DS' else int)(p) for p in parts if p]
-    return None if not parts else parts[0] if len(parts)==1 else parts
+    if kind in ('DS', 'IS'):
+        parts = [(float if kind == 'DS' else int)(p) for p in parts if p]
+    return None if not parts else parts[0] if len(parts) == 1 else parts
 
-def _walk(h)->Header:
+
+def _walk(h) -> Header:
     "Header of a usual file; raises whatever it stumbles over"
-    d,at,last,explicit = Header(),132,0,True
-    if h[128:132]!=b'DICM': raise ValueError('no preamble')
+    d, at, last, explicit = Header(), 132, 0, True
+    if h[128:132] != b'DICM':
+        raise ValueError('no preamble')
     while True:
-        if d.syntax=='' and h[at:at+2]!=b'\2\0': raise ValueError('no transfer syntax')
-        tag,n,start = _element(h, at, explicit or h[at:at+2]==b'\2\0')
-        if tag==_PIXELS: d.at = start; return d
-        if tag==0x00020010: d.syntax = h[start:start+n].decode('ascii').strip(' \0'); explicit = d.syntax!=_BARE[1]
-        if d.syntax==_BIG or not last<tag<=_PIXELS: raise ValueError('not usual')
+        if d.syntax == '' and h[at : at + 2] != b'\2\0':
+            raise ValueError('no transfer syntax')
+        tag, n, start = _element(h, at, explicit or h[at : at + 2] == b'\2\0')
+        if tag == _PIXELS:
+            d.at = start
+            return d
+        if tag == 0x00020010:
+            d.syntax = h[start : start + n].decode('ascii').strip(' \0')
+            explicit = d.syntax != _BARE[1]
+        if d.syntax == _BIG or not last < tag <= _PIXELS:
+            raise ValueError('not usual')
         last = tag
-        at = _after(h, start, explicit, _END) if n==_OPEN else start+n
-        if at>len(h): raise ValueError('long header')
-        if tag in _WANTED: key,kind = _WANTED[tag]; d[key] = _value(h[start:at], kind)
+        at = _after(h, start, explicit, _END) if n == _OPEN else start + n
+        if at > len(h):
+            raise ValueError('long header')
+        if tag in _WANTED:
+            key, kind = _WANTED[tag]
+            d[key] = _value(h[start:at], kind)
 
 # %% ../../nbs/02_io/04_dicom_header.ipynb #f77c6e12
-def inflate_file(f, at)->bytes:
+def inflate_file(f, at) -> bytes:
     "A deflated file as it would be if it were not; raises `ValueError` for a bomb"
-    head = f.seek(0) or f.read(at); z = zlib.decompressobj(-15)
+    head = f.seek(0) or f.read(at)
+    z = zlib.decompressobj(-15)
     body = z.decompress(f.read(), 2**26)
-    if not z.eof: raise ValueError('ends early, or unpacks to more than 64 MB')
-    return head+body
+    if not z.eof:
+        raise ValueError('ends early, or unpacks to more than 64 MB')
+    return head + body
 
-def _meta_end(h)->int:
+
+def _meta_end(h) -> int:
     "Where the first group of elements, which is never packed, ends"
     at = 132
-    while h[at:at+2]==b'\2\0': _,n,start = _element(h, at, True); at = start+n
+    while h[at : at + 2] == b'\2\0':
+        _, n, start = _element(h, at, True)
+        at = start + n
     return at
 
-def _slow(f, sure)->Header:
+
+def _slow(f, sure) -> Header:
     "Header by pydicom; None for what is not DICOM"
-    p = pydicom.dcmread(f, stop_before_pixels=True, specific_tags=[*_TAGS,*PERSON_TAGS], force=not sure)
-    d = Header({k:p.get(k) for k in (*_TAGS,*PERSON_TAGS) if k in p}); d.syntax = str(getattr(p.file_meta,'TransferSyntaxUID',''))
-    if getattr(p.file_meta,'MediaStorageSOPClassUID','')=='1.2.840.10008.1.3.10': d.syntax = 'DICOMDIR'
-    at = f.tell(); f.seek(at); tail = f.read(12)
-    if tail[:4] in (b'\xe0\x7f\x10\0',b'\x7f\xe0\0\x10'): d.at = at+(12 if tail[4:6] in _WIDE else 8)
+    p = pydicom.dcmread(
+        f, stop_before_pixels=True, specific_tags=[*_TAGS, *PERSON_TAGS], force=not sure
+    )
+    d = Header({k: p.get(k) for k in (*_TAGS, *PERSON_TAGS) if k in p})
+    d.syntax = str(getattr(p.file_meta, 'TransferSyntaxUID', ''))
+    if getattr(p.file_meta, 'MediaStorageSOPClassUID', '') == '1.2.840.10008.1.3.10':
+        d.syntax = 'DICOMDIR'
+    at = f.tell()
+    f.seek(at)
+    tail = f.read(12)
+    if tail[:4] in (b'\xe0\x7f\x10\0', b'\x7f\xe0\0\x10'):
+        d.at = at + (12 if tail[4:6] in _WIDE else 8)
     return d if sure or 'SOPClassUID' in d or 'Modality' in d else None
 
-def read_header(path, # any file
-               )->Header: # without pixels; None for what is not DICOM
+
+def read_header(
+    path,  # any file
+) -> Header:  # without pixels; None for what is not DICOM
     "Header of a DICOM file, with or without the 132 bytes that should come first"
-    with open(path,'rb') as f, warnings.catch_warnings():
+    with open(path, 'rb') as f, warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        h = f.read(1<<16); sure = h[128:132]==b'DICM'
-        if not sure and h[:2] not in (b'\x08\0',b'\2\0',b'\0\x08',b'\0\2'): return None
-        if sure and _DEFLATED.encode() in h[:1<<12]:
-            at = _meta_end(h); h = inflate_file(f, at); d = _walk(h); d.z,d.size = at,len(h); return d
-        try: return _walk(h)
-        except Exception: f.seek(0); return _slow(f, sure)
+        h = f.read(1 << 16)
+        sure = h[128:132] == b'DICM'
+        if not sure and h[:2] not in (b'\x08\0', b'\2\0', b'\0\x08', b'\0\2'):
+            return None
+        if sure and _DEFLATED.encode() in h[: 1 << 12]:
+            at = _meta_end(h)
+            h = inflate_file(f, at)
+            d = _walk(h)
+            d.z, d.size = at, len(h)
+            return d
+        try:
+            return _walk(h)
+        except Exception:
+            f.seek(0)
+            return _slow(f, sure)

@@ -7,67 +7,138 @@ __all__ = ['MASK_CODES', 'LOBE_CONVENTIONS', 'mask_values', 'recode', 'convert_l
 
 # %% ../../nbs/02_io/02_labels.ipynb #d04932fa
 import numpy as np
+
 from ..scan import VoxelError
 
 # %% ../../nbs/02_io/02_labels.ipynb #ae8bd4a7
-def mask_values(mask:np.ndarray, # whole numbers, any shape
-              source='mask', # what to name in the error
-             )->np.ndarray: # the values that occur, ascending
+def mask_values(
+    mask: np.ndarray,  # whole numbers, any shape
+    source='mask',  # what to name in the error
+) -> np.ndarray:  # the values that occur, ascending
     "All values of a mask; raises `VoxelError` for fractions, NaN or numbers outside 0 … 65535"
     m = np.asarray(mask)
-    if m.dtype==bool: m = m.view('u1')
-    if not m.size: raise VoxelError(source, 'has no voxels', 'Give a mask.')
-    lo,hi = m.min(),m.max()
-    if not (0<=lo and hi<65536): raise VoxelError(source, f'holds values from {lo:g} to {hi:g}', 'A mask holds whole numbers from 0.')
-    if m.dtype.kind=='f' and not (m==np.rint(m)).all():
-        raise VoxelError(source, 'holds fractions', 'A mask was interpolated: resample masks with the nearest neighbour.')
-    return np.flatnonzero(np.bincount(m.ravel().astype('u2', copy=False), minlength=int(hi)+1))
+    if m.dtype == bool:
+        m = m.view('u1')
+    if not m.size:
+        raise VoxelError(source, 'has no voxels', 'Give a mask.')
+    lo, hi = m.min(), m.max()
+    if not (0 <= lo and hi < 65536):
+        raise VoxelError(
+            source, f'holds values from {lo:g} to {hi:g}', 'A mask holds whole numbers from 0.'
+        )
+    if m.dtype.kind == 'f' and not (m == np.rint(m)).all():
+        raise VoxelError(
+            source,
+            'holds fractions',
+            'A mask was interpolated: resample masks with the nearest neighbour.',
+        )
+    return np.flatnonzero(np.bincount(m.ravel().astype('u2', copy=False), minlength=int(hi) + 1))
 
 # %% ../../nbs/02_io/02_labels.ipynb #5e4a1e54
-def _stray(alien, known, source)->VoxelError:
-    said,known = (', '.join(map(str, v[:20])) for v in (alien,known))
-    return VoxelError(source, f'holds the labels {said}; its set has {known}', 'Repair the mask, or name its codes.')
+def _stray(alien, known, source) -> VoxelError:
+    said, known = (', '.join(map(str, v[:20])) for v in (alien, known))
+    return VoxelError(
+        source,
+        f'holds the labels {said}; its set has {known}',
+        'Repair the mask, or name its codes.',
+    )
 
-def recode(mask:np.ndarray, # whole numbers, any shape
-           codes:dict, # {number in the file: number of the house}
-           source='mask', # what to name in the error
-          )->np.ndarray: # uint8, same shape
+
+def recode(
+    mask: np.ndarray,  # whole numbers, any shape
+    codes: dict,  # {number in the file: number of the house}
+    source='mask',  # what to name in the error
+) -> np.ndarray:  # uint8, same shape
     "Mask in the numbers of the house; raises `VoxelError` naming file and values for a number that `codes` lacks"
-    found = mask_values(mask, source); alien = [int(v) for v in found if int(v) not in codes]
-    if alien: raise _stray(alien, sorted(codes), source)
-    table = np.zeros(max(codes)+1, 'u1')
-    for old,new in codes.items(): table[old] = new
+    found = mask_values(mask, source)
+    alien = [int(v) for v in found if int(v) not in codes]
+    if alien:
+        raise _stray(alien, sorted(codes), source)
+    table = np.zeros(max(codes) + 1, 'u1')
+    for old, new in codes.items():
+        table[old] = new
     return table[np.asarray(mask).astype('u2', copy=False)]
 
 # %% ../../nbs/02_io/02_labels.ipynb #a38d453a
 MASK_CODES = dict(
-    mosmed=dict(infection_mask={0:0,1:1}),
-    ct_seg=dict(lung_mask={0:0,1:1,2:1}, infection_mask={0:0,1:1}),
-    ct_seg_combined=dict(lung_mask={0:0,1:1,2:1,3:1}, infection_mask={0:0,1:0,2:0,3:1}),
-    medseg=dict(lung_mask={0:0,1:1,2:1}, infection_mask={0:0,1:1,2:2,3:4}),
-    medseg_png=dict(infection_mask={0:0,85:1,170:2,255:4}),
-    cc_ccii_lesions=dict(lung_mask={0:0,1:1,2:1,3:1}, infection_mask={0:0,1:0,2:1,3:2}),
-    luna16=dict(lobe_mask={0:0,1:0,7:1,8:2,4:3,5:4,6:5,512:0,516:0,517:0,518:0,519:0,520:0}))
+    mosmed=dict(infection_mask={0: 0, 1: 1}),
+    ct_seg=dict(lung_mask={0: 0, 1: 1, 2: 1}, infection_mask={0: 0, 1: 1}),
+    ct_seg_combined=dict(
+        lung_mask={0: 0, 1: 1, 2: 1, 3: 1}, infection_mask={0: 0, 1: 0, 2: 0, 3: 1}
+    ),
+    medseg=dict(lung_mask={0: 0, 1: 1, 2: 1}, infection_mask={0: 0, 1: 1, 2: 2, 3: 4}),
+    medseg_png=dict(infection_mask={0: 0, 85: 1, 170: 2, 255: 4}),
+    cc_ccii_lesions=dict(
+        lung_mask={0: 0, 1: 1, 2: 1, 3: 1}, infection_mask={0: 0, 1: 0, 2: 1, 3: 2}
+    ),
+    luna16=dict(
+        lobe_mask={
+            0: 0,
+            1: 0,
+            7: 1,
+            8: 2,
+            4: 3,
+            5: 4,
+            6: 5,
+            512: 0,
+            516: 0,
+            517: 0,
+            518: 0,
+            519: 0,
+            520: 0,
+        }
+    ),
+)
 
 # %% ../../nbs/02_io/02_labels.ipynb #a364e1a9
-_NAMES = ('lung_upper_lobe_left','lung_lower_lobe_left','lung_upper_lobe_right','lung_middle_lobe_right','lung_lower_lobe_right')
-LOBE_CONVENTIONS = { # name: {number in the file: lobe of the house}
-    'luna16':MASK_CODES['luna16']['lobe_mask'], '1-5':{i:i for i in range(6)},
-    'totalsegmentator':{i:i-9 if 10<=i<=14 else 0 for i in range(118)}, 'totalsegmentator_v1':{i:i-12 if 13<=i<=17 else 0 for i in range(105)}}
+_NAMES = (
+    'lung_upper_lobe_left',
+    'lung_lower_lobe_left',
+    'lung_upper_lobe_right',
+    'lung_middle_lobe_right',
+    'lung_lower_lobe_right',
+)
+LOBE_CONVENTIONS = {  # name: {number in the file: lobe of the house}
+    'luna16': MASK_CODES['luna16']['lobe_mask'],
+    '1-5': {i: i for i in range(6)},
+    'totalsegmentator': {i: i - 9 if 10 <= i <= 14 else 0 for i in range(118)},
+    'totalsegmentator_v1': {i: i - 12 if 13 <= i <= 17 else 0 for i in range(105)},
+}
 
-def _named(masks, source)->np.ndarray:
+
+def _named(masks, source) -> np.ndarray:
     "One map of lobes from a mask for each, by TotalSegmentator's names"
-    alien = sorted(set(masks)-set(_NAMES)); lost = [n for n in _NAMES if n not in masks]
-    if alien or lost: raise VoxelError(source, f'names {", ".join(map(repr,alien)) or "not all lobes"}', f'Give one mask for each of {", ".join(_NAMES)}.')
-    if len({np.shape(m) for m in masks.values()})>1: raise VoxelError(source, 'has lobes of different shapes', 'Give all lobes on one grid.')
-    if (sum(np.asarray(masks[n])>0 for n in _NAMES)>1).any(): raise VoxelError(source, 'has lobes that overlap', 'Give each voxel to one lobe.')
-    return sum((np.asarray(masks[n])>0).astype('u1')*np.uint8(i) for i,n in enumerate(_NAMES,1))
+    alien = sorted(set(masks) - set(_NAMES))
+    lost = [n for n in _NAMES if n not in masks]
+    if alien or lost:
+        raise VoxelError(
+            source,
+            f'names {", ".join(map(repr, alien)) or "not all lobes"}',
+            f'Give one mask for each of {", ".join(_NAMES)}.',
+        )
+    if len({np.shape(m) for m in masks.values()}) > 1:
+        raise VoxelError(source, 'has lobes of different shapes', 'Give all lobes on one grid.')
+    if (sum(np.asarray(masks[n]) > 0 for n in _NAMES) > 1).any():
+        raise VoxelError(source, 'has lobes that overlap', 'Give each voxel to one lobe.')
+    return sum(
+        (np.asarray(masks[n]) > 0).astype('u1') * np.uint8(i) for i, n in enumerate(_NAMES, 1)
+    )
 
 # %% ../../nbs/02_io/02_labels.ipynb #1cd6b479
-def convert_lobes(mask, # `(D,H,W)` whole numbers, or {name of TotalSegmentator: mask}
-                  convention:str, # row of `LOBE_CONVENTIONS`; a dict of masks needs none but `'totalsegmentator'`
-                  source='lobes', # what to name in the error
-                 )->np.ndarray: # `(D,H,W)` uint8: 0 outside, 1 … 5 in the order of `LOBES`
+def convert_lobes(
+    mask,  # `(D,H,W)` whole numbers, or {name of TotalSegmentator: mask}
+    convention: str,  # row of `LOBE_CONVENTIONS`; a dict of masks needs none but `'totalsegmentator'`
+    source='lobes',  # what to name in the error
+) -> np.ndarray:  # `(D,H,W)` uint8: 0 outside, 1 … 5 in the order of `LOBES`
     "Lobes in the numbers of the house; raises `VoxelError` for an unknown convention, label or name"
-    if convention not in LOBE_CONVENTIONS: raise VoxelError(source, f'no convention is called {convention!r}', f'Use one of {", ".join(LOBE_CONVENTIONS)}.')
-    return _named(mask, source) if isinstance(mask, dict) else recode(mask, LOBE_CONVENTIONS[convention], source)
+    if convention not in LOBE_CONVENTIONS:
+        raise VoxelError(
+            source,
+            f'no convention is called {convention!r}',
+            f'Use one of {", ".join(LOBE_CONVENTIONS)}.',
+        )
+    return (
+        _named(mask, source)
+        if isinstance(mask, dict)
+        else recode(mask, LOBE_CONVENTIONS[convention], source)
+    )

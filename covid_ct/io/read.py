@@ -7,270 +7,500 @@ __all__ = ['PICTURE_ENDINGS', 'reorient', 'orientation', 'guess_units', 'file_en
            'files_of', 'to_image', 'write_scan', 'write_mask', 'write_map', 'read_mask', 'list_series']
 
 # %% ../../nbs/02_io/06_read.ipynb #f7899809
-import re, warnings
+import re
+import warnings
 from collections import Counter
 from pathlib import Path
-import numpy as np, SimpleITK as sitk
+
+import numpy as np
+import SimpleITK as sitk
 from PIL import Image
-from ..scan import Scan, Grid, Map, DataError, ReadError, GeometryError, UnitsError, VoxelError, check_same_grid, write_atomic
-from .volume import MAX_BYTES, IO_OF_ENDING, body_of, fill_voxels, list_files, volume_header, silent_reading
+
+from .dicom import read_dicom
 from .dicom_header import read_header
-from .dicom import list_series, read_dicom
+from covid_ct.io.volume import (
+    IO_OF_ENDING,
+    MAX_BYTES,
+    body_of,
+    fill_voxels,
+    list_files,
+    silent_reading,
+    volume_header,
+)
+from covid_ct.scan import (
+    DataError,
+    GeometryError,
+    Grid,
+    Map,
+    ReadError,
+    Scan,
+    UnitsError,
+    VoxelError,
+    check_same_grid,
+    write_atomic,
+)
 
 # %% ../../nbs/02_io/06_read.ipynb #344d2b87
-_AXIS = dict(zip('LRPASI','xxyyzz'))
+_AXIS = dict(zip('LRPASI', 'xxyyzz', strict=False))
 
-def reorient(voxels:np.ndarray, # `(D,H,W)` along the axes of `old`
-             grid:Grid, # where they lie
-             old:str, # ITK code of the present axes, as `'RAS'`, letters in the order `(x,y,z)`
-             new:str, # code of the wanted axes
-            )->tuple: # voxels (a view) and their `Grid`, along `new`
+
+def reorient(
+    voxels: np.ndarray,  # `(D,H,W)` along the axes of `old`
+    grid: Grid,  # where they lie
+    old: str,  # ITK code of the present axes, as `'RAS'`, letters in the order `(x,y,z)`
+    new: str,  # code of the wanted axes
+) -> tuple:  # voxels (a view) and their `Grid`, along `new`
     "Swap and flip axes: the same voxels at the same places, nothing resampled"
-    a,b = old[::-1],new[::-1]
+    a, b = old[::-1], new[::-1]
     axes = [[_AXIS[c] for c in a].index(_AXIS[c]) for c in b]
-    back = np.array([a[i]!=c for i,c in zip(axes,b)])
-    far = np.zeros(3); far[axes] = back*(np.array(grid.shape)[axes]-1)
-    v = np.asarray(voxels).transpose(axes)[tuple(slice(None,None,-1 if f else 1) for f in back)]
-    R = np.array(grid.direction)[:,axes]*np.where(back,-1,1)+0.
-    return v,Grid(v.shape, tuple(np.array(grid.spacing)[axes]), tuple(grid.to_mm(far)), tuple(map(tuple,R)))
+    back = np.array([a[i] != c for i, c in zip(axes, b, strict=False)])
+    far = np.zeros(3)
+    far[axes] = back * (np.array(grid.shape)[axes] - 1)
+    v = np.asarray(voxels).transpose(axes)[tuple(slice(None, None, -1 if f else 1) for f in back)]
+    R = np.array(grid.direction)[:, axes] * np.where(back, -1, 1) + 0.0
+    return v, Grid(
+        v.shape, tuple(np.array(grid.spacing)[axes]), tuple(grid.to_mm(far)), tuple(map(tuple, R))
+    )
 
 # %% ../../nbs/02_io/06_read.ipynb #9e2658b2
-def _flat(direction)->tuple: return tuple(np.array(direction,float)[::-1,::-1].ravel())
+def _flat(direction) -> tuple:
+    return tuple(np.array(direction, float)[::-1, ::-1].ravel())
 
-def _grid(image)->Grid:
-    R = np.reshape(image.GetDirection(),(3,3))[::-1,::-1]
-    return Grid(image.GetSize()[::-1], image.GetSpacing()[::-1], image.GetOrigin()[::-1], tuple(map(tuple,R)))
 
-def orientation(grid:Grid, # any grid
-               )->str: # three letters in the order `(x,y,z)`: the direction in which each axis grows
+def _grid(image) -> Grid:
+    R = np.reshape(image.GetDirection(), (3, 3))[::-1, ::-1]
+    return Grid(
+        image.GetSize()[::-1],
+        image.GetSpacing()[::-1],
+        image.GetOrigin()[::-1],
+        tuple(map(tuple, R)),
+    )
+
+
+def orientation(
+    grid: Grid,  # any grid
+) -> str:  # three letters in the order `(x,y,z)`: the direction in which each axis grows
     "Nearest orientation code of a grid, as ITK names it"
     return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(_flat(grid.direction))
 
 # %% ../../nbs/02_io/06_read.ipynb #509b0e03
-def _airy(v)->bool:
+def _airy(v) -> bool:
     "Whether one voxel in a thousand of a coarse sample is air or lung"
-    few = v[tuple(slice(None,None,max(1,n//48)) for n in v.shape)]
-    return bool(((few>=-1200)&(few<=-500)).mean()>=.001)
+    few = v[tuple(slice(None, None, max(1, n // 48)) for n in v.shape)]
+    return bool(((few >= -1200) & (few <= -500)).mean() >= 0.001)
 
-def guess_units(v:np.ndarray, # voxels as stored
-                source='volume', # what to name in the error
-               )->str: # `'HU'`, `'uint8'` or `'unit'`
+
+def guess_units(
+    v: np.ndarray,  # voxels as stored
+    source='volume',  # what to name in the error
+) -> str:  # `'HU'`, `'uint8'` or `'unit'`
     "Unit of bare numbers: HU if a voxel in a thousand is air or lung; raises `UnitsError` in doubt"
-    if _airy(v): return 'HU'
-    lo,hi = v.min(),v.max()
-    if lo>=0 and hi<=255: return 'unit' if hi<=1 and v.dtype.kind=='f' else 'uint8'
-    raise UnitsError(source, f'values {lo:.5g} … {hi:.5g} are not HU (no air near −1000), not grey values 0 … 255, not in [0,1]',
-                     "If you know better, pass units='HU' in Python "
-                     'or write HU into the column units of a cohort; '
-                     'else restore the intercept that the file has lost.')
+    if _airy(v):
+        return 'HU'
+    lo, hi = v.min(), v.max()
+    if lo >= 0 and hi <= 255:
+        return 'unit' if hi <= 1 and v.dtype.kind == 'f' else 'uint8'
+    raise UnitsError(
+        source,
+        f'values {lo:.5g} … {hi:.5g} are not HU (no air near −1000), not grey values 0 … 255, not in [0,1]',
+        "If you know better, pass units='HU' in Python "
+        'or write HU into the column units of a cohort; '
+        'else restore the intercept that the file has lost.',
+    )
 
 # %% ../../nbs/02_io/06_read.ipynb #5b32935a
-def _whole(v, lo, hi)->np.ndarray:
+def _whole(v, lo, hi) -> np.ndarray:
     "int16 where that is exact, else float32; slice by slice, so that it stays in the processor's cache"
-    if v.dtype=='i2': return v
-    if -32768<=lo and hi<=32767:
+    if v.dtype == 'i2':
+        return v
+    if -32768 <= lo and hi <= 32767:
         w = np.empty(v.shape, 'i2')
-        for a,b in zip(w,v):
+        for a, b in zip(w, v, strict=False):
             a[...] = b
-            if v.dtype.kind=='f' and not np.array_equal(a,b): break
-        else: return w
+            if v.dtype.kind == 'f' and not np.array_equal(a, b):
+                break
+        else:
+            return w
     return v.astype('f4', copy=False)
 
-def _clip_to_air(v)->int:
-    "Set what lies below −1024 to −1024; returns how many voxels that were"
-    low = [(k,np.count_nonzero(s<-1024)) for k,s in enumerate(v) if s.min()<-1024]
-    for k,_ in low: np.maximum(v[k], -1024, out=v[k])
-    return sum(n for _,n in low)
 
-def _values(v, units, source, ends)->tuple:
+def _clip_to_air(v) -> int:
+    "Set what lies below −1024 to −1024; returns how many voxels that were"
+    low = [(k, np.count_nonzero(s < -1024)) for k, s in enumerate(v) if s.min() < -1024]
+    for k, _ in low:
+        np.maximum(v[k], -1024, out=v[k])
+    return sum(n for _, n in low)
+
+
+def _values(v, units, source, ends) -> tuple:
     "Voxels in their unit, the unit, remarks; `ends` are the smallest and largest value where they are known"
-    lo,hi = ends or (float(v.min()),float(v.max()))
-    if not np.isfinite(lo+hi): raise VoxelError(source, f'{int((~np.isfinite(v)).sum()):,} voxels are NaN or infinite', 'Repair or exclude the scan.')
-    if lo==hi: raise VoxelError(source, f'every voxel is {lo:g}', 'Exclude the scan: there is no picture in it.')
+    lo, hi = ends or (float(v.min()), float(v.max()))
+    if not np.isfinite(lo + hi):
+        raise VoxelError(
+            source,
+            f'{int((~np.isfinite(v)).sum()):,} voxels are NaN or infinite',
+            'Repair or exclude the scan.',
+        )
+    if lo == hi:
+        raise VoxelError(
+            source, f'every voxel is {lo:g}', 'Exclude the scan: there is no picture in it.'
+        )
     units = units or guess_units(v, source)
     top = dict(uint8=255, unit=1).get(units)
-    if top and not (lo>=0 and hi<=top): raise UnitsError(source, f'values {lo:.5g} … {hi:.5g} cannot be {units!r}', 'Pass the unit that the file is in.')
-    if units!='HU': return v.astype('f4' if v.dtype.kind=='f' else 'u1', copy=False),units,()
-    w,seen = _whole(v, lo, hi),[]
-    if lo<-1024: seen.append(f'{_clip_to_air(w)/w.size:.2%} of the voxels lay below −1024, down to {lo:g} (padding or overshoot): set to −1024')
-    return w,units,seen if _airy(w) else [*seen,'no air near −1000: perhaps not HU']
+    if top and not (lo >= 0 and hi <= top):
+        raise UnitsError(
+            source,
+            f'values {lo:.5g} … {hi:.5g} cannot be {units!r}',
+            'Pass the unit that the file is in.',
+        )
+    if units != 'HU':
+        return v.astype('f4' if v.dtype.kind == 'f' else 'u1', copy=False), units, ()
+    w, seen = _whole(v, lo, hi), []
+    if lo < -1024:
+        seen.append(
+            f'{_clip_to_air(w) / w.size:.2%} of the voxels lay below −1024, down to {lo:g} (padding or overshoot): set to −1024'
+        )
+    return w, units, seen if _airy(w) else [*seen, 'no air near −1000: perhaps not HU']
 
 # %% ../../nbs/02_io/06_read.ipynb #813d9656
-def _scan(v, grid, source, units=None, remarks=(), ends=None, code=None, **about)->Scan:
+def _scan(v, grid, source, units=None, remarks=(), ends=None, code=None, **about) -> Scan:
     "Scan of voxels that are ours to change; `code` is that of the file if they are in LPS already"
-    if code is None: code = orientation(grid); v,grid = reorient(v, grid, code, 'LPS')
-    v,units,seen = _values(np.ascontiguousarray(v), units, source, ends)
-    return Scan(v, grid.spacing, grid.origin, grid.direction, units=units, source=str(source), stored_as=code, remarks=(*remarks,*seen), **about)
+    if code is None:
+        code = orientation(grid)
+        v, grid = reorient(v, grid, code, 'LPS')
+    v, units, seen = _values(np.ascontiguousarray(v), units, source, ends)
+    return Scan(
+        v,
+        grid.spacing,
+        grid.origin,
+        grid.direction,
+        units=units,
+        source=str(source),
+        stored_as=code,
+        remarks=(*remarks, *seen),
+        **about,
+    )
 
 # %% ../../nbs/02_io/06_read.ipynb #2d8ef574
-def _from_image(image:sitk.Image, # 3D, one number a voxel
-               units:str=None, # unit of its values; None guesses and refuses in doubt
-               source='image', # what to name in errors
-               remarks=(), # what was noticed before
-               **about, # `patient_id`, `scan_id`, `geometry_known`
-              )->Scan: # LPS, its own orientation remembered in `stored_as`
+def _from_image(
+    image: sitk.Image,  # 3D, one number a voxel
+    units: str = None,  # unit of its values; None guesses and refuses in doubt
+    source='image',  # what to name in errors
+    remarks=(),  # what was noticed before
+    **about,  # `patient_id`, `scan_id`, `geometry_known`
+) -> Scan:  # LPS, its own orientation remembered in `stored_as`
     "Scan of a SimpleITK image"
-    if image.GetNumberOfComponentsPerPixel()>1: raise ReadError(source, 'has colours or vectors instead of one number a voxel', 'Give the CT itself.')
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        raise ReadError(
+            source, 'has colours or vectors instead of one number a voxel', 'Give the CT itself.'
+        )
     size = image.GetSize()
-    if len(size)==4 and size[3]==1: return _from_image(image[:,:,:,0], units, source, remarks, **about)
-    if len(size)>3: raise GeometryError(source, f'has {size[3]} volumes in one file', 'Give one volume a file.')
-    if len(size)<3 or min(size)<2: raise GeometryError(source, f'a volume is needed, this is a picture of {" × ".join(map(str,size))}', 'Give the whole stack of slices.')
+    if len(size) == 4 and size[3] == 1:
+        return _from_image(image[:, :, :, 0], units, source, remarks, **about)
+    if len(size) > 3:
+        raise GeometryError(source, f'has {size[3]} volumes in one file', 'Give one volume a file.')
+    if len(size) < 3 or min(size) < 2:
+        raise GeometryError(
+            source,
+            f'a volume is needed, this is a picture of {" × ".join(map(str, size))}',
+            'Give the whole stack of slices.',
+        )
     return _scan(sitk.GetArrayFromImage(image), _grid(image), source, units, remarks, **about)
 
 # %% ../../nbs/02_io/06_read.ipynb #f3fdd5a1
-PICTURE_ENDINGS = ('.png','.jpg','.jpeg','.bmp','.tif','.tiff')
+PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff')
 
-def file_ending(path)->str: return next((e for e in ('.nii.gz',*IO_OF_ENDING,*PICTURE_ENDINGS) if path.name.lower().endswith(e)), '')
 
-def _load(path)->tuple:
+def file_ending(path) -> str:
+    return next(
+        (e for e in ('.nii.gz', *IO_OF_ENDING, *PICTURE_ENDINGS) if path.name.lower().endswith(e)),
+        '',
+    )
+
+
+def _load(path) -> tuple:
     "Voxels in LPS, and a dict of their grid, the code of the file, smallest and largest value; and why the geometry is unknown"
-    s,grid = volume_header(path); code = orientation(grid)
+    s, grid = volume_header(path)
+    code = orientation(grid)
     lps = reorient(np.broadcast_to(np.int8(0), s.shape), grid, code, 'LPS')[1]
-    v = np.empty(lps.shape, np.dtype(s.kind).newbyteorder('=') if s.line==(1.,0.) else 'f4')
-    ends = fill_voxels(s, reorient(v, lps, 'LPS', code)[0]) # turned while it is unpacked
-    return v,dict(grid=lps, code=code, ends=ends),s.doubt
+    v = np.empty(lps.shape, np.dtype(s.kind).newbyteorder('=') if s.line == (1.0, 0.0) else 'f4')
+    ends = fill_voxels(s, reorient(v, lps, 'LPS', code)[0])  # turned while it is unpacked
+    return v, dict(grid=lps, code=code, ends=ends), s.doubt
 
-def file_stem(path)->str: return path.name[:-len(file_ending(path))] if file_ending(path) else path.name
 
-def _read_volume(path, allow, units, **about)->Scan:
-    with silent_reading(path): v,how,doubt = _load(path)
-    if doubt and not allow: raise _unknown(path, doubt)
+def file_stem(path) -> str:
+    return path.name[: -len(file_ending(path))] if file_ending(path) else path.name
+
+
+def _read_volume(path, allow, units, **about) -> Scan:
+    with silent_reading(path):
+        v, how, doubt = _load(path)
+    if doubt and not allow:
+        raise _unknown(path, doubt)
     seen = [f'geometry unknown: {doubt}'] if doubt else []
-    if set(how['grid'].spacing)=={1.}: seen.append('spacing is exactly 1 × 1 × 1 mm: perhaps a placeholder, and the third axis perhaps not anatomy')
-    with silent_reading(path): return _scan(v, source=path, units=units, remarks=seen, **how, geometry_known=not doubt, **{'scan_id':file_stem(path), **about})
+    if set(how['grid'].spacing) == {1.0}:
+        seen.append(
+            'spacing is exactly 1 × 1 × 1 mm: perhaps a placeholder, and the third axis perhaps not anatomy'
+        )
+    with silent_reading(path):
+        return _scan(
+            v,
+            source=path,
+            units=units,
+            remarks=seen,
+            **how,
+            geometry_known=not doubt,
+            **{'scan_id': file_stem(path), **about},
+        )
 
-def _unknown(path, doubt)->GeometryError:
-    return GeometryError(path, f'geometry is unknown: {doubt}',
-                         'Find the original, or pass allow_unknown_geometry=True '
-                         '(on the command line --allow-unknown-geometry; '
-                         'in a cohort, unknown in the column geometry) and do without millimetres.')
+
+def _unknown(path, doubt) -> GeometryError:
+    return GeometryError(
+        path,
+        f'geometry is unknown: {doubt}',
+        'Find the original, or pass allow_unknown_geometry=True '
+        '(on the command line --allow-unknown-geometry; '
+        'in a cohort, unknown in the column geometry) and do without millimetres.',
+    )
 
 # %% ../../nbs/02_io/06_read.ipynb #e0bdf8b7
-def natural_key(path)->list: return [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', path.stem.lower())]+[path.suffix]
+def natural_key(path) -> list:
+    return [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', path.stem.lower())] + [
+        path.suffix
+    ]
 
-def _read_pictures(folder, files, allow, units, **about)->Scan:
-    if len({f.parent for f in files})>1: raise ReadError(folder, f'has pictures in {len({f.parent for f in files})} folders', 'Name the folder of one scan.')
-    if not allow: raise _unknown(folder, 'pictures carry neither millimetres nor orientation')
-    files,stack,first,seen = sorted(files, key=natural_key),[],None,['geometry unknown: made from pictures, in the order of their names']
+
+def _read_pictures(folder, files, allow, units, **about) -> Scan:
+    if len({f.parent for f in files}) > 1:
+        raise ReadError(
+            folder,
+            f'has pictures in {len({f.parent for f in files})} folders',
+            'Name the folder of one scan.',
+        )
+    if not allow:
+        raise _unknown(folder, 'pictures carry neither millimetres nor orientation')
+    files, stack, first, seen = (
+        sorted(files, key=natural_key),
+        [],
+        None,
+        ['geometry unknown: made from pictures, in the order of their names'],
+    )
     for f in files:
         with silent_reading(f), warnings.catch_warnings(), Image.open(f) as im:
-            warnings.simplefilter('ignore'); warnings.simplefilter('error', Image.DecompressionBombWarning)
+            warnings.simplefilter('ignore')
+            warnings.simplefilter('error', Image.DecompressionBombWarning)
             first = first or im.size
-            if im.size!=first: raise GeometryError(f, f'is {im.size[::-1]}, the first slice {first[::-1]}', 'Exclude the odd picture.') # before it is decoded
-            if 4*im.size[0]*im.size[1]*len(files)>MAX_BYTES: raise ReadError(f, f'promises {im.size[0]} × {im.size[1]} pixels, too many for a slice', 'Check where it comes from.')
-            if getattr(im,'n_frames',1)>1: raise GeometryError(f, f'has {im.n_frames} pages', 'Save one slice a file.')
-            if im.mode not in ('L','I;16','I','F','1'): seen.append(f'colours turned into grey (mode {im.mode})')
-            stack.append(np.asarray(im if im.mode in ('L','I;16','I','F') else im.convert('L')))
-    if len(stack)<2: raise GeometryError(folder, 'a volume is needed, this is one picture', 'Give the whole stack of slices.')
-    again = sum(np.array_equal(a,b) for a,b in zip(stack,stack[1:]))
-    if again: seen.append(f'{again} slices repeat the one before')
+            if im.size != first:
+                raise GeometryError(
+                    f,
+                    f'is {im.size[::-1]}, the first slice {first[::-1]}',
+                    'Exclude the odd picture.',
+                )  # before it is decoded
+            if 4 * im.size[0] * im.size[1] * len(files) > MAX_BYTES:
+                raise ReadError(
+                    f,
+                    f'promises {im.size[0]} × {im.size[1]} pixels, too many for a slice',
+                    'Check where it comes from.',
+                )
+            if getattr(im, 'n_frames', 1) > 1:
+                raise GeometryError(f, f'has {im.n_frames} pages', 'Save one slice a file.')
+            if im.mode not in ('L', 'I;16', 'I', 'F', '1'):
+                seen.append(f'colours turned into grey (mode {im.mode})')
+            stack.append(np.asarray(im if im.mode in ('L', 'I;16', 'I', 'F') else im.convert('L')))
+    if len(stack) < 2:
+        raise GeometryError(
+            folder, 'a volume is needed, this is one picture', 'Give the whole stack of slices.'
+        )
+    again = sum(np.array_equal(a, b) for a, b in zip(stack, stack[1:], strict=False))
+    if again:
+        seen.append(f'{again} slices repeat the one before')
     ends = Counter(f.suffix.lower() for f in files)
-    if len(ends)>1: seen.append(f'mixed endings: {dict(ends)}')
+    if len(ends) > 1:
+        seen.append(f'mixed endings: {dict(ends)}')
     v = np.stack(stack)
-    return _scan(v, Grid(v.shape,(1.,1.,1.)), folder, units, dict.fromkeys(seen), geometry_known=False, **{'scan_id':folder.name, **about})
+    return _scan(
+        v,
+        Grid(v.shape, (1.0, 1.0, 1.0)),
+        folder,
+        units,
+        dict.fromkeys(seen),
+        geometry_known=False,
+        **{'scan_id': folder.name, **about},
+    )
 
 # %% ../../nbs/02_io/06_read.ipynb #ec8f6417
 _all_ = ['list_series']
 
-def _is_dicom(path)->bool:
-    if path.suffix.lower() in ('.dcm','.ima'): return True
-    with silent_reading(path): return path.stat().st_size>0 and read_header(path) is not None
 
-def read(path, # volume file, DICOM folder or file, folder of pictures
-         series=None, # which of several: index in `list_series`, series uid, or a part of description or kernel that only one has
-         allow_unknown_geometry=False, # accept placeholder millimetres; the scan stays marked
-         units:str=None, # `'HU'`, `'uint8'` or `'unit'`; None believes CT headers and guesses otherwise
-         tilt='refuse', # of a DICOM gantry; `'correct'` resamples the slices on an upright grid
-         **ids, # `patient_id`, `scan_id`, instead of the pseudonyms
-        )->Scan: # in LPS, with remarks on what was noticed
+def _is_dicom(path) -> bool:
+    if path.suffix.lower() in ('.dcm', '.ima'):
+        return True
+    with silent_reading(path):
+        return path.stat().st_size > 0 and read_header(path) is not None
+
+
+def read(
+    path,  # volume file, DICOM folder or file, folder of pictures
+    series=None,  # which of several: index in `list_series`, series uid, or a part of description or kernel that only one has
+    allow_unknown_geometry=False,  # accept placeholder millimetres; the scan stays marked
+    units: str = None,  # `'HU'`, `'uint8'` or `'unit'`; None believes CT headers and guesses otherwise
+    tilt='refuse',  # of a DICOM gantry; `'correct'` resamples the slices on an upright grid
+    **ids,  # `patient_id`, `scan_id`, instead of the pseudonyms
+) -> Scan:  # in LPS, with remarks on what was noticed
     "Read one scan; raises a `DataError` for whatever cannot be one"
-    if set(ids)-{'patient_id','scan_id'}: raise TypeError(f'read() does not take {sorted(set(ids)-{"patient_id","scan_id"})}')
-    path = Path(path); files = list_files(path)
-    volumes,pictures = ([f for f in files if file_ending(f) in kinds] for kinds in (IO_OF_ENDING,PICTURE_ENDINGS))
+    if set(ids) - {'patient_id', 'scan_id'}:
+        raise TypeError(f'read() does not take {sorted(set(ids) - {"patient_id", "scan_id"})}')
+    path = Path(path)
+    files = list_files(path)
+    volumes, pictures = (
+        [f for f in files if file_ending(f) in kinds] for kinds in (IO_OF_ENDING, PICTURE_ENDINGS)
+    )
     rest = [f for f in files if not file_ending(f)]
-    if path.is_file() and pictures: raise GeometryError(path, 'a volume is needed, this is one picture', 'Give the folder of all slices.')
-    if path.is_file() and 'DICOMDIR' in path.name.upper(): return read(path.parent, series, allow_unknown_geometry, units, tilt, **ids)
+    if path.is_file() and pictures:
+        raise GeometryError(
+            path, 'a volume is needed, this is one picture', 'Give the folder of all slices.'
+        )
+    if path.is_file() and 'DICOMDIR' in path.name.upper():
+        return read(path.parent, series, allow_unknown_geometry, units, tilt, **ids)
     if any(map(_is_dicom, rest)):
-        v,grid,about = read_dicom(path, rest, series, tilt)
-        if len(rest)<len(files): about['remarks'] += (f'left out: {len(files)-len(rest)} volume files or pictures',)
-        return _scan(v, grid, path, **{**about, 'units':units or about['units'], **ids})
-    if pictures: return _read_pictures(path, pictures, allow_unknown_geometry, units, **ids)
-    if len(volumes)==1: return _read_volume(volumes[0], allow_unknown_geometry, units, **ids)
-    if volumes: raise ReadError(path, f'has {len(volumes)} volume files ({", ".join(f.name for f in volumes[:5])} …)', 'Name one of them.')
-    raise ReadError(path, 'has no scan in a format that is read here', 'Give NIfTI, MHA, NRRD, DICOM or a folder of pictures.')
+        v, grid, about = read_dicom(path, rest, series, tilt)
+        if len(rest) < len(files):
+            about['remarks'] += (f'left out: {len(files) - len(rest)} volume files or pictures',)
+        return _scan(v, grid, path, **{**about, 'units': units or about['units'], **ids})
+    if pictures:
+        return _read_pictures(path, pictures, allow_unknown_geometry, units, **ids)
+    if len(volumes) == 1:
+        return _read_volume(volumes[0], allow_unknown_geometry, units, **ids)
+    if volumes:
+        raise ReadError(
+            path,
+            f'has {len(volumes)} volume files ({", ".join(f.name for f in volumes[:5])} …)',
+            'Name one of them.',
+        )
+    raise ReadError(
+        path,
+        'has no scan in a format that is read here',
+        'Give NIfTI, MHA, NRRD, DICOM or a folder of pictures.',
+    )
 
 # %% ../../nbs/02_io/06_read.ipynb #8231cf16
-def files_of(path, # volume file, DICOM folder or file, folder of pictures, mask
-            )->list: # paths, sorted
+def files_of(
+    path,  # volume file, DICOM folder or file, folder of pictures, mask
+) -> list:  # paths, sorted
     "Every file that reading a path opens; raises `ReadError` where there is none"
     path = Path(path)
-    if path.is_file() and 'DICOMDIR' in path.name.upper(): path = path.parent
+    if path.is_file() and 'DICOMDIR' in path.name.upper():
+        path = path.parent
     files = list_files(path)
     return sorted({*files, *map(body_of, files)})
 
 # %% ../../nbs/02_io/06_read.ipynb #f7842f58
-def to_image(voxels:np.ndarray, # `(D,H,W)` on the grid of the scan; bool becomes 0 and 1
-             scan:Scan, # whose stored geometry the image gets
-            )->sitk.Image: # along the axes of the file that the scan came from
+def to_image(
+    voxels: np.ndarray,  # `(D,H,W)` on the grid of the scan; bool becomes 0 and 1
+    scan: Scan,  # whose stored geometry the image gets
+) -> sitk.Image:  # along the axes of the file that the scan came from
     "Image of voxels in a scan's stored orientation; raises `GeometryError` for another shape"
     v = np.asarray(voxels)
-    if v.shape!=tuple(scan.shape): raise GeometryError(scan.source or scan.scan_id or 'scan', f'has shape {tuple(scan.shape)}, what is to be written {v.shape}', 'Bring it back to the grid of the scan.')
-    v,g = reorient(v, scan.grid, 'LPS', scan.stored_as)
-    image = sitk.GetImageFromArray(np.ascontiguousarray(v, 'u1' if v.dtype==bool else 'f4' if v.dtype=='f2' else v.dtype))
-    image.SetSpacing(g.spacing[::-1]); image.SetOrigin(g.origin[::-1]); image.SetDirection(_flat(g.direction))
+    if v.shape != tuple(scan.shape):
+        raise GeometryError(
+            scan.source or scan.scan_id or 'scan',
+            f'has shape {tuple(scan.shape)}, what is to be written {v.shape}',
+            'Bring it back to the grid of the scan.',
+        )
+    v, g = reorient(v, scan.grid, 'LPS', scan.stored_as)
+    image = sitk.GetImageFromArray(
+        np.ascontiguousarray(v, 'u1' if v.dtype == bool else 'f4' if v.dtype == 'f2' else v.dtype)
+    )
+    image.SetSpacing(g.spacing[::-1])
+    image.SetOrigin(g.origin[::-1])
+    image.SetDirection(_flat(g.direction))
     return image
 
-def _write(image, path, overwrite)->Path:
-    path = Path(path); end = file_ending(path)
-    if end not in ('.nii','.nii.gz','.mha','.nrrd'): raise DataError(path, 'has no ending that is written here', 'Use .nii.gz, .nii, .mha or .nrrd.')
+
+def _write(image, path, overwrite) -> Path:
+    path = Path(path)
+    end = file_ending(path)
+    if end not in ('.nii', '.nii.gz', '.mha', '.nrrd'):
+        raise DataError(
+            path, 'has no ending that is written here', 'Use .nii.gz, .nii, .mha or .nrrd.'
+        )
     if path.exists() and not overwrite:
-        raise DataError(path, 'exists already',
-                        'Choose another name, or pass overwrite=True '
-                        '(on the command line --overwrite).')
+        raise DataError(
+            path,
+            'exists already',
+            'Choose another name, or pass overwrite=True (on the command line --overwrite).',
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, lambda tmp: sitk.WriteImage(image, str(tmp), end!='.nii'))
-    except Exception as e: raise DataError(path, f'cannot be written ({str(e).splitlines()[-1]})', 'Check the folder, its rights and the space left.') from e
+        write_atomic(path, lambda tmp: sitk.WriteImage(image, str(tmp), end != '.nii'))
+    except Exception as e:
+        raise DataError(
+            path,
+            f'cannot be written ({str(e).splitlines()[-1]})',
+            'Check the folder, its rights and the space left.',
+        ) from e
     return path
 
 # %% ../../nbs/02_io/06_read.ipynb #8a5d3300
-def write_scan(scan:Scan, # what to write
-               path, # `.nii.gz`, `.nii`, `.mha` or `.nrrd`
-               overwrite=False, # replace a file of that name
-              )->Path: # the file
+def write_scan(
+    scan: Scan,  # what to write
+    path,  # `.nii.gz`, `.nii`, `.mha` or `.nrrd`
+    overwrite=False,  # replace a file of that name
+) -> Path:  # the file
     "Write a scan in the geometry it was stored in, whole or not at all"
     return _write(to_image(scan.voxels, scan), path, overwrite)
 
-def write_mask(mask:np.ndarray, # `(D,H,W)` bool, or labels 0 … 255
-               scan:Scan, # the scan it belongs to
-               path, # as in `write_scan`
-               overwrite=False, # replace a file of that name
-              )->Path: # the file, uint8
+
+def write_mask(
+    mask: np.ndarray,  # `(D,H,W)` bool, or labels 0 … 255
+    scan: Scan,  # the scan it belongs to
+    path,  # as in `write_scan`
+    overwrite=False,  # replace a file of that name
+) -> Path:  # the file, uint8
     "Write a mask on a scan's own stored grid; raises `GeometryError` for another shape, `VoxelError` for no labels"
     m = np.asarray(mask)
-    if m.size and (m.dtype!=bool and not (m.min()>=0 and m.max()<=255 and (m.dtype.kind in 'iu' or (m==np.rint(m)).all()))):
-        raise VoxelError(path, 'a mask holds whole labels from 0 to 255', 'Threshold it, or use write_map.')
+    if m.size and (
+        m.dtype != bool
+        and not (
+            m.min() >= 0 and m.max() <= 255 and (m.dtype.kind in 'iu' or (m == np.rint(m)).all())
+        )
+    ):
+        raise VoxelError(
+            path, 'a mask holds whole labels from 0 to 255', 'Threshold it, or use write_map.'
+        )
     return _write(to_image(m.astype('u1'), scan), path, overwrite)
 
-def write_map(map, # `Map`, or an array `(D,H,W)` in [0,1]
-              scan:Scan, # the scan it explains
-              path, # as in `write_scan`
-              overwrite=False, # replace a file of that name
-             )->Path: # the file, float32
+
+def write_map(
+    map,  # `Map`, or an array `(D,H,W)` in [0,1]
+    scan: Scan,  # the scan it explains
+    path,  # as in `write_scan`
+    overwrite=False,  # replace a file of that name
+) -> Path:  # the file, float32
     "Write a heat-map on a scan's own stored grid; raises `GeometryError` where they do not match"
-    if isinstance(map, Map): check_same_grid(map, scan, path)
-    return _write(to_image(np.asarray(getattr(map,'values',map),'f4'), scan), path, overwrite)
+    if isinstance(map, Map):
+        check_same_grid(map, scan, path)
+    return _write(to_image(np.asarray(getattr(map, 'values', map), 'f4'), scan), path, overwrite)
 
 # %% ../../nbs/02_io/06_read.ipynb #158122c6
-def read_mask(path, # volume file with labels
-              scan:Scan=None, # the scan it must lie on
-             )->np.ndarray: # `(D,H,W)` uint8 labels, LPS
+def read_mask(
+    path,  # volume file with labels
+    scan: Scan = None,  # the scan it must lie on
+) -> np.ndarray:  # `(D,H,W)` uint8 labels, LPS
     "Labels of a mask file; raises `GeometryError` if it lies on another grid than the scan"
-    path = Path(path); list_files(path)
-    if file_ending(path) not in IO_OF_ENDING: raise ReadError(path, 'is not a volume file', 'Give NIfTI, MHA or NRRD.')
+    path = Path(path)
+    list_files(path)
+    if file_ending(path) not in IO_OF_ENDING:
+        raise ReadError(path, 'is not a volume file', 'Give NIfTI, MHA or NRRD.')
     with silent_reading(path):
-        v,how,_ = _load(path)
-        if scan is not None: check_same_grid(how['grid'], scan, path)
-        lo,hi = how['ends']
-        if not (lo>=0 and hi<=255 and (v.dtype.kind in 'iu' or all((s==np.rint(s)).all() for s in v))): raise VoxelError(path, 'holds no whole labels from 0 to 255', 'Give a mask.')
+        v, how, _ = _load(path)
+        if scan is not None:
+            check_same_grid(how['grid'], scan, path)
+        lo, hi = how['ends']
+        if not (
+            lo >= 0
+            and hi <= 255
+            and (v.dtype.kind in 'iu' or all((s == np.rint(s)).all() for s in v))
+        ):
+            raise VoxelError(path, 'holds no whole labels from 0 to 255', 'Give a mask.')
         return v.astype('u1', copy=False)

@@ -11,251 +11,501 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-import numpy as np, SimpleITK as sitk
+
+import numpy as np
+import SimpleITK as sitk
 from isal import isal_zlib as zlib
-from ..scan import Grid, DataError, ReadError, GeometryError
+
+from ..scan import DataError, GeometryError, Grid, ReadError
 
 # %% ../../nbs/02_io/03_volume.ipynb #d30173d1
 @contextmanager
-def silent_reading(source, # what is being read, named in the error
-           ):
+def silent_reading(
+    source,  # what is being read, named in the error
+):
     "Silence ITK and turn whatever a library raises into one `ReadError`"
-    loud = sitk.ProcessObject_GetGlobalWarningDisplay(); sitk.ProcessObject_SetGlobalWarningDisplay(False)
-    try: yield
-    except DataError: raise
+    loud = sitk.ProcessObject_GetGlobalWarningDisplay()
+    sitk.ProcessObject_SetGlobalWarningDisplay(False)
+    try:
+        yield
+    except DataError:
+        raise
     except Exception as e:
         last = ([l.strip() for l in str(e).splitlines() if l.strip()] or [type(e).__name__])[-1]
-        why = re.sub(r'^(ITK|sitk::)\s?ERROR:\s*|\w+\(0x[0-9a-f]+\):\s*', '', last).rstrip('. ').replace(str(source), Path(source).name)
+        why = (
+            re.sub(r'^(ITK|sitk::)\s?ERROR:\s*|\w+\(0x[0-9a-f]+\):\s*', '', last)
+            .rstrip('. ')
+            .replace(str(source), Path(source).name)
+        )
         raise ReadError(source, f'cannot be read ({why})', 'Copy or export it again.') from e
-    finally: sitk.ProcessObject_SetGlobalWarningDisplay(loud)
+    finally:
+        sitk.ProcessObject_SetGlobalWarningDisplay(loud)
 
-def list_files(path, # file or folder
-              )->list: # the file itself, or all files below, sorted, without hidden ones
+
+def list_files(
+    path,  # file or folder
+) -> list:  # the file itself, or all files below, sorted, without hidden ones
     "Files at a path; raises `ReadError` if there are none"
     path = Path(path)
     with silent_reading(path):
-        if not path.exists(): raise ReadError(path, 'does not exist', 'Check the path.')
-        if path.is_file(): return [path]
+        if not path.exists():
+            raise ReadError(path, 'does not exist', 'Check the path.')
+        if path.is_file():
+            return [path]
         files = sorted(p for p in path.rglob('*') if p.is_file() and not p.name.startswith('.'))
-        if not files: raise ReadError(path, 'is an empty folder', 'Check the path, or copy the scan again.')
+        if not files:
+            raise ReadError(path, 'is an empty folder', 'Check the path, or copy the scan again.')
         return files
 
 # %% ../../nbs/02_io/03_volume.ipynb #6c21f14e
-MAX_BYTES = 2**32 # bytes of voxels that are believed: 8,000 slices of 512 × 512
+MAX_BYTES = 2**32  # bytes of voxels that are believed: 8,000 slices of 512 × 512
+
 
 @dataclass
 class VolumeHeader:
     "What the header of a volume file promises about its voxels"
-    file:Path # that holds the voxels
-    shape:tuple # `(D,H,W)`
-    kind:str # numpy type with its byte order, as `'<i2'`
-    start:int=0 # byte of the file at which the voxels, packed or not, begin
-    packed:bool=False # gzip or zlib
-    skip:int=0 # bytes to leave out after unpacking
-    line:tuple=(1.,0.) # slope and intercept that turn stored numbers into values
-    doubt:str='' # why the geometry is unknown; '' if it is known
+
+    file: Path  # that holds the voxels
+    shape: tuple  # `(D,H,W)`
+    kind: str  # numpy type with its byte order, as `'<i2'`
+    start: int = 0  # byte of the file at which the voxels, packed or not, begin
+    packed: bool = False  # gzip or zlib
+    skip: int = 0  # bytes to leave out after unpacking
+    line: tuple = (1.0, 0.0)  # slope and intercept that turn stored numbers into values
+    doubt: str = ''  # why the geometry is unknown; '' if it is known
 
     @property
-    def nbytes(self)->int:
+    def nbytes(self) -> int:
         "Bytes of the voxels, unpacked"
         n = np.dtype(self.kind).itemsize
-        for k in self.shape: n *= int(k)
+        for k in self.shape:
+            n *= int(k)
         return n
 
-def _cut(path, got, need)->ReadError:
-    return ReadError(path, f'ends early: {got:,} bytes of voxels, {need:,} needed', 'Copy or export the file again.')
 
-def _not(path, what)->ReadError: return ReadError(path, f'is not a {what}', 'Check what was saved under this name.')
+def _cut(path, got, need) -> ReadError:
+    return ReadError(
+        path,
+        f'ends early: {got:,} bytes of voxels, {need:,} needed',
+        'Copy or export the file again.',
+    )
 
-def _odd(path, what)->ReadError: return ReadError(path, what, 'Save it again, as .nii.gz for instance.')
+
+def _not(path, what) -> ReadError:
+    return ReadError(path, f'is not a {what}', 'Check what was saved under this name.')
+
+
+def _odd(path, what) -> ReadError:
+    return ReadError(path, what, 'Save it again, as .nii.gz for instance.')
 
 # %% ../../nbs/02_io/03_volume.ipynb #feec9207
-_NIFTI = {2:'u1',4:'i2',8:'i4',16:'f4',64:'f8',256:'i1',512:'u2',768:'u4',1024:'i8',1280:'u8'}
+_NIFTI = {
+    2: 'u1',
+    4: 'i2',
+    8: 'i4',
+    16: 'f4',
+    64: 'f8',
+    256: 'i1',
+    512: 'u2',
+    768: 'u4',
+    1024: 'i8',
+    1280: 'u8',
+}
 
-def _nifti(path)->VolumeHeader:
+
+def _nifti(path) -> VolumeHeader:
     "Promise of a NIfTI file, from its first bytes"
-    with open(path,'rb') as f: h = f.read(1<<16)
-    if packed:=h[:2]==b'\x1f\x8b': h = zlib.decompressobj(31).decompress(h, 348)
-    if h[4:8] in (b'n+2\0',b'ni2\0'): raise _odd(path, 'is NIfTI of the second version, which ITK does not read')
-    if len(h)<348 or h[344:346] not in (b'n+',b'ni'): raise _not(path, 'NIfTI file')
-    if h[344:346]==b'ni': raise _odd(path, 'is only a NIfTI header, its voxels lie in another file')
-    e = '<' if h[:4]==b'\x5c\1\0\0' else '>'
-    at = lambda kind,first,n: np.frombuffer(h, e+kind, n, first).tolist()
-    dim,(code,),(start,slope,inter) = at('i2',40,8),at('i2',70,1),at('f4',108,3)
-    if not 1<=dim[0]<=7: raise _odd(path, f'says that it has {dim[0]} dimensions')
-    if code not in _NIFTI: raise ReadError(path, f'has colours, vectors or complex numbers (type {code}) instead of one number a voxel', 'Give the CT itself.')
-    if not 348<=start<=2**26: raise _odd(path, f'says that its voxels begin at byte {start:.0f}')
-    line = (slope,inter) if slope and np.isfinite([slope,inter]).all() else (1.,0.)
+    with open(path, 'rb') as f:
+        h = f.read(1 << 16)
+    if packed := h[:2] == b'\x1f\x8b':
+        h = zlib.decompressobj(31).decompress(h, 348)
+    if h[4:8] in (b'n+2\0', b'ni2\0'):
+        raise _odd(path, 'is NIfTI of the second version, which ITK does not read')
+    if len(h) < 348 or h[344:346] not in (b'n+', b'ni'):
+        raise _not(path, 'NIfTI file')
+    if h[344:346] == b'ni':
+        raise _odd(path, 'is only a NIfTI header, its voxels lie in another file')
+    e = '<' if h[:4] == b'\x5c\1\0\0' else '>'
+
+    def at(kind, first, n):
+        return np.frombuffer(h, e + kind, n, first).tolist()
+
+    dim, (code,), (start, slope, inter) = at('i2', 40, 8), at('i2', 70, 1), at('f4', 108, 3)
+    if not 1 <= dim[0] <= 7:
+        raise _odd(path, f'says that it has {dim[0]} dimensions')
+    if code not in _NIFTI:
+        raise ReadError(
+            path,
+            f'has colours, vectors or complex numbers (type {code}) instead of one number a voxel',
+            'Give the CT itself.',
+        )
+    if not 348 <= start <= 2**26:
+        raise _odd(path, f'says that its voxels begin at byte {start:.0f}')
+    line = (slope, inter) if slope and np.isfinite([slope, inter]).all() else (1.0, 0.0)
     where = dict(packed=True, skip=int(start)) if packed else dict(start=int(start))
-    return VolumeHeader(Path(path), tuple(dim[dim[0]:0:-1]), e+_NIFTI[code], line=line, **where)
+    return VolumeHeader(
+        Path(path), tuple(dim[dim[0] : 0 : -1]), e + _NIFTI[code], line=line, **where
+    )
 
 # %% ../../nbs/02_io/03_volume.ipynb #f72e80ed
-_META = dict(CHAR='i1',UCHAR='u1',SHORT='i2',USHORT='u2',INT='i4',UINT='u4',LONG='i4',ULONG='u4',LONG_LONG='i8',ULONG_LONG='u8',FLOAT='f4',DOUBLE='f8')
+_META = dict(
+    CHAR='i1',
+    UCHAR='u1',
+    SHORT='i2',
+    USHORT='u2',
+    INT='i4',
+    UINT='u4',
+    LONG='i4',
+    ULONG='u4',
+    LONG_LONG='i8',
+    ULONG_LONG='u8',
+    FLOAT='f4',
+    DOUBLE='f8',
+)
 
-def _beside(path, name)->Path:
+
+def _beside(path, name) -> Path:
     "File that a header points to"
-    if Path(name).is_absolute() or '..' in Path(name).parts: raise _odd(path, 'points to a file outside its folder')
-    body = Path(path).parent/name
-    if not body.is_file(): raise ReadError(path, f'its voxels, the file {name}, are missing', 'Keep both files in one folder.')
+    if Path(name).is_absolute() or '..' in Path(name).parts:
+        raise _odd(path, 'points to a file outside its folder')
+    body = Path(path).parent / name
+    if not body.is_file():
+        raise ReadError(
+            path, f'its voxels, the file {name}, are missing', 'Keep both files in one folder.'
+        )
     return body
 
-def _meta(path)->VolumeHeader:
+
+def _meta(path) -> VolumeHeader:
     "Promise of a MetaImage, from its lines"
-    with open(path,'rb') as f: raw = f.read(1<<16)
-    head,at = {},0
-    while 'ElementDataFile' not in head and (end:=raw.find(b'\n', at))>=0:
-        key,_,value = raw[at:end].decode('latin1').partition('='); head[key.strip()] = value.strip(); at = end+1
-    name,kind = head.get('ElementDataFile',''),_META.get(head.get('ElementType','')[4:])
-    yes = lambda k: head.get(k,'').lower() in ('true','1')
-    if not name or 'DimSize' not in head: raise _not(path, 'MetaImage')
-    if name.upper().startswith('LIST') or '%' in name: raise _odd(path, 'keeps its voxels in several files')
-    if kind is None or head.get('BinaryData','True').lower()=='false': raise _odd(path, f'has voxels of a type that is not read here ({head.get("ElementType","")[:20]})')
-    if head.get('ElementNumberOfChannels','1')!='1': raise ReadError(path, 'has colours or vectors instead of one number a voxel', 'Give the CT itself.')
-    body = Path(path) if name.upper()=='LOCAL' else _beside(path, name)
-    s = VolumeHeader(body, tuple(int(n) for n in head['DimSize'].split()[::-1]), '<>'[yes('BinaryDataByteOrderMSB') or yes('ElementByteOrderMSB')]+kind, packed=yes('CompressedData'))
-    s.start = at if name.upper()=='LOCAL' else int(head.get('HeaderSize',0))
-    if s.start==-1: s.start = body.stat().st_size-s.nbytes
-    if not {'ElementSpacing','ElementSize'}&set(head): s.doubt = 'the header has no ElementSpacing'
+    with open(path, 'rb') as f:
+        raw = f.read(1 << 16)
+    head, at = {}, 0
+    while 'ElementDataFile' not in head and (end := raw.find(b'\n', at)) >= 0:
+        key, _, value = raw[at:end].decode('latin1').partition('=')
+        head[key.strip()] = value.strip()
+        at = end + 1
+    name, kind = head.get('ElementDataFile', ''), _META.get(head.get('ElementType', '')[4:])
+
+    def yes(k):
+        return head.get(k, '').lower() in ('true', '1')
+
+    if not name or 'DimSize' not in head:
+        raise _not(path, 'MetaImage')
+    if name.upper().startswith('LIST') or '%' in name:
+        raise _odd(path, 'keeps its voxels in several files')
+    if kind is None or head.get('BinaryData', 'True').lower() == 'false':
+        raise _odd(
+            path, f'has voxels of a type that is not read here ({head.get("ElementType", "")[:20]})'
+        )
+    if head.get('ElementNumberOfChannels', '1') != '1':
+        raise ReadError(
+            path, 'has colours or vectors instead of one number a voxel', 'Give the CT itself.'
+        )
+    body = Path(path) if name.upper() == 'LOCAL' else _beside(path, name)
+    s = VolumeHeader(
+        body,
+        tuple(int(n) for n in head['DimSize'].split()[::-1]),
+        '<>'[yes('BinaryDataByteOrderMSB') or yes('ElementByteOrderMSB')] + kind,
+        packed=yes('CompressedData'),
+    )
+    s.start = at if name.upper() == 'LOCAL' else int(head.get('HeaderSize', 0))
+    if s.start == -1:
+        s.start = body.stat().st_size - s.nbytes
+    if not {'ElementSpacing', 'ElementSize'} & set(head):
+        s.doubt = 'the header has no ElementSpacing'
     return s
 
 # %% ../../nbs/02_io/03_volume.ipynb #397d52ba
-_NRRD = {'signed char':'i1','int8':'i1','uchar':'u1','unsigned char':'u1','uint8':'u1','short':'i2','signed short':'i2','int16':'i2','ushort':'u2','unsigned short':'u2','uint16':'u2',
-         'int':'i4','signed int':'i4','int32':'i4','uint':'u4','unsigned int':'u4','uint32':'u4','longlong':'i8','long long':'i8','signed long long':'i8','int64':'i8',
-         'ulonglong':'u8','unsigned long long':'u8','uint64':'u8','float':'f4','double':'f8'}
+_NRRD = {
+    'signed char': 'i1',
+    'int8': 'i1',
+    'uchar': 'u1',
+    'unsigned char': 'u1',
+    'uint8': 'u1',
+    'short': 'i2',
+    'signed short': 'i2',
+    'int16': 'i2',
+    'ushort': 'u2',
+    'unsigned short': 'u2',
+    'uint16': 'u2',
+    'int': 'i4',
+    'signed int': 'i4',
+    'int32': 'i4',
+    'uint': 'u4',
+    'unsigned int': 'u4',
+    'uint32': 'u4',
+    'longlong': 'i8',
+    'long long': 'i8',
+    'signed long long': 'i8',
+    'int64': 'i8',
+    'ulonglong': 'u8',
+    'unsigned long long': 'u8',
+    'uint64': 'u8',
+    'float': 'f4',
+    'double': 'f8',
+}
 
-def _nrrd(path)->VolumeHeader:
+
+def _nrrd(path) -> VolumeHeader:
     "Promise of a NRRD file, from its lines"
-    with open(path,'rb') as f: raw = f.read(1<<16)
-    if not raw.startswith(b'NRRD000'): raise _not(path, 'NRRD file')
-    head,at = {},0
-    while (end:=raw.find(b'\n', at))>=0:
-        line = raw[at:end].decode('latin1').strip(); at = end+1
-        if not line: break
-        key,_,value = line.partition(':'); head[key.strip().lower()] = value.strip()
-    coded,name = head.get('encoding','').lower(),head.get('data file', head.get('datafile',''))
-    kind = _NRRD.get(re.sub(r'_t$|(?<=short|.long) int$','',head.get('type','').lower()))
-    if re.search('vector|color|complex|matrix|list|point|normal|gradient', head.get('kinds','').lower()): raise ReadError(path, 'has colours or vectors instead of one number a voxel', 'Give the CT itself.')
-    if kind is None or 'sizes' not in head: raise _odd(path, f'has voxels of a type that is not read here ({head.get("type","")[:20]})')
-    if coded not in ('raw','gzip','gz'): raise _odd(path, f'has voxels in an encoding that is not read here ({coded[:20]})')
-    if name.upper().startswith('LIST') or '%' in name: raise _odd(path, 'keeps its voxels in several files')
-    if {'line skip','byte skip','lineskip','byteskip'}&set(head): raise _odd(path, 'skips a part of its own file')
-    s = VolumeHeader(_beside(path, name) if name else Path(path), tuple(int(n) for n in head['sizes'].split()[::-1]),
-               '<>'[head.get('endian','')=='big']+kind, 0 if name else at, coded!='raw')
-    if 'space' not in head and 'space dimension' not in head: s.doubt = 'the header has no space'
+    with open(path, 'rb') as f:
+        raw = f.read(1 << 16)
+    if not raw.startswith(b'NRRD000'):
+        raise _not(path, 'NRRD file')
+    head, at = {}, 0
+    while (end := raw.find(b'\n', at)) >= 0:
+        line = raw[at:end].decode('latin1').strip()
+        at = end + 1
+        if not line:
+            break
+        key, _, value = line.partition(':')
+        head[key.strip().lower()] = value.strip()
+    coded, name = head.get('encoding', '').lower(), head.get('data file', head.get('datafile', ''))
+    kind = _NRRD.get(re.sub(r'_t$|(?<=short|.long) int$', '', head.get('type', '').lower()))
+    if re.search(
+        'vector|color|complex|matrix|list|point|normal|gradient', head.get('kinds', '').lower()
+    ):
+        raise ReadError(
+            path, 'has colours or vectors instead of one number a voxel', 'Give the CT itself.'
+        )
+    if kind is None or 'sizes' not in head:
+        raise _odd(
+            path, f'has voxels of a type that is not read here ({head.get("type", "")[:20]})'
+        )
+    if coded not in ('raw', 'gzip', 'gz'):
+        raise _odd(path, f'has voxels in an encoding that is not read here ({coded[:20]})')
+    if name.upper().startswith('LIST') or '%' in name:
+        raise _odd(path, 'keeps its voxels in several files')
+    if {'line skip', 'byte skip', 'lineskip', 'byteskip'} & set(head):
+        raise _odd(path, 'skips a part of its own file')
+    s = VolumeHeader(
+        _beside(path, name) if name else Path(path),
+        tuple(int(n) for n in head['sizes'].split()[::-1]),
+        '<>'[head.get('endian', '') == 'big'] + kind,
+        0 if name else at,
+        coded != 'raw',
+    )
+    if 'space' not in head and 'space dimension' not in head:
+        s.doubt = 'the header has no space'
     return s
 
 # %% ../../nbs/02_io/03_volume.ipynb #9e5aae44
-_READERS = {'.nii':_nifti,'.nii.gz':_nifti,'.mha':_meta,'.mhd':_meta,'.nrrd':_nrrd,'.nhdr':_nrrd}
-IO_OF_ENDING = {e:'NiftiImageIO' if r is _nifti else 'MetaImageIO' if r is _meta else 'NrrdImageIO' for e,r in _READERS.items()}
+_READERS = {
+    '.nii': _nifti,
+    '.nii.gz': _nifti,
+    '.mha': _meta,
+    '.mhd': _meta,
+    '.nrrd': _nrrd,
+    '.nhdr': _nrrd,
+}
+IO_OF_ENDING = {
+    e: 'NiftiImageIO' if r is _nifti else 'MetaImageIO' if r is _meta else 'NrrdImageIO'
+    for e, r in _READERS.items()
+}
 
-def _believe(path, s)->None:
+
+def _believe(path, s) -> None:
     "Raise unless the file can hold one volume of the promised shape"
-    while len(s.shape)>3 and s.shape[0]==1: s.shape = s.shape[1:]
-    if any(n<1 for n in s.shape): raise _odd(path, f'promises the shape {s.shape}')
-    if len(s.shape)>3: raise GeometryError(path, f'has {int(np.prod(s.shape[:-3], dtype=object))} volumes in one file', 'Give one volume a file.')
-    if len(s.shape)<3 or min(s.shape)<2: raise GeometryError(path, f'a volume is needed, this is a picture of {" × ".join(map(str,s.shape[::-1]))}', 'Give the whole stack of slices.')
-    have = max(0, s.file.stat().st_size-s.start)
-    if s.nbytes>(1032*have if s.packed else have): raise _cut(path, have, s.nbytes)
-    if s.nbytes>MAX_BYTES: raise _odd(path, f'promises {s.nbytes:,} bytes of voxels, more than any CT has')
+    while len(s.shape) > 3 and s.shape[0] == 1:
+        s.shape = s.shape[1:]
+    if any(n < 1 for n in s.shape):
+        raise _odd(path, f'promises the shape {s.shape}')
+    if len(s.shape) > 3:
+        raise GeometryError(
+            path,
+            f'has {int(np.prod(s.shape[:-3], dtype=object))} volumes in one file',
+            'Give one volume a file.',
+        )
+    if len(s.shape) < 3 or min(s.shape) < 2:
+        raise GeometryError(
+            path,
+            f'a volume is needed, this is a picture of {" × ".join(map(str, s.shape[::-1]))}',
+            'Give the whole stack of slices.',
+        )
+    have = max(0, s.file.stat().st_size - s.start)
+    if s.nbytes > (1032 * have if s.packed else have):
+        raise _cut(path, have, s.nbytes)
+    if s.nbytes > MAX_BYTES:
+        raise _odd(path, f'promises {s.nbytes:,} bytes of voxels, more than any CT has')
 
-def volume_header(path, # volume file
-           )->tuple: # `VolumeHeader` and `Grid`, along the axes of the file
+
+def volume_header(
+    path,  # volume file
+) -> tuple:  # `VolumeHeader` and `Grid`, along the axes of the file
     "What a volume file says about itself, checked against its size; raises `ReadError` or `GeometryError`"
-    path = Path(path); end = next(e for e in ('.nii.gz',*_READERS) if path.name.lower().endswith(e))
+    path = Path(path)
+    end = next(e for e in ('.nii.gz', *_READERS) if path.name.lower().endswith(e))
     with silent_reading(path):
-        if not path.stat().st_size: raise ReadError(path, 'is empty (0 bytes)', 'Copy or export the file again.')
-        s = _READERS[end](path); _believe(path, s)
-        r = sitk.ImageFileReader(); r.SetImageIO(IO_OF_ENDING[end]); r.SetFileName(str(path)); r.ReadImageInformation()
-        n,say = r.GetDimension(),lambda k: r.GetMetaData(k) if r.HasMetaDataKey(k) else ''
-        if tuple(r.GetSize()[:3])!=s.shape[::-1]: raise _odd(path, f'can be read as {s.shape} or as {r.GetSize()[::-1]} voxels')
-        if IO_OF_ENDING[end]=='NiftiImageIO':
-            if say('qform_code')==say('sform_code')=='0': s.doubt = 'the header has neither qform nor sform'
-            if any(float(say(f'pixdim[{i}]') or 0)<=0 for i in (1,2,3)): s.doubt = 'a voxel size in the header is 0'
-        R = np.reshape(r.GetDirection(),(n,n))[:3,:3][::-1,::-1]
-        if not np.isfinite([*r.GetSpacing(),*r.GetOrigin(),*R.ravel()]).all(): raise GeometryError(path, 'has a spacing, origin or direction that is no number', 'Find the original.')
-        return s,Grid(s.shape, r.GetSpacing()[2::-1], r.GetOrigin()[2::-1], tuple(tuple(map(float,c)) for c in R))
+        if not path.stat().st_size:
+            raise ReadError(path, 'is empty (0 bytes)', 'Copy or export the file again.')
+        s = _READERS[end](path)
+        _believe(path, s)
+        r = sitk.ImageFileReader()
+        r.SetImageIO(IO_OF_ENDING[end])
+        r.SetFileName(str(path))
+        r.ReadImageInformation()
+        n, say = r.GetDimension(), lambda k: r.GetMetaData(k) if r.HasMetaDataKey(k) else ''
+        if tuple(r.GetSize()[:3]) != s.shape[::-1]:
+            raise _odd(path, f'can be read as {s.shape} or as {r.GetSize()[::-1]} voxels')
+        if IO_OF_ENDING[end] == 'NiftiImageIO':
+            if say('qform_code') == say('sform_code') == '0':
+                s.doubt = 'the header has neither qform nor sform'
+            if any(float(say(f'pixdim[{i}]') or 0) <= 0 for i in (1, 2, 3)):
+                s.doubt = 'a voxel size in the header is 0'
+        R = np.reshape(r.GetDirection(), (n, n))[:3, :3][::-1, ::-1]
+        if not np.isfinite([*r.GetSpacing(), *r.GetOrigin(), *R.ravel()]).all():
+            raise GeometryError(
+                path, 'has a spacing, origin or direction that is no number', 'Find the original.'
+            )
+        return s, Grid(
+            s.shape,
+            r.GetSpacing()[2::-1],
+            r.GetOrigin()[2::-1],
+            tuple(tuple(map(float, c)) for c in R),
+        )
 
 # %% ../../nbs/02_io/03_volume.ipynb #4e83a6d8
-def body_of(path, # volume file
-           )->Path: # the file that holds its voxels: itself, or one that its header points to
+def body_of(
+    path,  # volume file
+) -> Path:  # the file that holds its voxels: itself, or one that its header points to
     "Where the voxels of a volume file lie; itself where its header cannot be read"
     path = Path(path)
-    read_header = next((r for e,r in _READERS.items() if path.name.lower().endswith(e)), None)
-    if read_header in (None,_nifti): return path
+    read_header = next((r for e, r in _READERS.items() if path.name.lower().endswith(e)), None)
+    if read_header in (None, _nifti):
+        return path
     try:
-        with silent_reading(path): return read_header(path).file
-    except DataError: return path
+        with silent_reading(path):
+            return read_header(path).file
+    except DataError:
+        return path
 
 # %% ../../nbs/02_io/03_volume.ipynb #e5ed792d
-def _gzip_head(h)->int:
+def _gzip_head(h) -> int:
     "Length of the header of a gzip member"
-    flags,i = h[3],10
-    if flags&4: i += 2+int.from_bytes(h[i:i+2], 'little')
-    for bit in (8,16):
-        if flags&bit: i = h.index(b'\0', i)+1
-    return i+2*bool(flags&2)
+    flags, i = h[3], 10
+    if flags & 4:
+        i += 2 + int.from_bytes(h[i : i + 2], 'little')
+    for bit in (8, 16):
+        if flags & bit:
+            i = h.index(b'\0', i) + 1
+    return i + 2 * bool(flags & 2)
 
-def _unpack(f, # open file
-            seal, # called with crc and length at the end of a gzip member
-           ): # blocks of bytes
+
+def _unpack(
+    f,  # open file
+    seal,  # called with crc and length at the end of a gzip member
+):  # blocks of bytes
     "Unpack gzip, several members too, or zlib, a block at a time"
-    left = f.read(1<<17); plain = left[:2]==b'\x1f\x8b'
+    left = f.read(1 << 17)
+    plain = left[:2] == b'\x1f\x8b'
     while True:
-        if plain: left = left[_gzip_head(left):]
-        z = zlib.decompressobj(-15 if plain else 15)                          # zlib's own stream checks itself
+        if plain:
+            left = left[_gzip_head(left) :]
+        z = zlib.decompressobj(-15 if plain else 15)  # zlib's own stream checks itself
         while not z.eof:
-            left = left or f.read(1<<17)
-            if not left: raise EOFError
-            if block:=z.decompress(left, 1<<18): yield block
+            left = left or f.read(1 << 17)
+            if not left:
+                raise EOFError
+            if block := z.decompress(left, 1 << 18):
+                yield block
             left = z.unconsumed_tail
-        if not plain: return
-        left = z.unused_data+f.read(1<<17); seal(left[:8]); left = left[8:]
-        if left[:2]!=b'\x1f\x8b': return
+        if not plain:
+            return
+        left = z.unused_data + f.read(1 << 17)
+        seal(left[:8])
+        left = left[8:]
+        if left[:2] != b'\x1f\x8b':
+            return
 
 # %% ../../nbs/02_io/03_volume.ipynb #1bf03489
 class _Sink:
     "Takes bytes in order and puts slices at their places"
-    def __init__(self, s, out):
-        self.s,self.out,self.todo,self.skip,self.k,self.n,self.crc,self.sum,self.ends = s,out,s.nbytes,s.skip,0,0,0,0,[]
-        self.block = np.empty((max(1, (1<<20)*len(out)//s.nbytes), *s.shape[1:]), s.kind); self.raw = self.block.reshape(-1).view('u1').data
 
-    def take(self, b)->None:
-        if self.s.packed: self.crc = zlib.crc32(b, self.crc); self.sum += len(b)
-        b = memoryview(b); cut = min(self.skip, len(b)); self.skip -= cut; b = b[cut:]
-        if len(b)>self.todo: raise ReadError(self.s.file, 'unpacks to more voxels than its header promises', 'Export the file again.')
+    def __init__(self, s, out):
+        self.s, self.out, self.todo, self.skip, self.k, self.n, self.crc, self.sum, self.ends = (
+            s,
+            out,
+            s.nbytes,
+            s.skip,
+            0,
+            0,
+            0,
+            0,
+            [],
+        )
+        self.block = np.empty((max(1, (1 << 20) * len(out) // s.nbytes), *s.shape[1:]), s.kind)
+        self.raw = self.block.reshape(-1).view('u1').data
+
+    def take(self, b) -> None:
+        if self.s.packed:
+            self.crc = zlib.crc32(b, self.crc)
+            self.sum += len(b)
+        b = memoryview(b)
+        cut = min(self.skip, len(b))
+        self.skip -= cut
+        b = b[cut:]
+        if len(b) > self.todo:
+            raise ReadError(
+                self.s.file,
+                'unpacks to more voxels than its header promises',
+                'Export the file again.',
+            )
         self.todo -= len(b)
         while len(b):
-            m = min(len(b), len(self.raw)-self.n); self.raw[self.n:self.n+m] = b[:m]; self.n += m; b = b[m:]
-            if self.n==len(self.raw) or not (self.todo or len(b)): self.place()
+            m = min(len(b), len(self.raw) - self.n)
+            self.raw[self.n : self.n + m] = b[:m]
+            self.n += m
+            b = b[m:]
+            if self.n == len(self.raw) or not (self.todo or len(b)):
+                self.place()
 
-    def place(self)->None:
-        where = self.out[self.k:self.k+len(self.block)]; block,(m,c) = self.block[:len(where)],self.s.line
-        with np.errstate(all='ignore'): where[...] = block if (m,c)==(1.,0.) else block*m+c
-        self.ends.append((where.min(),where.max())); self.k += len(where); self.n = 0
+    def place(self) -> None:
+        where = self.out[self.k : self.k + len(self.block)]
+        block, (m, c) = self.block[: len(where)], self.s.line
+        with np.errstate(all='ignore'):
+            where[...] = block if (m, c) == (1.0, 0.0) else block * m + c
+        self.ends.append((where.min(), where.max()))
+        self.k += len(where)
+        self.n = 0
 
-    def seal(self, end)->None:
-        if end!=self.crc.to_bytes(4,'little')+(self.sum%2**32).to_bytes(4,'little'): raise zlib.error('the checksum does not fit')
-        self.crc,self.sum = 0,0
+    def seal(self, end) -> None:
+        if end != self.crc.to_bytes(4, 'little') + (self.sum % 2**32).to_bytes(4, 'little'):
+            raise zlib.error('the checksum does not fit')
+        self.crc, self.sum = 0, 0
 
 # %% ../../nbs/02_io/03_volume.ipynb #042780de
-def fill_voxels(s:VolumeHeader, # promise
-         out:np.ndarray, # array of the promised shape, perhaps a turned view of another
-        )->tuple: # smallest and largest value; NaN if one is
+def fill_voxels(
+    s: VolumeHeader,  # promise
+    out: np.ndarray,  # array of the promised shape, perhaps a turned view of another
+) -> tuple:  # smallest and largest value; NaN if one is
     "Unpack the voxels straight into an array; raises `ReadError` where bytes are missing, changed or too many"
-    sink,jobs = _Sink(s, out),[]
-    with open(s.file,'rb') as f, ThreadPoolExecutor(1) as pool:
+    sink, jobs = _Sink(s, out), []
+    with open(s.file, 'rb') as f, ThreadPoolExecutor(1) as pool:
         f.seek(s.start)
+
         def give(do, b):
             jobs.append(pool.submit(do, b))
-            if len(jobs)>16: jobs.pop(0).result()
-        left = iter(lambda: f.read(min(1<<20, s.nbytes-f.tell()+s.start)), b'')
+            if len(jobs) > 16:
+                jobs.pop(0).result()
+
+        left = iter(lambda: f.read(min(1 << 20, s.nbytes - f.tell() + s.start)), b'')
         try:
-            for b in _unpack(f, lambda end: give(sink.seal, end)) if s.packed else left: give(sink.take, b)
-            for j in jobs: j.result()
-            if sink.todo: raise EOFError
+            for b in _unpack(f, lambda end: give(sink.seal, end)) if s.packed else left:
+                give(sink.take, b)
+            for j in jobs:
+                j.result()
+            if sink.todo:
+                raise EOFError
         except EOFError as e:
-            for j in jobs: j.exception()                                          # until all that came is counted
-            raise _cut(s.file, s.nbytes-sink.todo, s.nbytes) from e
-        except zlib.error as e: raise ReadError(s.file, f'is damaged: the packed data do not unpack ({str(e)[:80]})', 'Copy or export the file again.') from e
-    low,high = np.array(sink.ends, 'f8').T
-    return float(low.min()),float(high.max())                                  # NaN if there is one
+            for j in jobs:
+                j.exception()  # until all that came is counted
+            raise _cut(s.file, s.nbytes - sink.todo, s.nbytes) from e
+        except zlib.error as e:
+            raise ReadError(
+                s.file,
+                f'is damaged: the packed data do not unpack ({str(e)[:80]})',
+                'Copy or export the file again.',
+            ) from e
+    low, high = np.array(sink.ends, 'f8').T
+    return float(low.min()), float(high.max())  # NaN if there is one

@@ -7,60 +7,94 @@ __all__ = ['ChannelAttention', 'DepthAttention', 'depth_curve']
 
 # %% ../../nbs/07_models/02_attention.ipynb #f4bcc17f
 from collections import OrderedDict
+
 import torch
-from torch import nn
 from einops import rearrange
 from einops.layers.torch import Rearrange, Reduce
+from torch import nn
+
 from .blocks import init_weights
 from ..scan import GeometryError
 
 # %% ../../nbs/07_models/02_attention.ipynb #01d9bd24
 class ChannelAttention(nn.Module):
     "Weigh each channel by what all channels say on average (Shi et al. 2021, Eq. 1-2)"
-    def __init__(self,
-                 channels:int, # `C`
-                 depth:int=None, # not used: channels are weighed alike at every depth
-                 reduction:int=16, # `r`, how much narrower the hidden layer is
-                ):
-        super().__init__()
-        hidden = max(channels//reduction, 4)
-        self.gate = init_weights(nn.Sequential(OrderedDict(
-            squeeze=Reduce('b c d h w -> b c', 'mean'), fc1=nn.Linear(channels, hidden), relu=nn.ReLU(),
-            fc2=nn.Linear(hidden, channels), sigmoid=nn.Sigmoid())))
 
-    def forward(self, x:torch.Tensor, # features, `(B,C,D,H,W)`
-                seen:list=None, # gets the weights, `(B,C)`
-               )->torch.Tensor: # the weighed features, same shape
+    def __init__(
+        self,
+        channels: int,  # `C`
+        depth: int = None,  # not used: channels are weighed alike at every depth
+        reduction: int = 16,  # `r`, how much narrower the hidden layer is
+    ):
+        super().__init__()
+        hidden = max(channels // reduction, 4)
+        self.gate = init_weights(
+            nn.Sequential(
+                OrderedDict(
+                    squeeze=Reduce('b c d h w -> b c', 'mean'),
+                    fc1=nn.Linear(channels, hidden),
+                    relu=nn.ReLU(),
+                    fc2=nn.Linear(hidden, channels),
+                    sigmoid=nn.Sigmoid(),
+                )
+            )
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,  # features, `(B,C,D,H,W)`
+        seen: list = None,  # gets the weights, `(B,C)`
+    ) -> torch.Tensor:  # the weighed features, same shape
         "Multiply every channel by its weight"
         g = self.gate(x)
-        if seen is not None: seen.append(g)
-        return x*rearrange(g, 'b c -> b c 1 1 1')
+        if seen is not None:
+            seen.append(g)
+        return x * rearrange(g, 'b c -> b c 1 1 1')
 
 # %% ../../nbs/07_models/02_attention.ipynb #13d2e5a6
 class DepthAttention(nn.Module):
     "Weigh each slice of each channel (Shi et al. 2021, Eq. 3-4); another depth raises `GeometryError`"
-    def __init__(self,
-                 channels:int, # `C`
-                 depth:int, # `D`, slices of the feature map
-                ):
-        super().__init__()
-        self.depth,hidden = depth,max(depth, 4)
-        self.gate = init_weights(nn.Sequential(OrderedDict(
-            squeeze=Reduce('b c d h w -> b (c d)', 'mean'), fc1=nn.Linear(channels*depth, hidden), relu=nn.ReLU(),
-            fc2=nn.Linear(hidden, channels*depth), sigmoid=nn.Sigmoid(), unfold=Rearrange('b (c d) -> b c d', c=channels))))
 
-    def forward(self, x:torch.Tensor, # features, `(B,C,D,H,W)`
-                seen:list=None, # gets the weights, `(B,C,D)`
-               )->torch.Tensor: # the weighed features, same shape
+    def __init__(
+        self,
+        channels: int,  # `C`
+        depth: int,  # `D`, slices of the feature map
+    ):
+        super().__init__()
+        self.depth, hidden = depth, max(depth, 4)
+        self.gate = init_weights(
+            nn.Sequential(
+                OrderedDict(
+                    squeeze=Reduce('b c d h w -> b (c d)', 'mean'),
+                    fc1=nn.Linear(channels * depth, hidden),
+                    relu=nn.ReLU(),
+                    fc2=nn.Linear(hidden, channels * depth),
+                    sigmoid=nn.Sigmoid(),
+                    unfold=Rearrange('b (c d) -> b c d', c=channels),
+                )
+            )
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,  # features, `(B,C,D,H,W)`
+        seen: list = None,  # gets the weights, `(B,C,D)`
+    ) -> torch.Tensor:  # the weighed features, same shape
         "Multiply every slice of every channel by its weight"
-        if x.shape[2]!=self.depth: raise GeometryError('DepthAttention', f'built for depth {self.depth}, the features have {x.shape[2]}', 'Resize the input or build with `depth=`.')
+        if x.shape[2] != self.depth:
+            raise GeometryError(
+                'DepthAttention',
+                f'built for depth {self.depth}, the features have {x.shape[2]}',
+                'Resize the input or build with `depth=`.',
+            )
         g = self.gate(x)
-        if seen is not None: seen.append(g)
-        return x*rearrange(g, 'b c d -> b c d 1 1')
+        if seen is not None:
+            seen.append(g)
+        return x * rearrange(g, 'b c d -> b c d 1 1')
 
 # %% ../../nbs/07_models/02_attention.ipynb #1caee007
 def depth_curve(
-    gate:torch.Tensor, # weights of a depth gate, `(B,C,D)`
-)->torch.Tensor: # mean over channels, `(B,D)`, in [0,1]
+    gate: torch.Tensor,  # weights of a depth gate, `(B,C,D)`
+) -> torch.Tensor:  # mean over channels, `(B,D)`, in [0,1]
     "How open a depth gate is at each slice"
     return gate.mean(1)

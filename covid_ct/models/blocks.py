@@ -7,74 +7,96 @@ __all__ = ['conv', 'conv_norm', 'init_weights', 'ResidualBlock', 'count_paramete
 
 # %% ../../nbs/07_models/01_blocks.ipynb #b2df6d36
 from collections import OrderedDict
+
 import torch
 from torch import nn
 
 # %% ../../nbs/07_models/01_blocks.ipynb #d7278840
-def conv(cin:int, # channels in
-         cout:int, # channels out
-         kernel=3, # odd width in voxels, one number or `(z,y,x)`
-         stride=1, # step in voxels, one number or `(z,y,x)`
-        )->nn.Conv3d: # padded by half its kernel, no bias
+def conv(
+    cin: int,  # channels in
+    cout: int,  # channels out
+    kernel=3,  # odd width in voxels, one number or `(z,y,x)`
+    stride=1,  # step in voxels, one number or `(z,y,x)`
+) -> nn.Conv3d:  # padded by half its kernel, no bias
     "A 3-D convolution whose output voxel `i` stands over input voxel `stride*i`"
-    k = (kernel,)*3 if isinstance(kernel, int) else tuple(kernel)
-    return nn.Conv3d(cin, cout, k, stride, tuple(n//2 for n in k), bias=False)
+    k = (kernel,) * 3 if isinstance(kernel, int) else tuple(kernel)
+    return nn.Conv3d(cin, cout, k, stride, tuple(n // 2 for n in k), bias=False)
 
 # %% ../../nbs/07_models/01_blocks.ipynb #04c655b6
-def conv_norm(cin:int, # channels in
-              cout:int, # channels out
-              kernel=3, # odd width in voxels, one number or `(z,y,x)`
-              stride=1, # step in voxels, one number or `(z,y,x)`
-              norm=nn.BatchNorm3d, # makes the norm from the number of channels
-             )->nn.Sequential: # children `conv` and `norm`
+def conv_norm(
+    cin: int,  # channels in
+    cout: int,  # channels out
+    kernel=3,  # odd width in voxels, one number or `(z,y,x)`
+    stride=1,  # step in voxels, one number or `(z,y,x)`
+    norm=nn.BatchNorm3d,  # makes the norm from the number of channels
+) -> nn.Sequential:  # children `conv` and `norm`
     "Convolution, then norm"
     return nn.Sequential(OrderedDict(conv=conv(cin, cout, kernel, stride), norm=norm(cout)))
 
 # %% ../../nbs/07_models/01_blocks.ipynb #1f5a6ca7
 def _start(m, w):
-    if isinstance(m, (nn.Conv2d,nn.Conv3d)): nn.init.kaiming_normal_(w, nonlinearity='relu')
-    elif isinstance(m, nn.Linear): nn.init.normal_(w, 0, .01)
-    else: nn.init.ones_(w)
+    if isinstance(m, (nn.Conv2d, nn.Conv3d)):
+        nn.init.kaiming_normal_(w, nonlinearity='relu')
+    elif isinstance(m, nn.Linear):
+        nn.init.normal_(w, 0, 0.01)
+    else:
+        nn.init.ones_(w)
 
-def init_weights(model:nn.Module, # changed in place; on the `meta` device there is nothing to do
-                )->nn.Module: # the same model
+
+def init_weights(
+    model: nn.Module,  # changed in place; on the `meta` device there is nothing to do
+) -> nn.Module:  # the same model
     "Kaiming normal for convolutions (He et al. 2015), 1 and 0 for norms, N(0, 0.01²) for fully connected layers"
     for m in model.modules():
-        w,b = getattr(m,'weight',None), getattr(m,'bias',None)
-        if isinstance(w, nn.Parameter) and not w.is_meta: _start(m, w)
-        if isinstance(b, nn.Parameter) and not b.is_meta: nn.init.zeros_(b)
+        w, b = getattr(m, 'weight', None), getattr(m, 'bias', None)
+        if isinstance(w, nn.Parameter) and not w.is_meta:
+            _start(m, w)
+        if isinstance(b, nn.Parameter) and not b.is_meta:
+            nn.init.zeros_(b)
     return model
 
 # %% ../../nbs/07_models/01_blocks.ipynb #f6be8037
 class ResidualBlock(nn.Module):
     "Two 3×3×3 convolutions, gates on their result, and a shortcut around them (He et al. 2016)"
-    def __init__(self,
-                 cin:int, # channels in
-                 cout:int, # channels out
-                 stride:int=1, # step of the first convolution on all three axes
-                 norm=nn.BatchNorm3d, # makes a norm from the number of channels
-                 gates:dict=None, # name → module; applied in this order before the shortcut is added
-                ):
-        super().__init__()
-        self.conv1,self.norm1,self.relu1 = conv(cin, cout, 3, stride), norm(cout), nn.ReLU()
-        self.conv2,self.norm2 = conv(cout, cout), norm(cout)
-        self.gates = nn.ModuleDict(gates or {})
-        self.shortcut = nn.Identity() if cin==cout and stride==1 else conv_norm(cin, cout, 1, stride, norm)
-        self.relu2 = nn.ReLU() # not in place: hooks and shortcuts still need its input
 
-    def forward(self, x:torch.Tensor, # features, `(B,cin,D,H,W)`
-                seen:dict=None, # gets the weights of the gates: name → list
-               )->torch.Tensor: # features, `(B,cout,⌈D/stride⌉,⌈H/stride⌉,⌈W/stride⌉)`
+    def __init__(
+        self,
+        cin: int,  # channels in
+        cout: int,  # channels out
+        stride: int = 1,  # step of the first convolution on all three axes
+        norm=nn.BatchNorm3d,  # makes a norm from the number of channels
+        gates: dict = None,  # name → module; applied in this order before the shortcut is added
+    ):
+        super().__init__()
+        self.conv1, self.norm1, self.relu1 = conv(cin, cout, 3, stride), norm(cout), nn.ReLU()
+        self.conv2, self.norm2 = conv(cout, cout), norm(cout)
+        self.gates = nn.ModuleDict(gates or {})
+        self.shortcut = (
+            nn.Identity() if cin == cout and stride == 1 else conv_norm(cin, cout, 1, stride, norm)
+        )
+        self.relu2 = nn.ReLU()  # not in place: hooks and shortcuts still need its input
+
+    def forward(
+        self,
+        x: torch.Tensor,  # features, `(B,cin,D,H,W)`
+        seen: dict = None,  # gets the weights of the gates: name → list
+    ) -> torch.Tensor:  # features, `(B,cout,⌈D/stride⌉,⌈H/stride⌉,⌈W/stride⌉)`
         "Correct the features, weigh the correction, add the shortcut"
         y = self.relu1(self.norm1(self.conv1(x)))
         y = self.norm2(self.conv2(y))
-        for name,gate in self.gates.items(): y = gate(y, None if seen is None else seen.setdefault(name, []))
-        return self.relu2(y+self.shortcut(x))
+        for name, gate in self.gates.items():
+            y = gate(y, None if seen is None else seen.setdefault(name, []))
+        return self.relu2(y + self.shortcut(x))
 
 # %% ../../nbs/07_models/01_blocks.ipynb #621ff882
-def count_parameters(model:nn.Module, # any module
-    running:bool=False, # add the running means and variances of the norms, as Keras does
-)->int: # how many numbers
+def count_parameters(
+    model: nn.Module,  # any module
+    running: bool = False,  # add the running means and variances of the norms, as Keras does
+) -> int:  # how many numbers
     "Trainable parameters of a module"
     n = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return n + sum(b.numel() for k,b in model.named_buffers() if running and k.endswith(('running_mean','running_var')))
+    return n + sum(
+        b.numel()
+        for k, b in model.named_buffers()
+        if running and k.endswith(('running_mean', 'running_var'))
+    )

@@ -6,14 +6,16 @@
 __all__ = ['ReceptiveField', 'predicted_costs', 'time_calls']
 
 # %% ../../nbs/07_models/09_cost.ipynb #66d03670
+import time
 from dataclasses import dataclass
 from statistics import median
-import time
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
 from ..inference.sliding_window import _Alive
 from .zoo import ROWS, build
 from ..scan import evaluating
@@ -22,93 +24,169 @@ from ..scan import evaluating
 @dataclass(frozen=True)
 class ReceptiveField:
     "What a feature can see of the input"
-    width:tuple # voxels along each axis, through convolutions and pooling alone
-    step:tuple # voxels from a feature to the next
-    everywhere:bool=False # a gate or an attention brings in the rest
 
-_LOCAL = {'add','sub','mul','div','exp','relu','leaky_relu','gelu','silu','sigmoid','tanh','cat','slice','alias','clone','constant_pad_nd','native_dropout','native_batch_norm',
-          'convolution','max_pool2d_with_indices','max_pool3d_with_indices','avg_pool2d','avg_pool3d'} # names in PyTorch's dispatcher
+    width: tuple  # voxels along each axis, through convolutions and pooling alone
+    step: tuple  # voxels from a feature to the next
+    everywhere: bool = False  # a gate or an attention brings in the rest
 
-def _met(fields): # of all that goes into an operation: the widest
-    return ReceptiveField(*(tuple(map(max, *(getattr(f,k) for f in fields))) if len(fields)>1 else getattr(fields[0],k) for k in ('width','step')), any(f.everywhere for f in fields))
 
-def _looked(f, kernel, stride, back=False): # @eq-receptive, for one layer
-    if back: return ReceptiveField(tuple(w+(-(-k//s)-1)*j for w,k,s,j in zip(f.width, kernel, stride, f.step)), tuple(j//s for j,s in zip(f.step, stride)), f.everywhere)
-    return ReceptiveField(tuple(w+(k-1)*j for w,k,j in zip(f.width, kernel, f.step)), tuple(j*s for j,s in zip(f.step, stride)), f.everywhere)
+_LOCAL = {
+    'add',
+    'sub',
+    'mul',
+    'div',
+    'exp',
+    'relu',
+    'leaky_relu',
+    'gelu',
+    'silu',
+    'sigmoid',
+    'tanh',
+    'cat',
+    'slice',
+    'alias',
+    'clone',
+    'constant_pad_nd',
+    'native_dropout',
+    'native_batch_norm',
+    'convolution',
+    'max_pool2d_with_indices',
+    'max_pool3d_with_indices',
+    'avg_pool2d',
+    'avg_pool3d',
+}  # names in PyTorch's dispatcher
+
+
+def _met(fields):  # of all that goes into an operation: the widest
+    return ReceptiveField(
+        *(
+            tuple(map(max, *(getattr(f, k) for f in fields)))
+            if len(fields) > 1
+            else getattr(fields[0], k)
+            for k in ('width', 'step')
+        ),
+        any(f.everywhere for f in fields),
+    )
+
+
+def _looked(f, kernel, stride, back=False):  # @eq-receptive, for one layer
+    if back:
+        return ReceptiveField(
+            tuple(
+                w + (-(-k // s) - 1) * j
+                for w, k, s, j in zip(f.width, kernel, stride, f.step, strict=False)
+            ),
+            tuple(j // s for j, s in zip(f.step, stride, strict=False)),
+            f.everywhere,
+        )
+    return ReceptiveField(
+        tuple(w + (k - 1) * j for w, k, j in zip(f.width, kernel, f.step, strict=False)),
+        tuple(j * s for j, s in zip(f.step, stride, strict=False)),
+        f.everywhere,
+    )
 
 # %% ../../nbs/07_models/09_cost.ipynb #a69efbd1
 class _Fields(TorchDispatchMode):
     "Lets tensors carry their field"
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
-        fields = [t.field for t in tree_leaves(args) if hasattr(t,'field')]
-        if not fields: return out
+        fields = [t.field for t in tree_leaves(args) if hasattr(t, 'field')]
+        if not fields:
+            return out
         f, dims = _met(fields), len(fields[0].width)
-        if name=='native_group_norm': f = ReceptiveField(f.width, f.step, True)           # place by place, by a mean over all of them
-        elif name not in _LOCAL: f = ReceptiveField((0,)*dims, (0,)*dims, True)
-        if name=='convolution': f = _looked(f, [(k-1)*d+1 for k,d in zip(args[1].shape[2:], args[5])], args[3], args[6])
-        if '_pool' in name and name in _LOCAL: f = _looked(f, args[1], args[2] or args[1])
-        for t in tree_leaves(out): t.field = f
+        if name == 'native_group_norm':
+            f = ReceptiveField(f.width, f.step, True)  # place by place, by a mean over all of them
+        elif name not in _LOCAL:
+            f = ReceptiveField((0,) * dims, (0,) * dims, True)
+        if name == 'convolution':
+            f = _looked(
+                f,
+                [(k - 1) * d + 1 for k, d in zip(args[1].shape[2:], args[5], strict=False)],
+                args[3],
+                args[6],
+            )
+        if '_pool' in name and name in _LOCAL:
+            f = _looked(f, args[1], args[2] or args[1])
+        for t in tree_leaves(out):
+            t.field = f
         return out
 
+
 def _receptive_field(
-    model:nn.Module, # with `outputs(x)`; on the `meta` device it costs nothing
-    x:torch.Tensor, # a batch of its input, `(B,C,*S)`
-    key:str='features', # which of the outputs
-)->ReceptiveField: # in voxels of the input
+    model: nn.Module,  # with `outputs(x)`; on the `meta` device it costs nothing
+    x: torch.Tensor,  # a batch of its input, `(B,C,*S)`
+    key: str = 'features',  # which of the outputs
+) -> ReceptiveField:  # in voxels of the input
     "What one feature of a network can see, @eq-receptive"
-    x = x.detach(); x.field = ReceptiveField((1,)*(x.ndim-2), (1,)*(x.ndim-2))
-    with torch.no_grad(), _Fields(): return model.outputs(x)[key].field
+    x = x.detach()
+    x.field = ReceptiveField((1,) * (x.ndim - 2), (1,) * (x.ndim - 2))
+    with torch.no_grad(), _Fields():
+        return model.outputs(x)[key].field
 
 # %% ../../nbs/07_models/09_cost.ipynb #251986b6
 def _effective_field(
-    model:nn.Module, # with `outputs(x)`; its mode is restored
-    x:torch.Tensor, # scans or noise, `(B,C,*S)`
-    key:str='features', # which of the outputs
-    seed:int=0, # of the mixture of channels
-)->torch.Tensor: # `(*S)`, ≥ 0
+    model: nn.Module,  # with `outputs(x)`; its mode is restored
+    x: torch.Tensor,  # scans or noise, `(B,C,*S)`
+    key: str = 'features',  # which of the outputs
+    seed: int = 0,  # of the mixture of channels
+) -> torch.Tensor:  # `(*S)`, ≥ 0
     "How strongly each voxel speaks to the feature in the middle, @eq-effective (after Luo et al. 2016)"
     x, g = x.detach().clone().requires_grad_(), torch.Generator().manual_seed(seed)
-    with evaluating(model): f = model.outputs(x)[key]
-    f = f[(slice(None), slice(None), *(n//2 for n in f.shape[2:]))]
-    grad, = torch.autograd.grad((f*torch.randn(f.shape, generator=g).to(f)).sum(), x)
-    return grad.square().mean((0,1)).sqrt()
+    with evaluating(model):
+        f = model.outputs(x)[key]
+    f = f[(slice(None), slice(None), *(n // 2 for n in f.shape[2:]))]
+    (grad,) = torch.autograd.grad((f * torch.randn(f.shape, generator=g).to(f)).sum(), x)
+    return grad.square().mean((0, 1)).sqrt()
 
-def _four_sigma(w): # of weights along a line
-    w = w/w.sum(); i = torch.arange(len(w)).to(w)
-    return float(4*(w*(i-(w*i).sum()).square()).sum().sqrt())
+
+def _four_sigma(w):  # of weights along a line
+    w = w / w.sum()
+    i = torch.arange(len(w)).to(w)
+    return float(4 * (w * (i - (w * i).sum()).square()).sum().sqrt())
+
 
 def _effective_width(
-    field:torch.Tensor, # of `_effective_field`, `(*S)`
-)->tuple: # voxels along each axis
+    field: torch.Tensor,  # of `_effective_field`, `(*S)`
+) -> tuple:  # voxels along each axis
     "Four standard deviations of the squared gradient along each axis"
     e = field.double().square()
-    return tuple(_four_sigma(e.sum([k for k in range(e.ndim) if k!=a])) for a in range(e.ndim))
+    return tuple(_four_sigma(e.sum([k for k in range(e.ndim) if k != a])) for a in range(e.ndim))
 
 # %% ../../nbs/07_models/09_cost.ipynb #dd5c59bf
 def predicted_costs(
-    name:str, # a key of `ROWS`
-    batch:int=1, # scans, or slices
-    size:tuple=None, # of the input, `(C,*S)`; None: of the paper
-    **kw, # arguments of the network, for other versions than the paper's
-)->dict: # `forward` and `step` in FLOP, `forward_bytes` and `step_bytes` at the peak, `weight_bytes` with gradients and Adam's moments
+    name: str,  # a key of `ROWS`
+    batch: int = 1,  # scans, or slices
+    size: tuple = None,  # of the input, `(C,*S)`; None: of the paper
+    **kw,  # arguments of the network, for other versions than the paper's
+) -> dict:  # `forward` and `step` in FLOP, `forward_bytes` and `step_bytes` at the peak, `weight_bytes` with gradients and Adam's moments
     "Operations and memory of a forward pass and of a training step, predicted on the `meta` device"
-    with torch.device('meta'): model, x = build(name, **kw), torch.zeros(batch, *(size or ROWS[name].input_size))
-    with FlopCounterMode(display=False) as once, _Alive() as there, torch.no_grad(): model.eval()(x)
+    with torch.device('meta'):
+        model, x = build(name, **kw), torch.zeros(batch, *(size or ROWS[name].input_size))
+    with FlopCounterMode(display=False) as once, _Alive() as there, torch.no_grad():
+        model.eval()(x)
     with FlopCounterMode(display=False) as both, _Alive() as kept:
-        out = model.train().outputs(x); sum(out[k].sum() for k in ('logits','detection','type') if k in out).backward()
-    return dict(forward=once.get_total_flops(), step=both.get_total_flops(), forward_bytes=there.peak+x.nbytes, step_bytes=kept.peak+x.nbytes,
-                weight_bytes=16*sum(p.numel() for p in model.parameters()))
+        out = model.train().outputs(x)
+        sum(out[k].sum() for k in ('logits', 'detection', 'type') if k in out).backward()
+    return dict(
+        forward=once.get_total_flops(),
+        step=both.get_total_flops(),
+        forward_bytes=there.peak + x.nbytes,
+        step_bytes=kept.peak + x.nbytes,
+        weight_bytes=16 * sum(p.numel() for p in model.parameters()),
+    )
 
 # %% ../../nbs/07_models/09_cost.ipynb #0c176a42
 def time_calls(
-    calls:dict, # name → function without arguments
-    n:int=5, # times each
-)->dict: # name → median seconds
+    calls: dict,  # name → function without arguments
+    n: int = 5,  # times each
+) -> dict:  # name → median seconds
     "How long calls take, in turn, after one that does not count"
     took = {k: [] for k in calls}
-    for i in range(n+1):
-        for k,f in calls.items():
-            start = time.perf_counter(); f()
-            if i: took[k].append(time.perf_counter()-start)
-    return {k: median(v) for k,v in took.items()}
+    for i in range(n + 1):
+        for k, f in calls.items():
+            start = time.perf_counter()
+            f()
+            if i:
+                took[k].append(time.perf_counter() - start)
+    return {k: median(v) for k, v in took.items()}

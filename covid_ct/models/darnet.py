@@ -7,28 +7,40 @@ __all__ = ['DARNET_CLASSES', 'BOTH_GATES', 'DARNET_ROWS', 'DARNet']
 
 # %% ../../nbs/papers/1_darnet.ipynb #571fd2cf
 from functools import partial
+
 import torch
+
 from .attention import ChannelAttention, DepthAttention
 from .resnet3d import ResNet3d, resnet_stages
 
 # %% ../../nbs/papers/1_darnet.ipynb #7565a357
-DARNET_CLASSES = ('healthy','cap','covid') # order of the logits
+DARNET_CLASSES = ('healthy', 'cap', 'covid')  # order of the logits
 BOTH_GATES = dict(depth=DepthAttention, channel=ChannelAttention)
+
 
 class DARNet(ResNet3d):
     "Dual-attention residual network: ResNet-18 in 3-D with two gates in each block (Shi et al. 2021, III)"
-    def __init__(self,
-                 classes:int=3, # `K`
-                 depth:int=64, # slices of the input, which the depth gates fix
-                 width:int=64, # channels of the first stage; teaching models use 8
-                 gates=BOTH_GATES, # name → callable `gate(channels, depth)`, applied in this order
-                 blocks=(2,2,2,2), # blocks of each stage; teaching models use one
-                 strides=(1,2,2,2), # step of each stage; a last 1 keeps a finer map for CAM on small inputs
-                ):
+
+    def __init__(
+        self,
+        classes: int = 3,  # `K`
+        depth: int = 64,  # slices of the input, which the depth gates fix
+        width: int = 64,  # channels of the first stage; teaching models use 8
+        gates=BOTH_GATES,  # name → callable `gate(channels, depth)`, applied in this order
+        blocks=(2, 2, 2, 2),  # blocks of each stage; teaching models use one
+        strides=(
+            1,
+            2,
+            2,
+            2,
+        ),  # step of each stage; a last 1 keeps a finer map for CAM on small inputs
+    ):
         super().__init__(resnet_stages(width, blocks, strides), classes, depth, gates=gates)
 
-    def outputs(self, x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-               )->dict: # `logits` `(B,K)`, `features`, `depth_gates` [`(B,C,D)`], `channel_gates` [`(B,C)`]
+    def outputs(
+        self,
+        x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+    ) -> dict:  # `logits` `(B,K)`, `features`, `depth_gates` [`(B,C,D)`], `channel_gates` [`(B,C)`]
         "One forward pass with its gates, one of each per block; a variant without a gate has an empty list"
         return dict(depth_gates=[], channel_gates=[]) | super().outputs(x)
 
@@ -37,4 +49,5 @@ DARNET_ROWS = {
     'darnet': DARNet,
     'darnet-ca': partial(DARNet, gates=dict(channel=ChannelAttention)),
     'darnet-da': partial(DARNet, gates=dict(depth=DepthAttention)),
-    'darnet-none': partial(DARNet, gates={})} # name → how to build it
+    'darnet-none': partial(DARNet, gates={}),
+}  # name → how to build it

@@ -10,9 +10,11 @@ __all__ = ['DUAL_CLASSES', 'DUAL_ROWS', 'DUAL_TABLE_ROWS', 'RATIO_GROUPS', 'Pool
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
+
 import numpy as np
 import torch
 from torch import nn
+
 from .blocks import conv_norm
 from .online_cam import OnlineAttention
 from .resnet3d import ResNet3d, resnet_stages
@@ -21,119 +23,183 @@ from ..scan import CohortError
 # %% ../../nbs/papers/2_dual_sampling.ipynb #bdc79aaf
 class PoolStem(nn.Sequential):
     "7×7×7 convolution of stride 2, norm, ReLU, 3×3×3 max-pooling of stride 2 (He et al. 2016; Hara et al. 2018)"
-    def __init__(self,
-                 cin:int, # channels of the image
-                 cout:int, # channels of the first features
-                 norm=nn.BatchNorm3d, # makes a norm from the number of channels
-                 pool=2, # stride of the pooling, one number or `(z,y,x)`
-                ):
-        p = (pool,)*3 if isinstance(pool, int) else tuple(pool)
-        super().__init__(OrderedDict(conv=conv_norm(cin, cout, 7, 2, norm), relu=nn.ReLU(), pool=nn.MaxPool3d(3, p, 1)))
-        self.stride = tuple(2*s for s in p)
 
-DUAL_CLASSES = ('cap','covid') # order of the logits
+    def __init__(
+        self,
+        cin: int,  # channels of the image
+        cout: int,  # channels of the first features
+        norm=nn.BatchNorm3d,  # makes a norm from the number of channels
+        pool=2,  # stride of the pooling, one number or `(z,y,x)`
+    ):
+        p = (pool,) * 3 if isinstance(pool, int) else tuple(pool)
+        super().__init__(
+            OrderedDict(
+                conv=conv_norm(cin, cout, 7, 2, norm), relu=nn.ReLU(), pool=nn.MaxPool3d(3, p, 1)
+            )
+        )
+        self.stride = tuple(2 * s for s in p)
+
+
+DUAL_CLASSES = ('cap', 'covid')  # order of the logits
+
 
 class AttentionResNet(ResNet3d):
     "ResNet-34 in 3-D whose attention is drawn while it trains (Ouyang et al. 2020, III-A and III-B)"
-    def __init__(self,
-                 classes:int=2, # `K`
-                 depth:int=138, # slices of the input; any other works as well
-                 width:int=64, # channels of the first stage; teaching models use 8
-                 blocks=(3,4,6,3), # blocks of each stage; teaching models use one
-                 strides=(1,2,2,1), # step of each stage: the last is 1
-                 stem=PoolStem, # called as `stem(cin, cout, norm)`; has a `stride`
-                 attention=OnlineAttention, # makes the map from features and weights; `None`: plain RN34
-                ):
+
+    def __init__(
+        self,
+        classes: int = 2,  # `K`
+        depth: int = 138,  # slices of the input; any other works as well
+        width: int = 64,  # channels of the first stage; teaching models use 8
+        blocks=(3, 4, 6, 3),  # blocks of each stage; teaching models use one
+        strides=(1, 2, 2, 1),  # step of each stage: the last is 1
+        stem=PoolStem,  # called as `stem(cin, cout, norm)`; has a `stride`
+        attention=OnlineAttention,  # makes the map from features and weights; `None`: plain RN34
+    ):
         super().__init__(resnet_stages(width, blocks, strides), classes, depth, stem)
         self.attention = attention() if attention else None
 
-    def outputs(self, x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-               )->dict: # `logits` `(B,K)`, `features`; with attention also `attention` `(B,1,D,H,W)`, `class_map` `(B,1,d,h,w)`
+    def outputs(
+        self,
+        x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+    ) -> dict:  # `logits` `(B,K)`, `features`; with attention also `attention` `(B,1,D,H,W)`, `class_map` `(B,1,d,h,w)`
         "One forward pass with its attention map"
         o = super().outputs(x)
-        if self.attention is None: return o
-        attention,where = self.attention(o['features'], self.fc, x.shape[2:], o['logits'])
+        if self.attention is None:
+            return o
+        attention, where = self.attention(o['features'], self.fc, x.shape[2:], o['logits'])
         return o | dict(attention=attention, class_map=where)
 
 # %% ../../nbs/papers/2_dual_sampling.ipynb #ebe2a627
 def check_ratio(
-    ratio, # infected share of the lungs, `(N,)`
-)->np.ndarray: # `(N,)` float64 in [0,1]
+    ratio,  # infected share of the lungs, `(N,)`
+) -> np.ndarray:  # `(N,)` float64 in [0,1]
     "Raise `CohortError` for ratios that are missing or outside [0,1]"
-    try: r = np.asarray(ratio, 'f8').reshape(-1)
-    except (TypeError, ValueError) as e: raise CohortError('infection_ratio', f'is not a number for each scan ({e})', 'Give infected over lung voxels, from masks or a segmentation.') from e
-    if np.isnan(r).any(): raise CohortError(f'scan {int(np.isnan(r).argmax())}', f'has no infection ratio ({int(np.isnan(r).sum())} of {len(r)} scans)', 'Segment it, or drop the row.')
-    bad = (r<0)|(r>1)
-    if bad.any(): raise CohortError(f'scan {int(bad.argmax())}', f'has the infection ratio {r[bad][0]:g}, outside [0,1]', 'Give infected voxels over lung voxels, not percent or mL.')
+    try:
+        r = np.asarray(ratio, 'f8').reshape(-1)
+    except (TypeError, ValueError) as e:
+        raise CohortError(
+            'infection_ratio',
+            f'is not a number for each scan ({e})',
+            'Give infected over lung voxels, from masks or a segmentation.',
+        ) from e
+    if np.isnan(r).any():
+        raise CohortError(
+            f'scan {int(np.isnan(r).argmax())}',
+            f'has no infection ratio ({int(np.isnan(r).sum())} of {len(r)} scans)',
+            'Segment it, or drop the row.',
+        )
+    bad = (r < 0) | (r > 1)
+    if bad.any():
+        raise CohortError(
+            f'scan {int(bad.argmax())}',
+            f'has the infection ratio {r[bad][0]:g}, outside [0,1]',
+            'Give infected voxels over lung voxels, not percent or mL.',
+        )
     return r
+
 
 @dataclass(frozen=True)
 class Mixing:
     "Weight of the uniformly sampled network by infection ratio (Ouyang et al. 2020, III-E)"
-    low:float=.001 # below it, and …
-    high:float=.030 # … above it the disease has a rare size
-    rare:float=.35 # w there
-    middle:float=.96 # w elsewhere
 
-    def __call__(self, ratio)->np.ndarray: # `(N,)`
+    low: float = 0.001  # below it, and …
+    high: float = 0.030  # … above it the disease has a rare size
+    rare: float = 0.35  # w there
+    middle: float = 0.96  # w elsewhere
+
+    def __call__(self, ratio) -> np.ndarray:  # `(N,)`
         r = check_ratio(ratio)
-        return np.where((r<self.low)|(r>self.high), self.rare, self.middle)
+        return np.where((r < self.low) | (r > self.high), self.rare, self.middle)
+
 
 def combine_predictions(
-    us, # probability of COVID by the uniformly sampled network, `(N,)`
-    ss, # the same by the size-balanced one
-    ratio, # infected share of the lungs, `(N,)`
-    mixing:Mixing=Mixing(), # the weights
-)->np.ndarray: # probability of COVID, `(N,)`
+    us,  # probability of COVID by the uniformly sampled network, `(N,)`
+    ss,  # the same by the size-balanced one
+    ratio,  # infected share of the lungs, `(N,)`
+    mixing: Mixing = Mixing(),  # the weights
+) -> np.ndarray:  # probability of COVID, `(N,)`
     "One probability from two (Ouyang et al. 2020, Eq. 5); raises `CohortError` for tables that do not fit"
-    us,ss,w = np.asarray(us, 'f8'),np.asarray(ss, 'f8'),mixing(ratio)
-    if not us.shape==ss.shape==w.shape: raise CohortError('combine', f'{us.shape} and {ss.shape} probabilities for {w.shape} ratios', 'Give one of each per scan, in one order.')
-    return w*us+(1-w)*ss
+    us, ss, w = np.asarray(us, 'f8'), np.asarray(ss, 'f8'), mixing(ratio)
+    if not us.shape == ss.shape == w.shape:
+        raise CohortError(
+            'combine',
+            f'{us.shape} and {ss.shape} probabilities for {w.shape} ratios',
+            'Give one of each per scan, in one order.',
+        )
+    return w * us + (1 - w) * ss
 
 # %% ../../nbs/papers/2_dual_sampling.ipynb #ae6a97de
 def search_mixing(
-    us, # probability of COVID by the uniformly sampled network, `(N,)`
-    ss, # the same by the size-balanced one
-    ratio, # infected share of the lungs, `(N,)`
-    covid, # truth, `(N,)` bool
-    low:float=.001, # as in `Mixing`
-    high:float=.030, # as in `Mixing`
-    steps:int=101, # values of w that are tried
-)->Mixing: # with the weights that serve this set best
+    us,  # probability of COVID by the uniformly sampled network, `(N,)`
+    ss,  # the same by the size-balanced one
+    ratio,  # infected share of the lungs, `(N,)`
+    covid,  # truth, `(N,)` bool
+    low: float = 0.001,  # as in `Mixing`
+    high: float = 0.030,  # as in `Mixing`
+    steps: int = 101,  # values of w that are tried
+) -> Mixing:  # with the weights that serve this set best
     "Weights of Eq. 5 from a validation set; raises `CohortError` for one class only or a group without scans"
-    us,ss,y,r = np.asarray(us, 'f8'),np.asarray(ss, 'f8'),np.asarray(covid, bool),check_ratio(ratio)
-    if len(set(y.tolist()))<2: raise CohortError('validation set', 'has one class only', 'Search where there are COVID and CAP scans.')
-    rare,found = (r<low)|(r>high),[]
-    for name,at in (('a rare size', rare), ('the middle size', ~rare)):
-        if not at.any(): raise CohortError('validation set', f'has no scan of {name}', f'Choose low={low} and high={high} so that both occur.')
-        w = np.linspace(0, 1, steps)[:,None]; p = w*us[at]+(1-w)*ss[at]
-        right,doubt = ((p>=.5)==y[at]).mean(1), -np.log(np.where(y[at], p, 1-p).clip(1e-12)).mean(1)
-        best = np.flatnonzero((right==right.max())&(doubt<=doubt[right==right.max()].min()+1e-12))
-        found.append(float(w[best[len(best)//2],0]))
+    us, ss, y, r = (
+        np.asarray(us, 'f8'),
+        np.asarray(ss, 'f8'),
+        np.asarray(covid, bool),
+        check_ratio(ratio),
+    )
+    if len(set(y.tolist())) < 2:
+        raise CohortError(
+            'validation set', 'has one class only', 'Search where there are COVID and CAP scans.'
+        )
+    rare, found = (r < low) | (r > high), []
+    for name, at in (('a rare size', rare), ('the middle size', ~rare)):
+        if not at.any():
+            raise CohortError(
+                'validation set',
+                f'has no scan of {name}',
+                f'Choose low={low} and high={high} so that both occur.',
+            )
+        w = np.linspace(0, 1, steps)[:, None]
+        p = w * us[at] + (1 - w) * ss[at]
+        right, doubt = (
+            ((p >= 0.5) == y[at]).mean(1),
+            -np.log(np.where(y[at], p, 1 - p).clip(1e-12)).mean(1),
+        )
+        best = np.flatnonzero(
+            (right == right.max()) & (doubt <= doubt[right == right.max()].min() + 1e-12)
+        )
+        found.append(float(w[best[len(best) // 2], 0]))
     return Mixing(low, high, *found)
 
 # %% ../../nbs/papers/2_dual_sampling.ipynb #ffe5718b
-DUAL_ROWS = {'rn34': partial(AttentionResNet, attention=None), 'attention-rn34': AttentionResNet} # name → how to build it
+DUAL_ROWS = {
+    'rn34': partial(AttentionResNet, attention=None),
+    'attention-rn34': AttentionResNet,
+}  # name → how to build it
+
 
 @dataclass(frozen=True)
 class TableRow:
     "A row of Table II (Ouyang et al. 2020)"
-    network:str # a key of `DUAL_ROWS`
-    loss:str # name of its loss
-    samplers:tuple # 'us', 'ss' or both; both are combined by Eq. 5
+
+    network: str  # a key of `DUAL_ROWS`
+    loss: str  # name of its loss
+    samplers: tuple  # 'us', 'ss' or both; both are combined by Eq. 5
+
 
 DUAL_TABLE_ROWS = {
-    'RN34 + US':           TableRow('rn34', 'cross_entropy', ('us',)),
+    'RN34 + US': TableRow('rn34', 'cross_entropy', ('us',)),
     'Attention RN34 + US': TableRow('attention-rn34', 'attention', ('us',)),
     'Attention RN34 + SS': TableRow('attention-rn34', 'attention', ('ss',)),
-    'Attention RN34 + DS': TableRow('attention-rn34', 'attention', ('us','ss'))}
+    'Attention RN34 + DS': TableRow('attention-rn34', 'attention', ('us', 'ss')),
+}
 
 # %% ../../nbs/papers/2_dual_sampling.ipynb #042d427d
-RATIO_GROUPS = ('< 0.005', '0.005–0.030', '> 0.030') # columns of Table III
+RATIO_GROUPS = ('< 0.005', '0.005–0.030', '> 0.030')  # columns of Table III
+
 
 def ratio_group(
-    ratio, # infected share of the lungs, `(N,)`
-)->np.ndarray: # one of `RATIO_GROUPS` for each, `(N,)`
+    ratio,  # infected share of the lungs, `(N,)`
+) -> np.ndarray:  # one of `RATIO_GROUPS` for each, `(N,)`
     "Group by size of the infection (Ouyang et al. 2020, Table III); raises `CohortError` for ratios that do not serve"
     r = check_ratio(ratio)
-    return np.array(RATIO_GROUPS)[(r>=.005)*1+(r>.030)]
+    return np.array(RATIO_GROUPS)[(r >= 0.005) * 1 + (r > 0.030)]

@@ -9,196 +9,304 @@ __all__ = ['unit_vectors', 'exact_attention', 'draw_rotations', 'hash_tokens', '
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #88d0232a
 import math
 from functools import partial
+
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from einops import rearrange
+
 from ..scan import DataError, GeometryError
 
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #f912beee
-_SELF = -1e5 # score of a token with itself
+_SELF = -1e5  # score of a token with itself
+
 
 def unit_vectors(
-    x:torch.Tensor, # vectors, `(…,d)`
-)->torch.Tensor: # the same, of length 1
+    x: torch.Tensor,  # vectors, `(…,d)`
+) -> torch.Tensor:  # the same, of length 1
     "Direction of a vector"
     return F.normalize(x, dim=-1)
 
+
 def exact_attention(
-    qk:torch.Tensor, # shared queries and keys, `(…,T,d)`
-    v:torch.Tensor, # values, `(…,T,e)`
-    allowed:torch.Tensor=None, # bool `(…,T,T)`: query i may see key j; None: all
-)->torch.Tensor: # `(…,T,e)`
+    qk: torch.Tensor,  # shared queries and keys, `(…,T,d)`
+    v: torch.Tensor,  # values, `(…,T,e)`
+    allowed: torch.Tensor = None,  # bool `(…,T,T)`: query i may see key j; None: all
+) -> torch.Tensor:  # `(…,T,e)`
     "Attention with shared, unit-norm keys, all with all (Kitaev et al. 2020, Eq. 1)"
-    T,d = qk.shape[-2:]
-    s = qk@unit_vectors(qk).transpose(-1,-2)/math.sqrt(d)
-    if allowed is not None: s = s.masked_fill(~allowed, -math.inf)
-    return s.masked_fill(torch.eye(T, dtype=torch.bool, device=s.device), _SELF).softmax(-1)@v
+    T, d = qk.shape[-2:]
+    s = qk @ unit_vectors(qk).transpose(-1, -2) / math.sqrt(d)
+    if allowed is not None:
+        s = s.masked_fill(~allowed, -math.inf)
+    return s.masked_fill(torch.eye(T, dtype=torch.bool, device=s.device), _SELF).softmax(-1) @ v
 
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #7720b7eb
 def draw_rotations(
-    dim:int, # `d`, length of the vectors
-    factors:tuple, # buckets of each hash, even numbers, or `(1,)` for one bucket
-    rounds:int=1, # `n_r`, independent hashes
-    generator:torch.Generator=None, # on the CPU; None: PyTorch's own stream
-)->list: # one tensor `(n_r,d,f/2)` per factor
+    dim: int,  # `d`, length of the vectors
+    factors: tuple,  # buckets of each hash, even numbers, or `(1,)` for one bucket
+    rounds: int = 1,  # `n_r`, independent hashes
+    generator: torch.Generator = None,  # on the CPU; None: PyTorch's own stream
+) -> list:  # one tensor `(n_r,d,f/2)` per factor
     "Random directions to hash with"
-    return [torch.randn(rounds, dim, f//2, generator=generator, device='cpu') for f in factors]
+    return [torch.randn(rounds, dim, f // 2, generator=generator, device='cpu') for f in factors]
+
 
 @torch.no_grad()
 def hash_tokens(
-    qk:torch.Tensor, # vectors, `(…,T,d)`
-    rotations:list, # from `draw_rotations`
-)->torch.Tensor: # bucket of each token in each round, int64 `(n_r,…,T)`
+    qk: torch.Tensor,  # vectors, `(…,T,d)`
+    rotations: list,  # from `draw_rotations`
+) -> torch.Tensor:  # bucket of each token in each round, int64 `(n_r,…,T)`
     "Random-rotation hash (@eq-hash; Kitaev et al. 2020, after Andoni et al. 2015)"
-    b = torch.zeros((len(rotations[0]),*qk.shape[:-1]), dtype=torch.long, device=qk.device)
+    b = torch.zeros((len(rotations[0]), *qk.shape[:-1]), dtype=torch.long, device=qk.device)
     for r in rotations:
         s = torch.einsum('...td,rdk->r...tk', qk, r.to(qk))
-        if s.shape[-1]: b = 2*s.shape[-1]*b+torch.cat([s,-s], -1).argmax(-1)
+        if s.shape[-1]:
+            b = 2 * s.shape[-1] * b + torch.cat([s, -s], -1).argmax(-1)
     return b
 
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #6aa83af4
 def bucket_factors(
-    tokens:int, # `T`
-    chunk:int, # `m`, tokens in a chunk
-)->tuple: # buckets of each hash: `(1,)`, `(b,)` or `(b1,b2)`, even where above 1
+    tokens: int,  # `T`
+    chunk: int,  # `m`, tokens in a chunk
+) -> tuple:  # buckets of each hash: `(1,)`, `(b,)` or `(b1,b2)`, even where above 1
     "How many buckets to hash into, about 2T/m"
-    n = 2*tokens/chunk
-    if tokens<=chunk: return (1,)
-    if n<=64: return (2*math.ceil(n/2),)
-    a = 2*math.ceil(math.sqrt(n)/2)
-    return a, 2*math.ceil(n/a/2)
+    n = 2 * tokens / chunk
+    if tokens <= chunk:
+        return (1,)
+    if n <= 64:
+        return (2 * math.ceil(n / 2),)
+    a = 2 * math.ceil(math.sqrt(n) / 2)
+    return a, 2 * math.ceil(n / a / 2)
 
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #98e76499
-def _highest(x): return 0 if x.is_meta else int(x.max()) # tensors on the meta device have shapes and no numbers
+def _highest(x):
+    return 0 if x.is_meta else int(x.max())  # tensors on the meta device have shapes and no numbers
+
 
 def sort_tokens(
-    buckets:torch.Tensor, # bucket of each token, `(n_r,…,T)`
-    chunk:int, # `m`, tokens in a chunk
-    count:int=0, # buckets there are; 0: looked up in their numbers
-)->tuple: # `order`, the token at each place, and `codes`, bucket and chunk of each token, int32 where they fit; both `(n_r,…,T)`
+    buckets: torch.Tensor,  # bucket of each token, `(n_r,…,T)`
+    chunk: int,  # `m`, tokens in a chunk
+    count: int = 0,  # buckets there are; 0: looked up in their numbers
+) -> tuple:  # `order`, the token at each place, and `codes`, bucket and chunk of each token, int32 where they fit; both `(n_r,…,T)`
     "Sort by bucket, then position, and cut into chunks (@eq-chunks)"
-    T = buckets.shape[-1]; at = torch.arange(T, device=buckets.device)
-    order = (buckets*T+at).argsort(dim=-1) # no two alike: every sort gives this order
+    T = buckets.shape[-1]
+    at = torch.arange(T, device=buckets.device)
+    order = (buckets * T + at).argsort(dim=-1)  # no two alike: every sort gives this order
     place = torch.zeros_like(order).scatter(-1, order, at.expand_as(order))
-    gap = -(-T//chunk)+1; codes = buckets*gap+place//chunk
-    return order, codes.int() if (count or _highest(buckets)+1)*gap<2**31 else codes # half the bytes to compare
+    gap = -(-T // chunk) + 1
+    codes = buckets * gap + place // chunk
+    return order, codes.int() if (
+        count or _highest(buckets) + 1
+    ) * gap < 2**31 else codes  # half the bytes to compare
+
 
 def attention_reach(
-    query:torch.Tensor, # codes of queries
-    key:torch.Tensor, # codes of keys, of a shape that broadcasts
-)->torch.Tensor: # bool
+    query: torch.Tensor,  # codes of queries
+    key: torch.Tensor,  # codes of keys, of a shape that broadcasts
+) -> torch.Tensor:  # bool
     "Same bucket, and the same chunk or the one before"
-    return (query-key)>>1==0
+    return (query - key) >> 1 == 0
 
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #96eedf90
 def attend_round(
-    qk:torch.Tensor, # `(N,T,d)`, T a multiple of `chunk`
-    v:torch.Tensor, # `(N,T,e)`
-    order:torch.Tensor, # of this round, `(N,T)`
-    codes:torch.Tensor, # of all rounds, `(N,T,n_r)`
-    g:int, # this round
-    chunk:int, # `m`
-    causal:bool=False, # only keys that do not stand behind the query
-)->torch.Tensor: # `(N,T,e+1)`: the mean over the keys reached, and the log of its normaliser
+    qk: torch.Tensor,  # `(N,T,d)`, T a multiple of `chunk`
+    v: torch.Tensor,  # `(N,T,e)`
+    order: torch.Tensor,  # of this round, `(N,T)`
+    codes: torch.Tensor,  # of all rounds, `(N,T,n_r)`
+    g: int,  # this round
+    chunk: int,  # `m`
+    causal: bool = False,  # only keys that do not stand behind the query
+) -> torch.Tensor:  # `(N,T,e+1)`: the mean over the keys reached, and the log of its normaliser
     "Attention within chunks and one look back (Chen et al. 2020, the last equations of II-C)"
-    n,T,d = qk.shape; c = T//chunk
-    cut = lambda x: x.gather(1, order[...,None].expand(-1,-1,x.shape[-1])).view(n,c,chunk,-1)
-    back = (lambda x: torch.cat([x.roll(1,1), x], 2)) if c>1 else (lambda x: x) # the first chunk looks back on the last; no code there can fit
-    q, code, here = cut(qk), cut(codes), order.view(n,c,chunk,1)
-    met = lambda r: attention_reach(code[...,None,r], back(code)[:,:,None,:,r])
-    s, ok, there = q@back(unit_vectors(q)).transpose(-1,-2)/math.sqrt(d), met(g), back(here).transpose(-1,-2)
-    count = sum((met(r) for r in range(codes.shape[-1]) if r!=g), start=ok.to(torch.uint8))
-    if codes.shape[-1]>1: s = s-count.clamp_min(1).to(s.dtype).log()
-    s = s.masked_fill(~(ok&(here>=there) if causal else ok), -math.inf).masked_fill(here==there, _SELF)
-    top = s.detach().amax(-1, keepdim=True); w = (s-top).exp(); total = w.sum(-1, keepdim=True)
-    out = torch.cat([w@back(cut(v))/total, total.log()+top], -1).view(n,T,-1)
-    return torch.zeros_like(out).scatter(1, order[...,None].expand_as(out), out)
+    n, T, d = qk.shape
+    c = T // chunk
+
+    def cut(x):
+        return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])).view(n, c, chunk, -1)
+
+    back = (
+        (lambda x: torch.cat([x.roll(1, 1), x], 2)) if c > 1 else (lambda x: x)
+    )  # the first chunk looks back on the last; no code there can fit
+    q, code, here = cut(qk), cut(codes), order.view(n, c, chunk, 1)
+
+    def met(r):
+        return attention_reach(code[..., None, r], back(code)[:, :, None, :, r])
+
+    s, ok, there = (
+        q @ back(unit_vectors(q)).transpose(-1, -2) / math.sqrt(d),
+        met(g),
+        back(here).transpose(-1, -2),
+    )
+    count = sum((met(r) for r in range(codes.shape[-1]) if r != g), start=ok.to(torch.uint8))
+    if codes.shape[-1] > 1:
+        s = s - count.clamp_min(1).to(s.dtype).log()
+    s = s.masked_fill(~(ok & (here >= there) if causal else ok), -math.inf).masked_fill(
+        here == there, _SELF
+    )
+    top = s.detach().amax(-1, keepdim=True)
+    w = (s - top).exp()
+    total = w.sum(-1, keepdim=True)
+    out = torch.cat([w @ back(cut(v)) / total, total.log() + top], -1).view(n, T, -1)
+    return torch.zeros_like(out).scatter(1, order[..., None].expand_as(out), out)
 
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #7e27be38
 def _check_tokens(
-    qk:torch.Tensor, # `(…,T,d)`
-    v:torch.Tensor, # `(…,T,e)`
-    buckets:torch.Tensor, # `(n_r,…,T)`
-    chunk:int, # tokens in a chunk
-    mask:torch.Tensor=None, # bool `(…,T)`
-)->None:
+    qk: torch.Tensor,  # `(…,T,d)`
+    v: torch.Tensor,  # `(…,T,e)`
+    buckets: torch.Tensor,  # `(n_r,…,T)`
+    chunk: int,  # tokens in a chunk
+    mask: torch.Tensor = None,  # bool `(…,T)`
+) -> None:
     "Raise `GeometryError` or `DataError` for tensors that do not belong together"
-    tell = lambda fault,remedy: GeometryError('lsh_attention', fault, remedy)
-    if qk.shape[:-1]!=v.shape[:-1]: raise tell(f'qk {tuple(qk.shape)} and v {tuple(v.shape)} are not the same tokens', 'Give (…,T,d) and (…,T,e).')
-    if buckets.shape[1:]!=qk.shape[:-1] or not len(buckets): raise tell(f'buckets {tuple(buckets.shape)} do not fit qk {tuple(qk.shape)}', 'Give (rounds,…,T), as hash_tokens makes them.')
-    if mask is not None and (mask.shape!=qk.shape[:-1] or mask.dtype!=torch.bool): raise tell(f'a mask {tuple(mask.shape)} of {mask.dtype}', 'Give bool (…,T), True for tokens that count.')
-    if chunk<1: raise DataError('lsh_attention', f'chunk={chunk}', 'Give the number of tokens in a chunk, at least 1.')
+
+    def tell(fault, remedy):
+        return GeometryError('lsh_attention', fault, remedy)
+
+    if qk.shape[:-1] != v.shape[:-1]:
+        raise tell(
+            f'qk {tuple(qk.shape)} and v {tuple(v.shape)} are not the same tokens',
+            'Give (…,T,d) and (…,T,e).',
+        )
+    if buckets.shape[1:] != qk.shape[:-1] or not len(buckets):
+        raise tell(
+            f'buckets {tuple(buckets.shape)} do not fit qk {tuple(qk.shape)}',
+            'Give (rounds,…,T), as hash_tokens makes them.',
+        )
+    if mask is not None and (mask.shape != qk.shape[:-1] or mask.dtype != torch.bool):
+        raise tell(
+            f'a mask {tuple(mask.shape)} of {mask.dtype}',
+            'Give bool (…,T), True for tokens that count.',
+        )
+    if chunk < 1:
+        raise DataError(
+            'lsh_attention', f'chunk={chunk}', 'Give the number of tokens in a chunk, at least 1.'
+        )
 
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #f78343ae
 def lsh_attention(
-    qk:torch.Tensor, # shared queries and keys, `(…,T,d)`
-    v:torch.Tensor, # values, `(…,T,e)`
-    buckets:torch.Tensor, # bucket of each token in each round, `(n_r,…,T)`
-    chunk:int=64, # `m`, tokens in a chunk
-    causal:bool=False, # only keys that do not stand behind the query
-    mask:torch.Tensor=None, # bool `(…,T)`: False is neither seen nor answered
-    budget:int=2**25, # scores held at a time
-    count:int=0, # buckets there are; 0: looked up in their numbers
-)->torch.Tensor: # `(…,T,e)`
+    qk: torch.Tensor,  # shared queries and keys, `(…,T,d)`
+    v: torch.Tensor,  # values, `(…,T,e)`
+    buckets: torch.Tensor,  # bucket of each token in each round, `(n_r,…,T)`
+    chunk: int = 64,  # `m`, tokens in a chunk
+    causal: bool = False,  # only keys that do not stand behind the query
+    mask: torch.Tensor = None,  # bool `(…,T)`: False is neither seen nor answered
+    budget: int = 2**25,  # scores held at a time
+    count: int = 0,  # buckets there are; 0: looked up in their numbers
+) -> torch.Tensor:  # `(…,T,e)`
     "Attention over the union of what the rounds reach (Chen et al. 2020, Eq. 3); raises `GeometryError`"
     _check_tokens(qk, v, buckets, chunk, mask)
-    lead, T, e, spare = qk.shape[:-2], qk.shape[-2], v.shape[-1], count or _highest(buckets)+1
-    if mask is not None: buckets = buckets.masked_fill(~mask, spare)
-    flat = lambda x: F.pad(x.float() if x.dtype in (torch.half, torch.bfloat16) else x, (0,0,0,-T%chunk)).reshape(-1,T+-T%chunk,x.shape[-1])
-    with torch.autocast('cpu' if qk.is_meta else qk.device.type, enabled=False): # scores of −100,000 and their logarithms need float32
-        order,codes = sort_tokens(F.pad(buckets, (0,-T%chunk), value=spare).reshape(len(buckets),-1,T+-T%chunk), chunk, spare+1)
-        out = _in_turn(flat(qk), flat(v), order, codes.movedim(0,-1), chunk, causal, budget)
-    out = out[:,:T].reshape(*lead,T,e).to(v.dtype)
-    return out if mask is None else out.masked_fill(~mask[...,None], 0)
+    lead, T, e, spare = qk.shape[:-2], qk.shape[-2], v.shape[-1], count or _highest(buckets) + 1
+    if mask is not None:
+        buckets = buckets.masked_fill(~mask, spare)
+
+    def flat(x):
+        return F.pad(
+            x.float() if x.dtype in (torch.half, torch.bfloat16) else x, (0, 0, 0, -T % chunk)
+        ).reshape(-1, T + -T % chunk, x.shape[-1])
+
+    with torch.autocast(
+        'cpu' if qk.is_meta else qk.device.type, enabled=False
+    ):  # scores of −100,000 and their logarithms need float32
+        order, codes = sort_tokens(
+            F.pad(buckets, (0, -T % chunk), value=spare).reshape(len(buckets), -1, T + -T % chunk),
+            chunk,
+            spare + 1,
+        )
+        out = _in_turn(flat(qk), flat(v), order, codes.movedim(0, -1), chunk, causal, budget)
+    out = out[:, :T].reshape(*lead, T, e).to(v.dtype)
+    return out if mask is None else out.masked_fill(~mask[..., None], 0)
+
 
 def _in_turn(qk, v, order, codes, chunk, causal, budget):
     "Rounds and slabs of heads one after the other, so that few scores exist at a time"
-    out, step = [], max(1, budget//(qk.shape[1]*2*chunk))
-    lean = partial(checkpoint, attend_round, use_reentrant=False) if torch.is_grad_enabled() else attend_round
-    for s in [slice(None)] if torch.compiler.is_compiling() else [slice(i, i+step) for i in range(0, len(qk), step)]: # a program for any B has no slabs
-        r = torch.stack([lean(qk[s], v[s], order[g,s], codes[s], g, chunk, causal) for g in range(len(order))])
-        out.append((r[...,-1:].softmax(0)*r[...,:-1]).sum(0))
+    out, step = [], max(1, budget // (qk.shape[1] * 2 * chunk))
+    lean = (
+        partial(checkpoint, attend_round, use_reentrant=False)
+        if torch.is_grad_enabled()
+        else attend_round
+    )
+    for s in (
+        [slice(None)]
+        if torch.compiler.is_compiling()
+        else [slice(i, i + step) for i in range(0, len(qk), step)]
+    ):  # a program for any B has no slabs
+        r = torch.stack(
+            [lean(qk[s], v[s], order[g, s], codes[s], g, chunk, causal) for g in range(len(order))]
+        )
+        out.append((r[..., -1:].softmax(0) * r[..., :-1]).sum(0))
     return torch.cat(out)
 
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #ea7668da
 class LSHAttention(nn.Module):
     "Attention among the pixels of a map by locality-sensitive hashing, added to it (Kitaev et al. 2020; Chen et al. 2020, II-C)"
-    def __init__(self,
-                 channels:int, # `C`
-                 heads:int=2, # attentions side by side; divides `C`
-                 chunk:int=64, # `m`, tokens in a chunk
-                 rounds:int=2, # `n_r`, independent hashes
-                 causal:bool=False, # only pixels further up or left
-                 seed:int=0, # of the rotations in evaluation
-                ):
-        super().__init__()
-        if heads<1 or channels%heads: raise DataError('LSHAttention', f'{heads} heads do not divide {channels} channels', 'Choose a divisor.')
-        if rounds<1 or chunk<1: raise DataError('LSHAttention', f'rounds={rounds}, chunk={chunk}', 'Both are at least 1.')
-        self.heads,self.chunk,self.rounds,self.causal,self.seed = heads,chunk,rounds,causal,seed
-        self.fixed = {} # rotations of evaluation, by their factors
-        self.qk,self.v,self.out = (nn.Linear(channels, channels, bias=False) for _ in range(3))
-        if not self.out.weight.is_meta: nn.init.normal_(self.out.weight, 0, .01) # a fresh layer hardly changes its input
 
-    def rotations(self, dim:int, # of a head
-                  factors:tuple, # of `bucket_factors`
-                 )->list: # as `draw_rotations` makes them
+    def __init__(
+        self,
+        channels: int,  # `C`
+        heads: int = 2,  # attentions side by side; divides `C`
+        chunk: int = 64,  # `m`, tokens in a chunk
+        rounds: int = 2,  # `n_r`, independent hashes
+        causal: bool = False,  # only pixels further up or left
+        seed: int = 0,  # of the rotations in evaluation
+    ):
+        super().__init__()
+        if heads < 1 or channels % heads:
+            raise DataError(
+                'LSHAttention',
+                f'{heads} heads do not divide {channels} channels',
+                'Choose a divisor.',
+            )
+        if rounds < 1 or chunk < 1:
+            raise DataError(
+                'LSHAttention', f'rounds={rounds}, chunk={chunk}', 'Both are at least 1.'
+            )
+        self.heads, self.chunk, self.rounds, self.causal, self.seed = (
+            heads,
+            chunk,
+            rounds,
+            causal,
+            seed,
+        )
+        self.fixed = {}  # rotations of evaluation, by their factors
+        self.qk, self.v, self.out = (nn.Linear(channels, channels, bias=False) for _ in range(3))
+        if not self.out.weight.is_meta:
+            nn.init.normal_(self.out.weight, 0, 0.01)  # a fresh layer hardly changes its input
+
+    def rotations(
+        self,
+        dim: int,  # of a head
+        factors: tuple,  # of `bucket_factors`
+    ) -> list:  # as `draw_rotations` makes them
         "New ones in training, always the same in evaluation, where they are constants of the network"
-        if self.training: return draw_rotations(dim, factors, self.rounds)
-        drawn = self.fixed.get((dim,factors)) or draw_rotations(dim, factors, self.rounds, torch.Generator().manual_seed(self.seed))
-        if type(drawn[0]) is torch.Tensor: self.fixed[dim,factors] = drawn # and no stand-in of a program being traced
+        if self.training:
+            return draw_rotations(dim, factors, self.rounds)
+        drawn = self.fixed.get((dim, factors)) or draw_rotations(
+            dim, factors, self.rounds, torch.Generator().manual_seed(self.seed)
+        )
+        if type(drawn[0]) is torch.Tensor:
+            self.fixed[dim, factors] = drawn  # and no stand-in of a program being traced
         return drawn
 
-    def forward(self, x:torch.Tensor, # features, `(B,C,H,W)`
-                seen:list=None, # gets the buckets, `(n_r,B,heads,H,W)`
-               )->torch.Tensor: # the same shape
+    def forward(
+        self,
+        x: torch.Tensor,  # features, `(B,C,H,W)`
+        seen: list = None,  # gets the buckets, `(n_r,B,heads,H,W)`
+    ) -> torch.Tensor:  # the same shape
         "Add to every pixel what pixels like it say"
-        if x.ndim!=4 or x.shape[1]!=self.qk.in_features: raise GeometryError('LSHAttention', f'needs features (B,{self.qk.in_features},H,W), these are {tuple(x.shape)}', 'Build it for this number of channels.')
+        if x.ndim != 4 or x.shape[1] != self.qk.in_features:
+            raise GeometryError(
+                'LSHAttention',
+                f'needs features (B,{self.qk.in_features},H,W), these are {tuple(x.shape)}',
+                'Build it for this number of channels.',
+            )
         t = rearrange(x, 'b c h w -> b (h w) c')
-        qk,v = (rearrange(f(t), 'b t (n d) -> b n t d', n=self.heads) for f in (self.qk, self.v))
+        qk, v = (rearrange(f(t), 'b t (n d) -> b n t d', n=self.heads) for f in (self.qk, self.v))
         factors = bucket_factors(qk.shape[-2], self.chunk)
         b = hash_tokens(qk, self.rotations(qk.shape[-1], factors))
-        if seen is not None: seen.append(rearrange(b, 'r b n (h w) -> r b n h w', h=x.shape[2]))
+        if seen is not None:
+            seen.append(rearrange(b, 'r b n (h w) -> r b n h w', h=x.shape[2]))
         y = lsh_attention(qk, v, b, self.chunk, self.causal, count=math.prod(factors))
-        return x+rearrange(self.out(rearrange(y, 'b n t d -> b t (n d)')), 'b (h w) c -> b c h w', h=x.shape[2])
+        return x + rearrange(
+            self.out(rearrange(y, 'b n t d -> b t (n d)')), 'b (h w) c -> b c h w', h=x.shape[2]
+        )

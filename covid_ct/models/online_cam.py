@@ -9,67 +9,96 @@ __all__ = ['class_map', 'upsample_map', 'rescale_to_unit', 'soft_mask', 'OnlineA
 import torch
 from torch import nn
 from torch.nn import functional as F
+
 from ..scan import DataError, GeometryError
 
 # %% ../../nbs/07_models/07_online_cam.ipynb #85aac9fe
 def class_map(
-    features:torch.Tensor, # in front of the global mean, `(B,C,d,h,w)`
-    weight:torch.Tensor, # of the linear layer behind it, `(K,C)`
-    label:torch.Tensor, # class whose map is wanted, `(B,)`
-    detach:bool=True, # copy the weights, so that the map cannot change them
-)->torch.Tensor: # `(B,1,d,h,w)`, ≥ 0
+    features: torch.Tensor,  # in front of the global mean, `(B,C,d,h,w)`
+    weight: torch.Tensor,  # of the linear layer behind it, `(K,C)`
+    label: torch.Tensor,  # class whose map is wanted, `(B,)`
+    detach: bool = True,  # copy the weights, so that the map cannot change them
+) -> torch.Tensor:  # `(B,1,d,h,w)`, ≥ 0
     "What each place says for a class (Ouyang et al. 2020, Eq. 1); raises `DataError` for a class that is not there"
-    if weight.ndim!=2 or weight.shape[1]!=features.shape[1]: raise GeometryError('class_map', f'weights {tuple(weight.shape)} for {features.shape[1]} channels', 'Give the weights (K,C) of the layer behind these features.')
-    if not label.is_meta and (label.min()<0 or label.max()>=len(weight)): raise DataError('class_map', f'no class {label.tolist()} among {len(weight)}', f'Choose from 0 to {len(weight)-1}.')
-    maps = F.conv3d(features, (weight.detach() if detach else weight)[:,:,None,None,None])
-    return maps[torch.arange(len(maps)), label][:,None].relu()
+    if weight.ndim != 2 or weight.shape[1] != features.shape[1]:
+        raise GeometryError(
+            'class_map',
+            f'weights {tuple(weight.shape)} for {features.shape[1]} channels',
+            'Give the weights (K,C) of the layer behind these features.',
+        )
+    if not label.is_meta and (label.min() < 0 or label.max() >= len(weight)):
+        raise DataError(
+            'class_map',
+            f'no class {label.tolist()} among {len(weight)}',
+            f'Choose from 0 to {len(weight) - 1}.',
+        )
+    maps = F.conv3d(features, (weight.detach() if detach else weight)[:, :, None, None, None])
+    return maps[torch.arange(len(maps)), label][:, None].relu()
 
 # %% ../../nbs/07_models/07_online_cam.ipynb #b7eca5cb
 def upsample_map(
-    maps:torch.Tensor, # `(B,1,d,h,w)`
-    size, # of the input, `(D,H,W)`
-)->torch.Tensor: # `(B,1,D,H,W)`
+    maps: torch.Tensor,  # `(B,1,d,h,w)`
+    size,  # of the input, `(D,H,W)`
+) -> torch.Tensor:  # `(B,1,D,H,W)`
     "Trilinear interpolation to the size of the input"
     return F.interpolate(maps, tuple(size), mode='trilinear', align_corners=False)
 
+
 def rescale_to_unit(
-    maps:torch.Tensor, # `(B,1,d,h,w)`
-    size=None, # not used: the size stays
-)->torch.Tensor: # same shape, each volume from 0 to 1; zeros where it has no range
+    maps: torch.Tensor,  # `(B,1,d,h,w)`
+    size=None,  # not used: the size stays
+) -> torch.Tensor:  # same shape, each volume from 0 to 1; zeros where it has no range
     "Stretch each map to [0,1]"
-    lo,hi = maps.amin((1,2,3,4), keepdim=True), maps.amax((1,2,3,4), keepdim=True)
-    return torch.where(hi>lo, (maps-lo)/torch.where(hi>lo, hi-lo, 1), 0)
+    lo, hi = maps.amin((1, 2, 3, 4), keepdim=True), maps.amax((1, 2, 3, 4), keepdim=True)
+    return torch.where(hi > lo, (maps - lo) / torch.where(hi > lo, hi - lo, 1), 0)
 
 # %% ../../nbs/07_models/07_online_cam.ipynb #368ae737
 def soft_mask(
-    maps:torch.Tensor, # in [0,1], any shape
-    alpha:float=100., # steepness
-    beta:float=.4, # value that becomes ½
-)->torch.Tensor: # in (0,1), same shape
+    maps: torch.Tensor,  # in [0,1], any shape
+    alpha: float = 100.0,  # steepness
+    beta: float = 0.4,  # value that becomes ½
+) -> torch.Tensor:  # in (0,1), same shape
     "A threshold with a gradient (Ouyang et al. 2020, Eq. 2)"
-    return torch.sigmoid(alpha*(maps-beta))
+    return torch.sigmoid(alpha * (maps - beta))
 
 # %% ../../nbs/07_models/07_online_cam.ipynb #a71dc342
 class OnlineAttention(nn.Module):
     "From features to a soft mask of the input's size (Ouyang et al. 2020, Eq. 1-2); it has nothing to learn"
-    def __init__(self,
-                 label=1, # class whose map is drawn, or a callable of the logits `(B,K)` that gives `(B,)`
-                 detach:bool=True, # copy the weights of the last layer
-                 steps=(upsample_map, rescale_to_unit), # functions of (maps, size), applied in this order
-                 alpha:float=100., # steepness of the soft mask
-                 beta:float=.4, # value that becomes ½
-                ):
-        super().__init__()
-        self.label,self.detach,self.steps,self.alpha,self.beta = label,detach,tuple(steps),alpha,beta
 
-    def forward(self, features:torch.Tensor, # `(B,C,d,h,w)`
-                fc:nn.Linear, # the layer behind their mean
-                size, # of the input, `(D,H,W)`
-                logits:torch.Tensor, # `(B,K)`, to choose a class from
-               )->tuple: # `(attention, class_map)`: `(B,1,D,H,W)` in [0,1], and `(B,1,d,h,w)` ≥ 0
+    def __init__(
+        self,
+        label=1,  # class whose map is drawn, or a callable of the logits `(B,K)` that gives `(B,)`
+        detach: bool = True,  # copy the weights of the last layer
+        steps=(upsample_map, rescale_to_unit),  # functions of (maps, size), applied in this order
+        alpha: float = 100.0,  # steepness of the soft mask
+        beta: float = 0.4,  # value that becomes ½
+    ):
+        super().__init__()
+        self.label, self.detach, self.steps, self.alpha, self.beta = (
+            label,
+            detach,
+            tuple(steps),
+            alpha,
+            beta,
+        )
+
+    def forward(
+        self,
+        features: torch.Tensor,  # `(B,C,d,h,w)`
+        fc: nn.Linear,  # the layer behind their mean
+        size,  # of the input, `(D,H,W)`
+        logits: torch.Tensor,  # `(B,K)`, to choose a class from
+    ) -> tuple:  # `(attention, class_map)`: `(B,1,D,H,W)` in [0,1], and `(B,1,d,h,w)` ≥ 0
         "Map, size, range, mask"
-        label = self.label(logits) if callable(self.label) else torch.full((len(features),), self.label, device=features.device)
+        label = (
+            self.label(logits)
+            if callable(self.label)
+            else torch.full((len(features),), self.label, device=features.device)
+        )
         m = class_map(features, fc.weight, label, self.detach)
-        a = m if m.dtype==torch.float64 else m.float() # half precision would round what the steep slope reads
-        for step in self.steps: a = step(a, size)
+        a = (
+            m if m.dtype == torch.float64 else m.float()
+        )  # half precision would round what the steep slope reads
+        for step in self.steps:
+            a = step(a, size)
         return soft_mask(a, self.alpha, self.beta), m

@@ -8,201 +8,311 @@ __all__ = ['PARL_CLASSES', 'PARL_ROWS', 'PARL_OURS', 'WARL', 'SARL', 'PARL', 'Br
 # %% ../../nbs/papers/4_prior_attention.ipynb #6fcc2f52
 from functools import partial
 from itertools import repeat
+
 import torch
 from torch import nn
+
 from .blocks import count_parameters
 from .resnet3d import check_input
 from .spatial_attention import SpatialAttention
 from ..scan import GeometryError, evaluating
 
 # %% ../../nbs/papers/4_prior_attention.ipynb #8a623bde
-PARL_CLASSES = ('healthy','ild','covid') # order of the logits: the paper's Non-Pneu, ILD, COVID-19
+PARL_CLASSES = (
+    'healthy',
+    'ild',
+    'covid',
+)  # order of the logits: the paper's Non-Pneu, ILD, COVID-19
 
-def _conv_norm_relu(cin:int, # channels in
-         cout:int, # channels out
-         kernel:int=3, # odd width in voxels
-         stride:int=1, # step in voxels
-         norm=nn.BatchNorm3d, # makes a norm from the number of channels
-        )->nn.Sequential: # children `conv`, `norm`, `relu`
+
+def _conv_norm_relu(
+    cin: int,  # channels in
+    cout: int,  # channels out
+    kernel: int = 3,  # odd width in voxels
+    stride: int = 1,  # step in voxels
+    norm=nn.BatchNorm3d,  # makes a norm from the number of channels
+) -> nn.Sequential:  # children `conv`, `norm`, `relu`
     "Convolution with bias, norm, ReLU"
     out = nn.Sequential()
-    for name,m in dict(conv=nn.Conv3d(cin, cout, kernel, stride, kernel//2), norm=norm(cout), relu=nn.ReLU()).items(): out.add_module(name, m)
+    for name, m in dict(
+        conv=nn.Conv3d(cin, cout, kernel, stride, kernel // 2), norm=norm(cout), relu=nn.ReLU()
+    ).items():
+        out.add_module(name, m)
     return out
 
 # %% ../../nbs/papers/4_prior_attention.ipynb #47c1db20
 class WARL(nn.Module):
     "Residual unit without attention: x + h(x)"
-    def __init__(self,
-                 channels:int, # `C`, even
-                 norm=nn.BatchNorm3d, # makes a norm from the number of channels
-                ):
-        super().__init__()
-        self.h = nn.Sequential(_conv_norm_relu(channels, channels//2, 1, norm=norm), _conv_norm_relu(channels//2, channels, 3, norm=norm), _conv_norm_relu(channels, channels, 1, norm=norm))
 
-    def forward(self, x:torch.Tensor, # features, `(B,C,D,H,W)`
-                prior:torch.Tensor=None, # `h` of the unit beside it; not used here
-                seen:list=None, # gets the attention map; none here
-               )->tuple: # `(f, h)`: what the unit hands on, and its correction
+    def __init__(
+        self,
+        channels: int,  # `C`, even
+        norm=nn.BatchNorm3d,  # makes a norm from the number of channels
+    ):
+        super().__init__()
+        self.h = nn.Sequential(
+            _conv_norm_relu(channels, channels // 2, 1, norm=norm),
+            _conv_norm_relu(channels // 2, channels, 3, norm=norm),
+            _conv_norm_relu(channels, channels, 1, norm=norm),
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,  # features, `(B,C,D,H,W)`
+        prior: torch.Tensor = None,  # `h` of the unit beside it; not used here
+        seen: list = None,  # gets the attention map; none here
+    ) -> tuple:  # `(f, h)`: what the unit hands on, and its correction
         "Add the correction"
         h = self.h(x)
-        return x+h, h
+        return x + h, h
 
 # %% ../../nbs/papers/4_prior_attention.ipynb #c91fb92f
 class SARL(WARL):
     "Residual unit with self-attention: x + h(x) + γ S(h(x))·x (Zhang et al. 2019)"
-    def __init__(self,
-                 channels:int, # `C`, even
-                 norm=nn.BatchNorm3d, # makes a norm from the number of channels
-                 attend=SpatialAttention, # makes the attention, called as `attend()`
-                ):
+
+    def __init__(
+        self,
+        channels: int,  # `C`, even
+        norm=nn.BatchNorm3d,  # makes a norm from the number of channels
+        attend=SpatialAttention,  # makes the attention, called as `attend()`
+    ):
         super().__init__(channels, norm)
         self.attend = attend()
 
-    def forward(self, x:torch.Tensor, # features, `(B,C,D,H,W)`
-                prior:torch.Tensor=None, # not used
-                seen:list=None, # gets the map, mean over channels, `(B,D,H,W)`
-               )->tuple: # `(f, h)`
+    def forward(
+        self,
+        x: torch.Tensor,  # features, `(B,C,D,H,W)`
+        prior: torch.Tensor = None,  # not used
+        seen: list = None,  # gets the map, mean over channels, `(B,D,H,W)`
+    ) -> tuple:  # `(f, h)`
         "Add the correction, and the features where it is strong"
         h = self.h(x)
-        return x+h+self.attend(h, x, seen), h
+        return x + h + self.attend(h, x, seen), h
+
 
 class PARL(SARL):
     "Residual unit with prior attention: x + h(x) + γ S(prior)·x (Wang et al. 2020, Eq. 3)"
-    def forward(self, x:torch.Tensor, # features, `(B,C,D,H,W)`
-                prior:torch.Tensor, # `h` of the unit of the detection branch, `(B,C,D,H,W)`
-                seen:list=None, # gets the map, mean over channels, `(B,D,H,W)`
-               )->tuple: # `(f, h)`
+
+    def forward(
+        self,
+        x: torch.Tensor,  # features, `(B,C,D,H,W)`
+        prior: torch.Tensor,  # `h` of the unit of the detection branch, `(B,C,D,H,W)`
+        seen: list = None,  # gets the map, mean over channels, `(B,D,H,W)`
+    ) -> tuple:  # `(f, h)`
         "Add the correction, and the features where the other branch is strong"
         h = self.h(x)
-        return x+h+self.attend(prior, x, seen), h
+        return x + h + self.attend(prior, x, seen), h
 
 # %% ../../nbs/papers/4_prior_attention.ipynb #ba12f7f9
 class Branch(nn.Module):
     "Header, groups of units and transitions (Wang et al. 2020, Table I)"
-    def __init__(self,
-                 unit, # called as `unit(channels, norm=)`
-                 blocks, # units of each group
-                 width:int, # channels of the header; each transition doubles them
-                 norm=nn.BatchNorm3d, # makes a norm from the number of channels
-                ):
-        super().__init__()
-        wide = [width*2**i for i in range(len(blocks)+1)]
-        self.header = _conv_norm_relu(1, width, 5, 2, norm)
-        self.groups = nn.ModuleList(nn.ModuleList(unit(c, norm=norm) for _ in range(q)) for c,q in zip(wide, blocks))
-        self.transitions = nn.ModuleList(nn.Sequential(_conv_norm_relu(a, b, 3, 2, norm), _conv_norm_relu(b, b, norm=norm)) for a,b in zip(wide, wide[1:]))
 
-    def forward(self, x:torch.Tensor, # volumes, `(B,1,D,H,W)`
-                priors=None, # corrections of another branch, one per unit, or `None`
-                seen:list=None, # gets the attention maps
-               )->tuple: # `(features, corrections)`: `(B,C',D',H',W')` and one tensor per unit
+    def __init__(
+        self,
+        unit,  # called as `unit(channels, norm=)`
+        blocks,  # units of each group
+        width: int,  # channels of the header; each transition doubles them
+        norm=nn.BatchNorm3d,  # makes a norm from the number of channels
+    ):
+        super().__init__()
+        wide = [width * 2**i for i in range(len(blocks) + 1)]
+        self.header = _conv_norm_relu(1, width, 5, 2, norm)
+        self.groups = nn.ModuleList(
+            nn.ModuleList(unit(c, norm=norm) for _ in range(q))
+            for c, q in zip(wide, blocks, strict=False)
+        )
+        self.transitions = nn.ModuleList(
+            nn.Sequential(_conv_norm_relu(a, b, 3, 2, norm), _conv_norm_relu(b, b, norm=norm))
+            for a, b in zip(wide, wide[1:], strict=False)
+        )
+
+    def forward(
+        self,
+        x: torch.Tensor,  # volumes, `(B,1,D,H,W)`
+        priors=None,  # corrections of another branch, one per unit, or `None`
+        seen: list = None,  # gets the attention maps
+    ) -> tuple:  # `(features, corrections)`: `(B,C',D',H',W')` and one tensor per unit
         "Run the branch"
-        x, priors, hs = self.header(x.contiguous(memory_format=torch.channels_last_3d)), iter(priors or repeat(None)), []
-        for group,transition in zip(self.groups, self.transitions):
+        x, priors, hs = (
+            self.header(x.contiguous(memory_format=torch.channels_last_3d)),
+            iter(priors or repeat(None)),
+            [],
+        )
+        for group, transition in zip(self.groups, self.transitions, strict=False):
             for unit in group:
-                x, h = unit(x, next(priors), seen); hs.append(h)
+                x, h = unit(x, next(priors), seen)
+                hs.append(h)
             x = transition(x)
         return x, hs
 
 # %% ../../nbs/papers/4_prior_attention.ipynb #00ea08d1
-def _init_glorot(model:nn.Module, # changed in place; nothing to do on the `meta` device
-               )->nn.Module: # the same model
+def _init_glorot(
+    model: nn.Module,  # changed in place; nothing to do on the `meta` device
+) -> nn.Module:  # the same model
     "Glorot uniform weights and zero biases for convolutions and linear layers, the default of Keras"
     for m in model.modules():
-        if isinstance(m, (nn.Conv3d,nn.Linear)) and not m.weight.is_meta: nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
+        if isinstance(m, (nn.Conv3d, nn.Linear)) and not m.weight.is_meta:
+            nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
     return model
 
 # %% ../../nbs/papers/4_prior_attention.ipynb #a97bebf8
 class _Cubes(nn.Module):
     "What both kinds of network share: cubes of a fixed edge come in"
+
     def _begin(self, classes, depth, width, blocks):
         self.depth, self.depth_fixed, self.edge = depth, True, depth
-        for _ in range(len(blocks)+1): self.edge = -(-self.edge//2)
-        self.feature_shape = (width*2**len(blocks), *(self.edge,)*3) # of the last feature map, `(C,D,H,W)`
-        return self.feature_shape[0]*self.edge**3
+        for _ in range(len(blocks) + 1):
+            self.edge = -(-self.edge // 2)
+        self.feature_shape = (
+            width * 2 ** len(blocks),
+            *(self.edge,) * 3,
+        )  # of the last feature map, `(C,D,H,W)`
+        return self.feature_shape[0] * self.edge**3
 
     def _check(self, x):
         check_input(self, x)
-        if set(x.shape[2:])!={self.depth}: raise GeometryError(type(self).__name__, f'built for cubes of {self.depth} voxels, the input is {tuple(x.shape[2:])}', f'Resample to {self.depth}×{self.depth}×{self.depth}.')
+        if set(x.shape[2:]) != {self.depth}:
+            raise GeometryError(
+                type(self).__name__,
+                f'built for cubes of {self.depth} voxels, the input is {tuple(x.shape[2:])}',
+                f'Resample to {self.depth}×{self.depth}×{self.depth}.',
+            )
 
-    def forward(self, x:torch.Tensor, # volumes, `(B,1,D,D,D)`, in [0,1]
-               )->torch.Tensor: # logits of all classes, `(B,K)`
+    def forward(
+        self,
+        x: torch.Tensor,  # volumes, `(B,1,D,D,D)`, in [0,1]
+    ) -> torch.Tensor:  # logits of all classes, `(B,K)`
         "Logits of each class"
         return self.outputs(x)['logits']
 
+
 class SingleNet(_Cubes):
     "One branch, one question (Wang et al. 2020, Table I: WA-66 and SA-66); a wrong input raises `GeometryError` or `UnitsError`"
-    def __init__(self,
-                 unit=WARL, # called as `unit(channels, norm=)`: `WARL` or `SARL`
-                 classes:int=3, # `K`
-                 depth:int=96, # edge of the input cube in voxels
-                 width:int=16, # channels of the header
-                 blocks=(3,4,9,3), # units of each group
-                 hidden=(1488,512), # units of `fc1` and `fc2`
-                 norm=nn.BatchNorm3d, # makes a norm from the number of channels
-                ):
+
+    def __init__(
+        self,
+        unit=WARL,  # called as `unit(channels, norm=)`: `WARL` or `SARL`
+        classes: int = 3,  # `K`
+        depth: int = 96,  # edge of the input cube in voxels
+        width: int = 16,  # channels of the header
+        blocks=(3, 4, 9, 3),  # units of each group
+        hidden=(1488, 512),  # units of `fc1` and `fc2`
+        norm=nn.BatchNorm3d,  # makes a norm from the number of channels
+    ):
         super().__init__()
         n = self._begin(classes, depth, width, blocks)
         self.branch = Branch(unit, blocks, width, norm)
-        self.fc1, self.fc2, self.fc = nn.Linear(n, hidden[0]), nn.Linear(*hidden), nn.Linear(hidden[1], classes)
+        self.fc1, self.fc2, self.fc = (
+            nn.Linear(n, hidden[0]),
+            nn.Linear(*hidden),
+            nn.Linear(hidden[1], classes),
+        )
         _init_glorot(self)
 
-    def outputs(self, x:torch.Tensor, # volumes, `(B,1,D,D,D)`, in [0,1]
-               )->dict: # `logits` `(B,K)`, `features`, `attention_maps` [`(B,D',D',D')`], each sums to 1
+    def outputs(
+        self,
+        x: torch.Tensor,  # volumes, `(B,1,D,D,D)`, in [0,1]
+    ) -> dict:  # `logits` `(B,K)`, `features`, `attention_maps` [`(B,D',D',D')`], each sums to 1
         "One forward pass with its maps, mean over channels, one per unit with attention"
         self._check(x)
         f, _ = self.branch(x, seen=(seen := []))
-        return dict(logits=self.fc(self.fc2(self.fc1(f.flatten(1)).relu()).relu()), features=f, attention_maps=seen)
+        return dict(
+            logits=self.fc(self.fc2(self.fc1(f.flatten(1)).relu()).relu()),
+            features=f,
+            attention_maps=seen,
+        )
 
 # %% ../../nbs/papers/4_prior_attention.ipynb #4eecc5c8
 class DoubleNet(_Cubes):
     "Two branches, three questions (Wang et al. 2020, Table I: the -M networks); a wrong input raises `GeometryError` or `UnitsError`"
-    def __init__(self,
-                 unit=PARL, # unit of the type branch, called as `unit(channels, norm=)`: `WARL`, `SARL` or `PARL`
-                 classes:int=3, # `K`; class 0 is without disease
-                 depth:int=96, # edge of the input cube in voxels
-                 width:int=16, # channels of the headers
-                 blocks=(2,2,2,2), # units of each group
-                 hidden:int=512, # units of each fully connected layer
-                 norm=nn.BatchNorm3d, # makes a norm from the number of channels
-                ):
+
+    def __init__(
+        self,
+        unit=PARL,  # unit of the type branch, called as `unit(channels, norm=)`: `WARL`, `SARL` or `PARL`
+        classes: int = 3,  # `K`; class 0 is without disease
+        depth: int = 96,  # edge of the input cube in voxels
+        width: int = 16,  # channels of the headers
+        blocks=(2, 2, 2, 2),  # units of each group
+        hidden: int = 512,  # units of each fully connected layer
+        norm=nn.BatchNorm3d,  # makes a norm from the number of channels
+    ):
         super().__init__()
         n = self._begin(classes, depth, width, blocks)
-        self.detection, self.kind = Branch(WARL, blocks, width, norm), Branch(unit, blocks, width, norm)
+        self.detection, self.kind = (
+            Branch(WARL, blocks, width, norm),
+            Branch(unit, blocks, width, norm),
+        )
         self.fc1 = nn.ModuleDict(dict(detection=nn.Linear(n, hidden), kind=nn.Linear(n, hidden)))
-        self.heads = nn.ModuleDict(dict(detection=nn.Linear(hidden, 2), kind=nn.Linear(hidden, classes-1)))
-        self.fc2, self.fc = nn.Linear(2*hidden, hidden), nn.Linear(hidden, classes)
+        self.heads = nn.ModuleDict(
+            dict(detection=nn.Linear(hidden, 2), kind=nn.Linear(hidden, classes - 1))
+        )
+        self.fc2, self.fc = nn.Linear(2 * hidden, hidden), nn.Linear(hidden, classes)
         _init_glorot(self)
 
-    def outputs(self, x:torch.Tensor, # volumes, `(B,1,D,D,D)`, in [0,1]
-               )->dict: # `logits` `(B,K)`, `detection` `(B,2)`, `type` `(B,K-1)`, `features` and `detection_features`, `attention_maps` [`(B,D',D',D')`]
+    def outputs(
+        self,
+        x: torch.Tensor,  # volumes, `(B,1,D,D,D)`, in [0,1]
+    ) -> dict:  # `logits` `(B,K)`, `detection` `(B,2)`, `type` `(B,K-1)`, `features` and `detection_features`, `attention_maps` [`(B,D',D',D')`]
         "One forward pass with the answers of both branches and the maps that the type branch used, mean over channels, each sums to 1"
         self._check(x)
         f1, priors = self.detection(x)
         f2, _ = self.kind(x, priors, seen := [])
-        a, b = (self.fc1[k](f.flatten(1)).relu() for k,f in dict(detection=f1, kind=f2).items())
-        return dict(logits=self.fc(self.fc2(torch.cat([a, b], 1)).relu()), detection=self.heads['detection'](a), type=self.heads['kind'](b),
-                    features=f2, detection_features=f1, attention_maps=seen)
+        a, b = (self.fc1[k](f.flatten(1)).relu() for k, f in dict(detection=f1, kind=f2).items())
+        return dict(
+            logits=self.fc(self.fc2(torch.cat([a, b], 1)).relu()),
+            detection=self.heads['detection'](a),
+            type=self.heads['kind'](b),
+            features=f2,
+            detection_features=f1,
+            attention_maps=seen,
+        )
 
 # %% ../../nbs/papers/4_prior_attention.ipynb #91e07028
 PARL_ROWS = {
-    'wa-66': partial(SingleNet, WARL), 'sa-66': partial(SingleNet, SARL),
-    'wa-66-m': partial(DoubleNet, WARL), 'sa-66-m': partial(DoubleNet, SARL), 'pa-66-m': partial(DoubleNet, PARL)} # name → how to build it, Table I
+    'wa-66': partial(SingleNet, WARL),
+    'sa-66': partial(SingleNet, SARL),
+    'wa-66-m': partial(DoubleNet, WARL),
+    'sa-66-m': partial(DoubleNet, SARL),
+    'pa-66-m': partial(DoubleNet, PARL),
+}  # name → how to build it, Table I
 PARL_OURS = {
-    'pa-66-m-learned': partial(DoubleNet, partial(PARL, attend=partial(SpatialAttention, learn=True))),
-    'pa-66-m-mean': partial(DoubleNet, partial(PARL, attend=partial(SpatialAttention, mean=True)))} # name → how to build it, not in the paper
+    'pa-66-m-learned': partial(
+        DoubleNet, partial(PARL, attend=partial(SpatialAttention, learn=True))
+    ),
+    'pa-66-m-mean': partial(DoubleNet, partial(PARL, attend=partial(SpatialAttention, mean=True))),
+}  # name → how to build it, not in the paper
 
 # %% ../../nbs/papers/4_prior_attention.ipynb #1bd24535
 def size_table(
-    model:nn.Module, # a `SingleNet` or `DoubleNet`; cheap on the `meta` device
-)->list: # one dictionary per part, in the order in which they run: layer, shape without the batch, parameters as Keras counts
+    model: nn.Module,  # a `SingleNet` or `DoubleNet`; cheap on the `meta` device
+) -> list:  # one dictionary per part, in the order in which they run: layer, shape without the batch, parameters as Keras counts
     "Output sizes as in Table I of Wang et al. 2020"
     rows = []
-    part = lambda n,m: n.endswith('header') or n.rpartition('.')[0].endswith('transitions') or isinstance(m, (WARL,nn.Linear))
-    named = {n: m for n,m in model.named_modules() if part(n, m)}
-    def note(name): return lambda m,i,o: rows.append(dict(layer=name, shape=tuple((o[0] if isinstance(o, tuple) else o).shape[1:]), parameters=count_parameters(m, running=True)))
-    hooks = [m.register_forward_hook(note(n)) for n,m in named.items()]
+
+    def part(n, m):
+        return (
+            n.endswith('header')
+            or n.rpartition('.')[0].endswith('transitions')
+            or isinstance(m, (WARL, nn.Linear))
+        )
+
+    named = {n: m for n, m in model.named_modules() if part(n, m)}
+
+    def note(name):
+        return lambda m, i, o: rows.append(
+            dict(
+                layer=name,
+                shape=tuple((o[0] if isinstance(o, tuple) else o).shape[1:]),
+                parameters=count_parameters(m, running=True),
+            )
+        )
+
+    hooks = [m.register_forward_hook(note(n)) for n, m in named.items()]
     try:
-        with evaluating(model), torch.no_grad(): model(torch.zeros(1, 1, *(model.depth,)*3, device=next(model.parameters()).device))
+        with evaluating(model), torch.no_grad():
+            model(torch.zeros(1, 1, *(model.depth,) * 3, device=next(model.parameters()).device))
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return rows

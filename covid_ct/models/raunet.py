@@ -7,8 +7,10 @@ __all__ = ['RAUNET_ROWS', 'ResNeXtBlock', 'RAUNet']
 
 # %% ../../nbs/papers/3_raunet.ipynb #45f5751a
 from functools import partial
+
 import torch
 from torch import nn
+
 from .lsh_attention import LSHAttention
 from .unet import DoubleConv, UNet, batch_norm, conv_relu, layer_class
 from ..scan import DataError
@@ -16,96 +18,138 @@ from ..scan import DataError
 # %% ../../nbs/papers/3_raunet.ipynb #5e4e430f
 class ResNeXtBlock(nn.Module):
     "A ResNeXt block: many narrow paths added up, as one grouped convolution (Xie et al. 2017; Chen et al. 2020, II-B)"
-    def __init__(self,
-                 dims:int, # axes of the image
-                 cin:int, # channels in
-                 cout:int, # channels out
-                 cardinality:int=8, # paths; divides `cout/2`
-                 norm=batch_norm, # called as `norm(dims, channels)`
-                ):
+
+    def __init__(
+        self,
+        dims: int,  # axes of the image
+        cin: int,  # channels in
+        cout: int,  # channels out
+        cardinality: int = 8,  # paths; divides `cout/2`
+        norm=batch_norm,  # called as `norm(dims, channels)`
+    ):
         super().__init__()
-        w = cout//2                                              # all paths together, as in ResNeXt
-        if cardinality<1 or w%cardinality: raise DataError('Aggregated', f'{cardinality} paths do not divide {w} inner channels', f'Choose a divisor of {w}, half of the {cout} channels.')
+        w = cout // 2  # all paths together, as in ResNeXt
+        if cardinality < 1 or w % cardinality:
+            raise DataError(
+                'Aggregated',
+                f'{cardinality} paths do not divide {w} inner channels',
+                f'Choose a divisor of {w}, half of the {cout} channels.',
+            )
         self.squeeze = conv_relu(dims, cin, w, 1, norm)
-        self.look = nn.Sequential(layer_class('Conv', dims, w, w, 3, padding=1, groups=cardinality, bias=False), norm(dims, w), nn.ReLU())
-        self.spread = nn.Sequential(layer_class('Conv', dims, w, cout, 1, bias=False), norm(dims, cout))
-        self.shortcut = nn.Identity() if cin==cout else nn.Sequential(layer_class('Conv', dims, cin, cout, 1, bias=False), norm(dims, cout))
+        self.look = nn.Sequential(
+            layer_class('Conv', dims, w, w, 3, padding=1, groups=cardinality, bias=False),
+            norm(dims, w),
+            nn.ReLU(),
+        )
+        self.spread = nn.Sequential(
+            layer_class('Conv', dims, w, cout, 1, bias=False), norm(dims, cout)
+        )
+        self.shortcut = (
+            nn.Identity()
+            if cin == cout
+            else nn.Sequential(
+                layer_class('Conv', dims, cin, cout, 1, bias=False), norm(dims, cout)
+            )
+        )
         self.relu = nn.ReLU()
 
-    def forward(self, x:torch.Tensor)->torch.Tensor: return self.relu(self.spread(self.look(self.squeeze(x)))+self.shortcut(x))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(self.spread(self.look(self.squeeze(x))) + self.shortcut(x))
 
 # %% ../../nbs/papers/3_raunet.ipynb #23e7e7eb
 class _ResNeXtLevel(nn.Sequential):
     "Two ResNeXt blocks; the first level is opened by a plain convolution"
-    def __init__(self,
-                 dims:int, # axes of the image
-                 cin:int, # channels in
-                 cout:int, # channels out
-                 level:int=0, # 0 at the top
-                 cardinality:int=8, # paths of each block
-                ):
-        first,c = ([conv_relu(dims, cin, cout)], cout) if level==0 else ([], cin)
-        super().__init__(*first, ResNeXtBlock(dims, c, cout, cardinality), ResNeXtBlock(dims, cout, cout, cardinality))
+
+    def __init__(
+        self,
+        dims: int,  # axes of the image
+        cin: int,  # channels in
+        cout: int,  # channels out
+        level: int = 0,  # 0 at the top
+        cardinality: int = 8,  # paths of each block
+    ):
+        first, c = ([conv_relu(dims, cin, cout)], cout) if level == 0 else ([], cin)
+        super().__init__(
+            *first,
+            ResNeXtBlock(dims, c, cout, cardinality),
+            ResNeXtBlock(dims, cout, cout, cardinality),
+        )
+
 
 class _PlainLevel(DoubleConv):
     "What stands in its place in the U-Net: two convolutions"
-    def __init__(self,
-                 dims:int, # axes of the image
-                 cin:int, # channels in
-                 cout:int, # channels out
-                 level:int=0, # not used
-                 cardinality:int=8, # not used: there is one path
-                ): super().__init__(dims, cin, cout, level)
+
+    def __init__(
+        self,
+        dims: int,  # axes of the image
+        cin: int,  # channels in
+        cout: int,  # channels out
+        level: int = 0,  # not used
+        cardinality: int = 8,  # not used: there is one path
+    ):
+        super().__init__(dims, cin, cout, level)
 
 # %% ../../nbs/papers/3_raunet.ipynb #021b91fc
 class _NoAttention(nn.Identity):
     "In the place of an attention: nothing"
-    def forward(self, x:torch.Tensor, seen:list=None)->torch.Tensor: return x
+
+    def forward(self, x: torch.Tensor, seen: list = None) -> torch.Tensor:
+        return x
+
 
 class _AttendedConv(nn.Module):
     "Attention among the pixels of up-sampled and skipped features together, then two convolutions (Chen et al. 2020, Fig. 1)"
-    def __init__(self,
-                 dims:int, # axes of the image
-                 cin:int, # channels in: up-sampled and skip
-                 cout:int, # channels out
-                 level:int=0, # not used
-                 attend=LSHAttention, # called as `attend(channels)`
-                ):
-        super().__init__()
-        self.attend,self.convs,self.seen = attend(cin),DoubleConv(dims, cin, cout),None
 
-    def forward(self, x:torch.Tensor)->torch.Tensor: return self.convs(self.attend(x, self.seen))
+    def __init__(
+        self,
+        dims: int,  # axes of the image
+        cin: int,  # channels in: up-sampled and skip
+        cout: int,  # channels out
+        level: int = 0,  # not used
+        attend=LSHAttention,  # called as `attend(channels)`
+    ):
+        super().__init__()
+        self.attend, self.convs, self.seen = attend(cin), DoubleConv(dims, cin, cout), None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convs(self.attend(x, self.seen))
 
 # %% ../../nbs/papers/3_raunet.ipynb #184b3127
 class RAUNet(UNet):
     "Residual attention U-Net for slices (Chen et al. 2020, II); refuses what `UNet` refuses"
-    def __init__(self,
-                 classes:int=4, # `K`, background included
-                 widths=(64,128,256,512,1024), # channels of each level, top first
-                 cardinality:int=8, # paths of a ResNeXt block
-                 heads:int=2, # attentions side by side
-                 chunk:int=64, # `m`, tokens in a chunk
-                 rounds:int=2, # `n_r`, hash rounds
-                 block=_ResNeXtLevel, # called as `block(dims, cin, cout, level, cardinality)`
-                 attend=LSHAttention, # called as `attend(channels, heads, chunk, rounds)`
-                ):
+
+    def __init__(
+        self,
+        classes: int = 4,  # `K`, background included
+        widths=(64, 128, 256, 512, 1024),  # channels of each level, top first
+        cardinality: int = 8,  # paths of a ResNeXt block
+        heads: int = 2,  # attentions side by side
+        chunk: int = 64,  # `m`, tokens in a chunk
+        rounds: int = 2,  # `n_r`, hash rounds
+        block=_ResNeXtLevel,  # called as `block(dims, cin, cout, level, cardinality)`
+        attend=LSHAttention,  # called as `attend(channels, heads, chunk, rounds)`
+    ):
         up = partial(_AttendedConv, attend=lambda c: attend(c, heads, chunk, rounds))
         super().__init__(2, 1, classes, widths, partial(block, cardinality=cardinality), up)
 
-    def outputs(self,
-                x:torch.Tensor, # slices, `(B,1,H,W)`, in [0,1]
-               )->dict: # `logits` `(B,K,H,W)`, `features` `(B,C,H,W)`, `buckets` [`(n_r,B,heads,h,w)`], lowest level first
+    def outputs(
+        self,
+        x: torch.Tensor,  # slices, `(B,1,H,W)`, in [0,1]
+    ) -> dict:  # `logits` `(B,K,H,W)`, `features` `(B,C,H,W)`, `buckets` [`(n_r,B,heads,h,w)`], lowest level first
         "One forward pass with the buckets of every attention; without attention the list is empty"
         seen = []
         try:
-            for d in self.decode: d.seen = seen
+            for d in self.decode:
+                d.seen = seen
             return super().outputs(x) | dict(buckets=seen)
         finally:
-            for d in self.decode: d.seen = None
+            for d in self.decode:
+                d.seen = None
 
 # %% ../../nbs/papers/3_raunet.ipynb #656ba43a
 RAUNET_ROWS = {
     'raunet': RAUNet,
     'raunet-a': partial(RAUNet, attend=lambda *a: _NoAttention()),
     'raunet-r': partial(RAUNet, block=_PlainLevel),
-    'raunet-unet': partial(RAUNet, block=_PlainLevel, attend=lambda *a: _NoAttention())} # name → how to build it; M, M−A, M−R, U-Net
+    'raunet-unet': partial(RAUNet, block=_PlainLevel, attend=lambda *a: _NoAttention()),
+}  # name → how to build it; M, M−A, M−R, U-Net

@@ -8,140 +8,209 @@ __all__ = ['Stem', 'Stage', 'resnet_stages', 'check_input', 'ResNet3d', 'stage_t
 # %% ../../nbs/07_models/03_resnet3d.ipynb #cc2d91b4
 from math import ceil, prod
 from typing import NamedTuple
+
 import torch
-from torch import nn
 from einops.layers.torch import Reduce
+from torch import nn
+
 from .blocks import ResidualBlock, conv_norm, count_parameters, init_weights
 from ..scan import GeometryError, UnitsError, evaluating
 
 # %% ../../nbs/07_models/03_resnet3d.ipynb #2a3a3260
 class Stem(nn.Sequential):
     "Convolution, norm, ReLU on the image, without pooling (Shi et al. 2021, III-A)"
-    def __init__(self,
-                 cin:int, # channels of the image
-                 cout:int, # channels of the first features
-                 norm=nn.BatchNorm3d, # makes a norm from the number of channels
-                 kernel=(3,7,7), # odd widths in voxels, `(z,y,x)`
-                 stride=(1,2,2), # steps in voxels, `(z,y,x)`
-                ):
+
+    def __init__(
+        self,
+        cin: int,  # channels of the image
+        cout: int,  # channels of the first features
+        norm=nn.BatchNorm3d,  # makes a norm from the number of channels
+        kernel=(3, 7, 7),  # odd widths in voxels, `(z,y,x)`
+        stride=(1, 2, 2),  # steps in voxels, `(z,y,x)`
+    ):
         super().__init__()
         self.stride = stride
-        self.add_module('conv', conv_norm(cin, cout, kernel, stride, norm)); self.add_module('relu', nn.ReLU())
+        self.add_module('conv', conv_norm(cin, cout, kernel, stride, norm))
+        self.add_module('relu', nn.ReLU())
 
 # %% ../../nbs/07_models/03_resnet3d.ipynb #1879568f
 class Stage(NamedTuple):
     "A row of a backbone: blocks of one width"
-    width:int # channels
-    blocks:int # how many blocks
-    stride:int # step of the first block, on all axes
+
+    width: int  # channels
+    blocks: int  # how many blocks
+    stride: int  # step of the first block, on all axes
+
 
 def resnet_stages(
-    width:int=64, # channels of the first stage; each next one has twice as many
-    blocks=(2,2,2,2), # blocks per stage: (2,2,2,2) is ResNet-18, (3,4,6,3) ResNet-34
-    strides=(1,2,2,2), # step of each stage
-)->tuple: # `Stage` rows
+    width: int = 64,  # channels of the first stage; each next one has twice as many
+    blocks=(2, 2, 2, 2),  # blocks per stage: (2,2,2,2) is ResNet-18, (3,4,6,3) ResNet-34
+    strides=(1, 2, 2, 2),  # step of each stage
+) -> tuple:  # `Stage` rows
     "The rows of an 18- or 34-layer residual network (He et al. 2016)"
-    return tuple(Stage(width*2**i, n, s) for i,(n,s) in enumerate(zip(blocks, strides)))
+    return tuple(
+        Stage(width * 2**i, n, s) for i, (n, s) in enumerate(zip(blocks, strides, strict=False))
+    )
 
 # %% ../../nbs/07_models/03_resnet3d.ipynb #8c275fd8
 class _Blocks(nn.Sequential):
     "Blocks in a row, each of which is shown the dictionary that collects the gates"
-    def forward(self,
-                x:torch.Tensor, # features, `(B,C,D,H,W)`
-                seen:dict=None, # gets the weights of the gates: name → list
-               )->torch.Tensor: # features behind the last block
+
+    def forward(
+        self,
+        x: torch.Tensor,  # features, `(B,C,D,H,W)`
+        seen: dict = None,  # gets the weights of the gates: name → list
+    ) -> torch.Tensor:  # features behind the last block
         "Run the blocks"
-        for block in self: x = block(x, seen)
+        for block in self:
+            x = block(x, seen)
         return x
 
-def _make_stages(stages, # `Stage` rows
-                depth:int, # slices behind the stem
-                block, # called as `block(cin, cout, stride, norm, gates)`
-                norm, # called as `norm(channels)`
-                gates:dict, # name → callable `gate(channels, depth)`
-               )->nn.ModuleList: # one `_Blocks` per stage
+
+def _make_stages(
+    stages,  # `Stage` rows
+    depth: int,  # slices behind the stem
+    block,  # called as `block(cin, cout, stride, norm, gates)`
+    norm,  # called as `norm(channels)`
+    gates: dict,  # name → callable `gate(channels, depth)`
+) -> nn.ModuleList:  # one `_Blocks` per stage
     "Build the rows of a backbone"
-    out,c = nn.ModuleList(),stages[0].width
-    for width,n,stride in stages:
-        depth = ceil(depth/stride)
-        steps = [(c, stride)] + [(width, 1)]*(n-1)
-        out.append(_Blocks(*[block(cin, width, s, norm, {k: g(width, depth) for k,g in gates.items()}) for cin,s in steps]))
+    out, c = nn.ModuleList(), stages[0].width
+    for width, n, stride in stages:
+        depth = ceil(depth / stride)
+        steps = [(c, stride)] + [(width, 1)] * (n - 1)
+        out.append(
+            _Blocks(
+                *[
+                    block(cin, width, s, norm, {k: g(width, depth) for k, g in gates.items()})
+                    for cin, s in steps
+                ]
+            )
+        )
         c = width
     return out
 
 # %% ../../nbs/07_models/03_resnet3d.ipynb #5009f90b
 def check_input(
-    model:nn.Module, # has `depth` and `depth_fixed`
-    x:torch.Tensor, # what somebody hands to it
-)->None:
+    model: nn.Module,  # has `depth` and `depth_fixed`
+    x: torch.Tensor,  # what somebody hands to it
+) -> None:
     "Raise `GeometryError` or `UnitsError` unless `x` is a batch of volumes that the network was built for"
-    who,shape = type(model).__name__, tuple(x.shape)
-    if x.ndim!=5 or shape[1]!=1: raise GeometryError(who, f'needs volumes (B,1,D,H,W), this is {shape}', 'Give whole volumes with a batch axis and one channel.')
-    if model.depth_fixed and shape[2]!=model.depth:
-        raise GeometryError(who, f'built for depth {model.depth}, the input has {shape[2]}', f'Resample to {model.depth} slices, or build the network with depth={shape[2]}.')
-    if not x.is_floating_point(): raise UnitsError(who, f'needs floating point voxels in [0,1], these are {x.dtype}', 'Window the scan with `prepare` first.')
+    who, shape = type(model).__name__, tuple(x.shape)
+    if x.ndim != 5 or shape[1] != 1:
+        raise GeometryError(
+            who,
+            f'needs volumes (B,1,D,H,W), this is {shape}',
+            'Give whole volumes with a batch axis and one channel.',
+        )
+    if model.depth_fixed and shape[2] != model.depth:
+        raise GeometryError(
+            who,
+            f'built for depth {model.depth}, the input has {shape[2]}',
+            f'Resample to {model.depth} slices, or build the network with depth={shape[2]}.',
+        )
+    if not x.is_floating_point():
+        raise UnitsError(
+            who,
+            f'needs floating point voxels in [0,1], these are {x.dtype}',
+            'Window the scan with `prepare` first.',
+        )
 
 # %% ../../nbs/07_models/03_resnet3d.ipynb #7b324ee3
 class ResNet3d(nn.Module):
     "A 3-D residual network made of parts (He et al. 2016); an input that does not fit raises `GeometryError` or `UnitsError`"
-    def __init__(self,
-                 stages=resnet_stages(), # `Stage` rows
-                 classes:int=3, # `K`
-                 depth:int=64, # slices of the input; fixed by gates that have a `depth`
-                 stem=Stem, # called as `stem(cin, cout, norm)`; has a `stride`
-                 block=ResidualBlock, # called as `block(cin, cout, stride, norm, gates)`
-                 norm=nn.BatchNorm3d, # called as `norm(channels)`
-                 gates:dict=None, # name → callable `gate(channels, depth)`; one of each in every block
-                ):
+
+    def __init__(
+        self,
+        stages=resnet_stages(),  # `Stage` rows
+        classes: int = 3,  # `K`
+        depth: int = 64,  # slices of the input; fixed by gates that have a `depth`
+        stem=Stem,  # called as `stem(cin, cout, norm)`; has a `stride`
+        block=ResidualBlock,  # called as `block(cin, cout, stride, norm, gates)`
+        norm=nn.BatchNorm3d,  # called as `norm(channels)`
+        gates: dict = None,  # name → callable `gate(channels, depth)`; one of each in every block
+    ):
         super().__init__()
-        self.depth,self.stem = depth,stem(1, stages[0].width, norm)
-        self.stride = tuple(s*prod(r.stride for r in stages) for s in self.stem.stride) # how far apart the last features stand
-        self.stages = _make_stages(stages, ceil(depth/self.stem.stride[0]), block, norm, gates or {})
-        self.pool,self.fc = Reduce('b c d h w -> b c', 'mean'),nn.Linear(stages[-1].width, classes)
-        self.depth_fixed = any(isinstance(getattr(m,'depth',None), int) for m in self.stages.modules())
+        self.depth, self.stem = depth, stem(1, stages[0].width, norm)
+        self.stride = tuple(
+            s * prod(r.stride for r in stages) for s in self.stem.stride
+        )  # how far apart the last features stand
+        self.stages = _make_stages(
+            stages, ceil(depth / self.stem.stride[0]), block, norm, gates or {}
+        )
+        self.pool, self.fc = (
+            Reduce('b c d h w -> b c', 'mean'),
+            nn.Linear(stages[-1].width, classes),
+        )
+        self.depth_fixed = any(
+            isinstance(getattr(m, 'depth', None), int) for m in self.stages.modules()
+        )
         init_weights(self)
 
-    def features(self,
-                 x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-                 seen:dict=None, # gets the weights of the gates: name → list
-                )->torch.Tensor: # the last feature map, `(B,C,D',H',W')`
+    def features(
+        self,
+        x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+        seen: dict = None,  # gets the weights of the gates: name → list
+    ) -> torch.Tensor:  # the last feature map, `(B,C,D',H',W')`
         "Everything up to the global mean"
         check_input(self, x)
-        x = self.stem(x.contiguous(memory_format=torch.channels_last_3d)) # channels last: several times faster on a CPU
-        for stage in self.stages: x = stage(x, seen)
+        x = self.stem(
+            x.contiguous(memory_format=torch.channels_last_3d)
+        )  # channels last: several times faster on a CPU
+        for stage in self.stages:
+            x = stage(x, seen)
         return x
 
-    def forward(self,
-                x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-               )->torch.Tensor: # logits, `(B,K)`
+    def forward(
+        self,
+        x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+    ) -> torch.Tensor:  # logits, `(B,K)`
         "Logits of each class"
         return self.fc(self.pool(self.features(x)))
 
-    def outputs(self,
-                x:torch.Tensor, # volumes, `(B,1,D,H,W)`, in [0,1]
-               )->dict: # `logits`, `features`, and `<name>_gates` for each gate: one tensor per block
+    def outputs(
+        self,
+        x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
+    ) -> dict:  # `logits`, `features`, and `<name>_gates` for each gate: one tensor per block
         "One forward pass with everything that is worth looking at, by name"
         f = self.features(x, seen := {})
-        return dict(logits=self.fc(self.pool(f)), features=f, **{f'{k}_gates': v for k,v in seen.items()})
+        return dict(
+            logits=self.fc(self.pool(f)), features=f, **{f'{k}_gates': v for k, v in seen.items()}
+        )
 
 # %% ../../nbs/07_models/03_resnet3d.ipynb #b4b945a9
 def stage_table(
-    model:nn.Module, # with `stem`, `stages`, `fc`
-    size=(64,224,224), # input, `(D,H,W)`
-)->list: # one dictionary per part: module, shape without the batch, trainable parameters
+    model: nn.Module,  # with `stem`, `stages`, `fc`
+    size=(64, 224, 224),  # input, `(D,H,W)`
+) -> list:  # one dictionary per part: module, shape without the batch, trainable parameters
     "Shapes and parameters of the parts of a backbone; cheap for a model built on the `meta` device"
-    rows,parts = [],{'stem': model.stem, **{f'stages.{i}': s for i,s in enumerate(model.stages)}, 'fc': model.fc}
-    def note(name): return lambda m,i,o: rows.append(dict(module=name, shape=tuple(o.shape[1:]), parameters=count_parameters(m)))
-    hooks = [m.register_forward_hook(note(n)) for n,m in parts.items()]
+    rows, parts = (
+        [],
+        {
+            'stem': model.stem,
+            **{f'stages.{i}': s for i, s in enumerate(model.stages)},
+            'fc': model.fc,
+        },
+    )
+
+    def note(name):
+        return lambda m, i, o: rows.append(
+            dict(module=name, shape=tuple(o.shape[1:]), parameters=count_parameters(m))
+        )
+
+    hooks = [m.register_forward_hook(note(n)) for n, m in parts.items()]
     try:
-        with evaluating(model), torch.no_grad(): model(torch.zeros(1, 1, *size, device=next(model.parameters()).device))
+        with evaluating(model), torch.no_grad():
+            model(torch.zeros(1, 1, *size, device=next(model.parameters()).device))
     finally:
-        for h in hooks: h.remove()
+        for h in hooks:
+            h.remove()
     return rows
 
+
 def feature_size(
-    model:nn.Module, # with `stages` and `stride`
-    size=(64,224,224), # input, `(D,H,W)`
-)->tuple: # `(C,D',H',W')` of the last feature map
+    model: nn.Module,  # with `stages` and `stride`
+    size=(64, 224, 224),  # input, `(D,H,W)`
+) -> tuple:  # `(C,D',H',W')` of the last feature map
     "Shape of the last feature map, from the strides alone"
-    return (model.fc.in_features, *(ceil(n/s) for n,s in zip(size, model.stride)))
+    return (model.fc.in_features, *(ceil(n / s) for n, s in zip(size, model.stride, strict=False)))

@@ -8,36 +8,49 @@ __all__ = ['spatial_softmax', 'SpatialAttention']
 # %% ../../nbs/07_models/06_spatial_attention.ipynb #3d63e09c
 import torch
 from torch import nn
+
 from ..scan import GeometryError
 
 # %% ../../nbs/07_models/06_spatial_attention.ipynb #3ff0be94
 def spatial_softmax(
-    o:torch.Tensor, # features, `(B,C,D,H,W)`
-)->torch.Tensor: # same shape, float32 or better; > 0, sums to 1 over the voxels of each channel
+    o: torch.Tensor,  # features, `(B,C,D,H,W)`
+) -> torch.Tensor:  # same shape, float32 or better; > 0, sums to 1 over the voxels of each channel
     "Where each channel is strongest, as a distribution over voxels (Wang et al. 2020, Eq. 6)"
-    o = o if o.dtype==torch.float64 else o.float()
-    return (o-o.logsumexp((2,3,4), keepdim=True)).exp()
+    o = o if o.dtype == torch.float64 else o.float()
+    return (o - o.logsumexp((2, 3, 4), keepdim=True)).exp()
 
 # %% ../../nbs/07_models/06_spatial_attention.ipynb #1eecff56
 class SpatialAttention(nn.Module):
     "Attention term of a residual unit (Wang et al. 2020, Eq. 5-6); maps that do not fit raise `GeometryError`"
-    def __init__(self,
-                 gamma:float=1., # γ, weight of the term; its start if learned
-                 learn:bool=False, # learn γ (Zhang et al. 2019)
-                 mean:bool=False, # let the map average 1 over the voxels instead of summing to 1
-                 match:tuple=None, # channels of `o` and of `x`, where they differ
-                ):
+
+    def __init__(
+        self,
+        gamma: float = 1.0,  # γ, weight of the term; its start if learned
+        learn: bool = False,  # learn γ (Zhang et al. 2019)
+        mean: bool = False,  # let the map average 1 over the voxels instead of summing to 1
+        match: tuple = None,  # channels of `o` and of `x`, where they differ
+    ):
         super().__init__()
-        self.gamma, self.mean = nn.Parameter(torch.tensor(float(gamma))) if learn else float(gamma), mean
+        self.gamma, self.mean = (
+            nn.Parameter(torch.tensor(float(gamma))) if learn else float(gamma),
+            mean,
+        )
         self.match = nn.Conv3d(*match, 1) if match else nn.Identity()
 
-    def forward(self,
-                o:torch.Tensor, # where to look, `(B,C,D,H,W)`
-                x:torch.Tensor, # what is weighed, `(B,C,D,H,W)`
-                seen:list=None, # gets the map averaged over its channels, `(B,D,H,W)`
-               )->torch.Tensor: # γ·S(o)·x, same shape as `x`
+    def forward(
+        self,
+        o: torch.Tensor,  # where to look, `(B,C,D,H,W)`
+        x: torch.Tensor,  # what is weighed, `(B,C,D,H,W)`
+        seen: list = None,  # gets the map averaged over its channels, `(B,D,H,W)`
+    ) -> torch.Tensor:  # γ·S(o)·x, same shape as `x`
         "Weigh `x` by where `o` is strong"
         s = spatial_softmax(self.match(o))
-        if s.shape!=x.shape: raise GeometryError('SpatialAttention', f'the map {tuple(s.shape)} does not fit the features {tuple(x.shape)}', 'Give both branches the same size, and name unequal channels in match=.')
-        if seen is not None: seen.append(s.mean(1))
-        return self.gamma*(s*s[0,0].numel() if self.mean else s)*x
+        if s.shape != x.shape:
+            raise GeometryError(
+                'SpatialAttention',
+                f'the map {tuple(s.shape)} does not fit the features {tuple(x.shape)}',
+                'Give both branches the same size, and name unequal channels in match=.',
+            )
+        if seen is not None:
+            seen.append(s.mean(1))
+        return self.gamma * (s * s[0, 0].numel() if self.mean else s) * x

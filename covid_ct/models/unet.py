@@ -10,94 +10,128 @@ __all__ = ['layer_class', 'batch_norm', 'conv_relu', 'DoubleConv', 'PoolDown', '
 import torch
 from torch import nn
 from torch.nn import functional as F
+
 from ..scan import GeometryError, UnitsError
 
 # %% ../../nbs/07_models/04_unet.ipynb #09fcac56
 def layer_class(
-    kind:str, # as torch names it, without its dimension: 'Conv', 'BatchNorm' …
-    dims:int, # axes of the image, 2 or 3
-    *args, # of the layer
-    **kw, # of the layer
-)->nn.Module: # `nn.Conv3d`, say
+    kind: str,  # as torch names it, without its dimension: 'Conv', 'BatchNorm' …
+    dims: int,  # axes of the image, 2 or 3
+    *args,  # of the layer
+    **kw,  # of the layer
+) -> nn.Module:  # `nn.Conv3d`, say
     "A layer for images with so many axes; raises `GeometryError` for any but 2 and 3"
-    if dims not in (2,3): raise GeometryError('unet', f'dims={dims!r}', 'Use 2 for slices or 3 for volumes.')
+    if dims not in (2, 3):
+        raise GeometryError('unet', f'dims={dims!r}', 'Use 2 for slices or 3 for volumes.')
     return getattr(nn, f'{kind}{dims}d')(*args, **kw)
 
+
 def batch_norm(
-    dims:int, # axes of the image
-    channels:int, # `C`
-)->nn.Module: # the default of `norm=`
+    dims: int,  # axes of the image
+    channels: int,  # `C`
+) -> nn.Module:  # the default of `norm=`
     "Batch norm for images with so many axes"
     return layer_class('BatchNorm', dims, channels)
 
 # %% ../../nbs/07_models/04_unet.ipynb #143651e9
 def conv_relu(
-    dims:int, # axes of the image
-    cin:int, # channels in
-    cout:int, # channels out
-    kernel:int=3, # odd width in voxels
-    norm=batch_norm, # called as `norm(dims, channels)`
-)->nn.Sequential: # convolution without bias, norm, ReLU; the size stays
+    dims: int,  # axes of the image
+    cin: int,  # channels in
+    cout: int,  # channels out
+    kernel: int = 3,  # odd width in voxels
+    norm=batch_norm,  # called as `norm(dims, channels)`
+) -> nn.Sequential:  # convolution without bias, norm, ReLU; the size stays
     "Look at the neighbourhood, put in scale, keep what is positive"
-    return nn.Sequential(layer_class('Conv', dims, cin, cout, kernel, padding=kernel//2, bias=False), norm(dims, cout), nn.ReLU())
+    return nn.Sequential(
+        layer_class('Conv', dims, cin, cout, kernel, padding=kernel // 2, bias=False),
+        norm(dims, cout),
+        nn.ReLU(),
+    )
+
 
 class DoubleConv(nn.Sequential):
     "Two 3×3(×3) convolutions, the block of the first U-Nets (Ronneberger et al. 2015; Çiçek et al. 2016)"
-    def __init__(self,
-                 dims:int, # axes of the image
-                 cin:int, # channels in
-                 cout:int, # channels out
-                 level:int=0, # 0 at the top; not used
-                 norm=batch_norm, # called as `norm(dims, channels)`
-                ): super().__init__(conv_relu(dims, cin, cout, norm=norm), conv_relu(dims, cout, cout, norm=norm))
+
+    def __init__(
+        self,
+        dims: int,  # axes of the image
+        cin: int,  # channels in
+        cout: int,  # channels out
+        level: int = 0,  # 0 at the top; not used
+        norm=batch_norm,  # called as `norm(dims, channels)`
+    ):
+        super().__init__(
+            conv_relu(dims, cin, cout, norm=norm), conv_relu(dims, cout, cout, norm=norm)
+        )
 
 # %% ../../nbs/07_models/04_unet.ipynb #5ad91cdc
 class PoolDown(nn.Module):
     "Keep the largest of two neighbours along each axis; channels stay (Ronneberger et al. 2015)"
-    def __init__(self,
-                 dims:int, # axes of the image
-                 cin:int, # channels in
-                 cout:int, # not used: pooling cannot change them
-                ):
+
+    def __init__(
+        self,
+        dims: int,  # axes of the image
+        cin: int,  # channels in
+        cout: int,  # not used: pooling cannot change them
+    ):
         super().__init__()
-        self.cout,self.pool = cin,layer_class('MaxPool', dims, 2, ceil_mode=True)
-    def forward(self, x:torch.Tensor)->torch.Tensor: return self.pool(x)
+        self.cout, self.pool = cin, layer_class('MaxPool', dims, 2, ceil_mode=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pool(x)
+
 
 class ConvDown(nn.Module):
     "A 2×2(×2) convolution of stride 2 (Milletari et al. 2016)"
-    def __init__(self,
-                 dims:int, # axes of the image
-                 cin:int, # channels in
-                 cout:int, # channels out
-                 norm=batch_norm, # called as `norm(dims, channels)`
-                ):
+
+    def __init__(
+        self,
+        dims: int,  # axes of the image
+        cin: int,  # channels in
+        cout: int,  # channels out
+        norm=batch_norm,  # called as `norm(dims, channels)`
+    ):
         super().__init__()
-        self.step = nn.Sequential(layer_class('Conv', dims, cin, cout, 2, 2, bias=False), norm(dims, cout), nn.ReLU())
-    def forward(self, x:torch.Tensor)->torch.Tensor:
-        return self.step(F.pad(x, [p for n in reversed(x.shape[2:]) for p in (0, n%2)]))
+        self.step = nn.Sequential(
+            layer_class('Conv', dims, cin, cout, 2, 2, bias=False), norm(dims, cout), nn.ReLU()
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.step(F.pad(x, [p for n in reversed(x.shape[2:]) for p in (0, n % 2)]))
 
 # %% ../../nbs/07_models/04_unet.ipynb #13dbade1
 class ConvUp(nn.Module):
     "A transposed 2×2(×2) convolution of stride 2, cut to the size of the skip"
-    def __init__(self,
-                 dims:int, # axes of the image
-                 cin:int, # channels in
-                 cout:int, # channels out
-                ):
+
+    def __init__(
+        self,
+        dims: int,  # axes of the image
+        cin: int,  # channels in
+        cout: int,  # channels out
+    ):
         super().__init__()
         self.step = layer_class('ConvTranspose', dims, cin, cout, 2, 2)
-    def forward(self, x:torch.Tensor, size)->torch.Tensor: return self.step(x)[(..., *map(slice, size))]
+
+    def forward(self, x: torch.Tensor, size) -> torch.Tensor:
+        return self.step(x)[(..., *map(slice, size))]
+
 
 class LinearUp(nn.Module):
     "Linear interpolation, cut to the size of the skip, then a 1×1(×1) convolution"
-    def __init__(self,
-                 dims:int, # axes of the image
-                 cin:int, # channels in
-                 cout:int, # channels out
-                ):
+
+    def __init__(
+        self,
+        dims: int,  # axes of the image
+        cin: int,  # channels in
+        cout: int,  # channels out
+    ):
         super().__init__()
-        self.mode,self.mix = ('bilinear','trilinear')[dims-2],layer_class('Conv', dims, cin, cout, 1)
-    def forward(self, x:torch.Tensor, size)->torch.Tensor:
+        self.mode, self.mix = (
+            ('bilinear', 'trilinear')[dims - 2],
+            layer_class('Conv', dims, cin, cout, 1),
+        )
+
+    def forward(self, x: torch.Tensor, size) -> torch.Tensor:
         return self.mix(F.interpolate(x, scale_factor=2, mode=self.mode)[(..., *map(slice, size))])
 
 # %% ../../nbs/07_models/04_unet.ipynb #a6f53cbd
@@ -106,101 +140,159 @@ def _add(parts, part, cout):
     parts.append(part)
     return getattr(part, 'cout', cout)
 
+
 def _start(model):
     "Kaiming normal for the convolutions, zero for their biases; norms start as 1 and 0"
     for m in model.modules():
-        if isinstance(m, (nn.Conv2d,nn.Conv3d)) and not m.weight.is_meta: nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
-        if isinstance(m, (nn.Conv2d,nn.Conv3d)) and m.bias is not None and not m.bias.is_meta: nn.init.zeros_(m.bias)
+        if isinstance(m, (nn.Conv2d, nn.Conv3d)) and not m.weight.is_meta:
+            nn.init.kaiming_normal_(m.weight, nonlinearity='relu')
+        if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.bias is not None and not m.bias.is_meta:
+            nn.init.zeros_(m.bias)
+
 
 class UNet(nn.Module):
     "Contract, expand, and hand the features across (Ronneberger et al. 2015; Çiçek et al. 2016)"
-    def __init__(self,
-                 dims:int=3, # axes of the image, 2 or 3
-                 cin:int=1, # channels of the image
-                 classes:int=3, # `K`, background included
-                 widths=(16,32,64,128), # channels of each level, top first; their number is the number of levels
-                 block=DoubleConv, # called as `block(dims, cin, cout, level)`
-                 decode=None, # the same on the way up; `None`: `block`
-                 down=PoolDown, # called as `down(dims, cin, cout)`
-                 up=ConvUp, # called as `up(dims, cin, cout)`; its forward takes features and a size
-                ):
+
+    def __init__(
+        self,
+        dims: int = 3,  # axes of the image, 2 or 3
+        cin: int = 1,  # channels of the image
+        classes: int = 3,  # `K`, background included
+        widths=(
+            16,
+            32,
+            64,
+            128,
+        ),  # channels of each level, top first; their number is the number of levels
+        block=DoubleConv,  # called as `block(dims, cin, cout, level)`
+        decode=None,  # the same on the way up; `None`: `block`
+        down=PoolDown,  # called as `down(dims, cin, cout)`
+        up=ConvUp,  # called as `up(dims, cin, cout)`; its forward takes features and a size
+    ):
         super().__init__()
-        self.dims,self.cin,self.multiple = dims,cin,2**(len(widths)-1)
-        self.encode,self.down,self.up,self.decode = (nn.ModuleList() for _ in range(4))
-        c,skips = cin,[]
-        for level,width in enumerate(widths):
-            if level: c = _add(self.down, down(dims, c, width), width)
+        self.dims, self.cin, self.multiple = dims, cin, 2 ** (len(widths) - 1)
+        self.encode, self.down, self.up, self.decode = (nn.ModuleList() for _ in range(4))
+        c, skips = cin, []
+        for level, width in enumerate(widths):
+            if level:
+                c = _add(self.down, down(dims, c, width), width)
             skips.append(c := _add(self.encode, block(dims, c, width, level), width))
-        for level,width in [*enumerate(widths)][-2::-1]:
+        for level, width in [*enumerate(widths)][-2::-1]:
             c = _add(self.up, up(dims, c, width), width)
-            c = _add(self.decode, (decode or block)(dims, c+skips[level], width, level), width)
+            c = _add(self.decode, (decode or block)(dims, c + skips[level], width, level), width)
         self.head = layer_class('Conv', dims, c, classes, 1)
         _start(self)
 
-    def features(self,
-                 x:torch.Tensor, # images, `(B,C,*S)`, in [0,1]; any size
-                )->torch.Tensor: # what the head sees, `(B,width,*S)`
+    def features(
+        self,
+        x: torch.Tensor,  # images, `(B,C,*S)`, in [0,1]; any size
+    ) -> torch.Tensor:  # what the head sees, `(B,width,*S)`
         "Down, and up again"
         _check_image(self, x)
-        x,skips = self.encode[0](x.contiguous(memory_format=(torch.channels_last,torch.channels_last_3d)[self.dims-2])),[]
-        for down,encode in zip(self.down, self.encode[1:]):
-            skips.append(x); x = encode(down(x))
-        for up,decode in zip(self.up, self.decode):
-            skip = skips.pop(); x = decode(torch.cat([skip, up(x, skip.shape[2:])], 1))
+        x, skips = (
+            self.encode[0](
+                x.contiguous(
+                    memory_format=(torch.channels_last, torch.channels_last_3d)[self.dims - 2]
+                )
+            ),
+            [],
+        )
+        for down, encode in zip(self.down, self.encode[1:], strict=False):
+            skips.append(x)
+            x = encode(down(x))
+        for up, decode in zip(self.up, self.decode, strict=False):
+            skip = skips.pop()
+            x = decode(torch.cat([skip, up(x, skip.shape[2:])], 1))
         return x
 
-    def forward(self, x:torch.Tensor)->torch.Tensor: return self.head(self.features(x)) # logits, `(B,K,*S)`
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x))  # logits, `(B,K,*S)`
 
-    def outputs(self,
-                x:torch.Tensor, # images, `(B,C,*S)`, in [0,1]
-               )->dict: # `logits` `(B,K,*S)` and `features` `(B,width,*S)`
+    def outputs(
+        self,
+        x: torch.Tensor,  # images, `(B,C,*S)`, in [0,1]
+    ) -> dict:  # `logits` `(B,K,*S)` and `features` `(B,width,*S)`
         "One forward pass with everything that is worth looking at, by name"
         f = self.features(x)
         return dict(logits=self.head(f), features=f)
 
 # %% ../../nbs/07_models/04_unet.ipynb #b06d4767
 def _check_image(
-    model:nn.Module, # has `dims` and `cin`
-    x:torch.Tensor, # what somebody hands to it
-)->None:
+    model: nn.Module,  # has `dims` and `cin`
+    x: torch.Tensor,  # what somebody hands to it
+) -> None:
     "Raise `GeometryError` or `UnitsError` unless `x` is a batch of images that the network was built for"
-    who,wanted = type(model).__name__, f'(B,{model.cin},{"D," if model.dims==3 else ""}H,W)'
-    if x.ndim!=model.dims+2 or x.shape[1]!=model.cin or 0 in x.shape:
-        raise GeometryError(who, f'needs images {wanted}, this is {tuple(x.shape)}', 'Add the batch and the channel axis, or build it with other dims and cin.')
-    if not x.is_floating_point(): raise UnitsError(who, f'needs floating point voxels in [0,1], these are {x.dtype}', 'Window the scan with `prepare` first.')
+    who, wanted = type(model).__name__, f'(B,{model.cin},{"D," if model.dims == 3 else ""}H,W)'
+    if x.ndim != model.dims + 2 or x.shape[1] != model.cin or 0 in x.shape:
+        raise GeometryError(
+            who,
+            f'needs images {wanted}, this is {tuple(x.shape)}',
+            'Add the batch and the channel axis, or build it with other dims and cin.',
+        )
+    if not x.is_floating_point():
+        raise UnitsError(
+            who,
+            f'needs floating point voxels in [0,1], these are {x.dtype}',
+            'Window the scan with `prepare` first.',
+        )
 
 # %% ../../nbs/07_models/04_unet.ipynb #0162c722
 class Bottlenecks(nn.Module):
     "1×1, 3×3, 1×1, a few times, and a shortcut around all of it (Shan et al. 2020)"
-    def __init__(self,
-                 dims:int, # axes of the image
-                 cin:int, # channels in
-                 cout:int, # channels out
-                 repeats:int=1, # bottlenecks in a row
-                 squeeze:int=4, # how much narrower the middle is
-                 norm=batch_norm, # called as `norm(dims, channels)`
-                ):
-        super().__init__()
-        thin,step = max(cout//squeeze, 4), lambda a,b,k: conv_relu(dims, a, b, k, norm)
-        rows = [nn.Sequential(step(cin if i==0 else cout, thin, 1), step(thin, thin, 3), step(thin, cout, 1)) for i in range(repeats)]
-        rows[-1][-1][-1] = nn.Identity()                     # the last ReLU comes after the sum
-        self.rows,self.relu,self.cout = nn.Sequential(*rows),nn.ReLU(),cout
-        self.shortcut = nn.Identity() if cin==cout else layer_class('Conv', dims, cin, cout, 1, bias=False)
 
-    def forward(self, x:torch.Tensor)->torch.Tensor: return self.relu(self.rows(x)+self.shortcut(x))
+    def __init__(
+        self,
+        dims: int,  # axes of the image
+        cin: int,  # channels in
+        cout: int,  # channels out
+        repeats: int = 1,  # bottlenecks in a row
+        squeeze: int = 4,  # how much narrower the middle is
+        norm=batch_norm,  # called as `norm(dims, channels)`
+    ):
+        super().__init__()
+        thin, step = max(cout // squeeze, 4), lambda a, b, k: conv_relu(dims, a, b, k, norm)
+        rows = [
+            nn.Sequential(
+                step(cin if i == 0 else cout, thin, 1), step(thin, thin, 3), step(thin, cout, 1)
+            )
+            for i in range(repeats)
+        ]
+        rows[-1][-1][-1] = nn.Identity()  # the last ReLU comes after the sum
+        self.rows, self.relu, self.cout = nn.Sequential(*rows), nn.ReLU(), cout
+        self.shortcut = (
+            nn.Identity() if cin == cout else layer_class('Conv', dims, cin, cout, 1, bias=False)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.relu(self.rows(x) + self.shortcut(x))
+
 
 def vb_net(
-    cin:int=1, # channels of the image
-    classes:int=3, # `K`: background, lung, infection
-    widths=(16,32,64,128,256), # channels of each level, as in V-Net
-    repeats=(1,2,3,3,3), # bottlenecks of each level, as in V-Net
-    squeeze:int=4, # how much narrower the middle of a bottleneck is
-    dims:int=3, # axes of the image
-)->UNet: # with the parts of a V-Net
+    cin: int = 1,  # channels of the image
+    classes: int = 3,  # `K`: background, lung, infection
+    widths=(16, 32, 64, 128, 256),  # channels of each level, as in V-Net
+    repeats=(1, 2, 3, 3, 3),  # bottlenecks of each level, as in V-Net
+    squeeze: int = 4,  # how much narrower the middle of a bottleneck is
+    dims: int = 3,  # axes of the image
+) -> UNet:  # with the parts of a V-Net
     "VB-Net: the paths of a V-Net made of bottlenecks (Milletari et al. 2016, Fig. 2; Shan et al. 2020)"
-    if len(widths)!=len(repeats): raise GeometryError('vb_net', f'{len(widths)} widths and {len(repeats)} repeats', 'Give one of each per level.')
-    def block(dims, cin, cout, level):                       # a plain convolution opens the first level: one channel cannot be squeezed
-        if level: return Bottlenecks(dims, cin, cout, repeats[level], squeeze)
-        return nn.Sequential(conv_relu(dims, cin, cout), Bottlenecks(dims, cout, cout, repeats[0], squeeze))
-    def decode(dims, cin, cout, level): return Bottlenecks(dims, cin, cin, repeats[level], squeeze) # V-Net keeps both halves
+    if len(widths) != len(repeats):
+        raise GeometryError(
+            'vb_net',
+            f'{len(widths)} widths and {len(repeats)} repeats',
+            'Give one of each per level.',
+        )
+
+    def block(
+        dims, cin, cout, level
+    ):  # a plain convolution opens the first level: one channel cannot be squeezed
+        if level:
+            return Bottlenecks(dims, cin, cout, repeats[level], squeeze)
+        return nn.Sequential(
+            conv_relu(dims, cin, cout), Bottlenecks(dims, cout, cout, repeats[0], squeeze)
+        )
+
+    def decode(dims, cin, cout, level):
+        return Bottlenecks(dims, cin, cin, repeats[level], squeeze)  # V-Net keeps both halves
+
     return UNet(dims, cin, classes, widths, block, decode, ConvDown, ConvUp)

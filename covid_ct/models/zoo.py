@@ -6,10 +6,12 @@
 __all__ = ['ROWS', 'ZooRow', 'build', 'describe', 'describe_all', 'check_row', 'register']
 
 # %% ../../nbs/07_models/08_zoo.ipynb #ff82a22b
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Callable
+
 import torch
 from torch import nn
+
 from .blocks import count_parameters
 from .darnet import DARNET_ROWS
 from .dual_sampling import DUAL_ROWS
@@ -21,100 +23,204 @@ from ..scan import DataError
 @dataclass(frozen=True)
 class ZooRow:
     "A network of the zoo"
-    name:str # how it is asked for
-    paper:str # where it comes from
-    system:str # whose recipes train it
-    input_size:tuple # of the paper, `(C,D,H,W)`, or `(C,H,W)` for slices
-    build:Callable # called with arguments of the network, returns the module
-    small:dict=field(default_factory=dict) # arguments of a version for lessons and tests
-    small_size:tuple=() # its input
+
+    name: str  # how it is asked for
+    paper: str  # where it comes from
+    system: str  # whose recipes train it
+    input_size: tuple  # of the paper, `(C,D,H,W)`, or `(C,H,W)` for slices
+    build: Callable  # called with arguments of the network, returns the module
+    small: dict = field(default_factory=dict)  # arguments of a version for lessons and tests
+    small_size: tuple = ()  # its input
 
 # %% ../../nbs/07_models/08_zoo.ipynb #ba1dc609
 def _rows_of(
-    rows:dict, # name → how to build it
-    paper:str, # where they come from
-    system:str, # whose recipes train them
-    input_size:tuple, # of the paper
-    small:dict, # arguments of a small version, or a function of the name
-    small_size:tuple, # its input
-)->dict: # name → `ZooRow`
+    rows: dict,  # name → how to build it
+    paper: str,  # where they come from
+    system: str,  # whose recipes train them
+    input_size: tuple,  # of the paper
+    small: dict,  # arguments of a small version, or a function of the name
+    small_size: tuple,  # its input
+) -> dict:  # name → `ZooRow`
     "Rows of one paper"
-    return {n: ZooRow(n, paper, system, input_size, make, small(n) if callable(small) else small, small_size) for n,make in rows.items()}
+    return {
+        n: ZooRow(
+            n, paper, system, input_size, make, small(n) if callable(small) else small, small_size
+        )
+        for n, make in rows.items()
+    }
 
-def _cube(name): return dict(depth=32, width=4, blocks=(1,1,1,1), hidden=16 if name.split('-')[2:] else (16,8))
+
+def _cube(name):
+    return dict(
+        depth=32, width=4, blocks=(1, 1, 1, 1), hidden=16 if name.split('-')[2:] else (16, 8)
+    )
+
 
 ROWS = {
-    **_rows_of(DARNET_ROWS, 'Shi et al. 2021, DARNet', 'darnet', (1,64,224,224), dict(depth=8, width=4), (1,8,32,32)),
-    **_rows_of(DUAL_ROWS, 'Ouyang et al. 2020, dual-sampling attention network', 'dual_sampling', (1,138,256,256), dict(depth=16, width=4, blocks=(1,1,1,1)), (1,16,32,32)),
-    **_rows_of(RAUNET_ROWS, 'Chen et al. 2020, residual attention U-Net', 'raunet', (1,369,369), dict(widths=(8,16,32), cardinality=2, chunk=16), (1,33,33)),
-    **_rows_of(PARL_ROWS, 'Wang et al. 2020, prior-attention residual learning', 'prior_attention', (1,96,96,96), _cube, (1,32,32,32)),
-    **_rows_of(PARL_OURS, 'after Wang et al. 2020; γ learned, or maps as means', 'prior_attention', (1,96,96,96), _cube, (1,32,32,32))}
+    **_rows_of(
+        DARNET_ROWS,
+        'Shi et al. 2021, DARNet',
+        'darnet',
+        (1, 64, 224, 224),
+        dict(depth=8, width=4),
+        (1, 8, 32, 32),
+    ),
+    **_rows_of(
+        DUAL_ROWS,
+        'Ouyang et al. 2020, dual-sampling attention network',
+        'dual_sampling',
+        (1, 138, 256, 256),
+        dict(depth=16, width=4, blocks=(1, 1, 1, 1)),
+        (1, 16, 32, 32),
+    ),
+    **_rows_of(
+        RAUNET_ROWS,
+        'Chen et al. 2020, residual attention U-Net',
+        'raunet',
+        (1, 369, 369),
+        dict(widths=(8, 16, 32), cardinality=2, chunk=16),
+        (1, 33, 33),
+    ),
+    **_rows_of(
+        PARL_ROWS,
+        'Wang et al. 2020, prior-attention residual learning',
+        'prior_attention',
+        (1, 96, 96, 96),
+        _cube,
+        (1, 32, 32, 32),
+    ),
+    **_rows_of(
+        PARL_OURS,
+        'after Wang et al. 2020; γ learned, or maps as means',
+        'prior_attention',
+        (1, 96, 96, 96),
+        _cube,
+        (1, 32, 32, 32),
+    ),
+}
 
 # %% ../../nbs/07_models/08_zoo.ipynb #4f67f3b8
-def build(name:str, # a key of `ROWS`
-          **kw, # arguments of the network, such as `classes`, `depth`, `width`
-         )->nn.Module: # with fresh weights
+def build(
+    name: str,  # a key of `ROWS`
+    **kw,  # arguments of the network, such as `classes`, `depth`, `width`
+) -> nn.Module:  # with fresh weights
     "Build a network by name; an unknown name raises `DataError`"
-    if name not in ROWS: raise DataError('zoo', f'no network {name!r}', f'Choose one of {", ".join(ROWS)}.')
+    if name not in ROWS:
+        raise DataError('zoo', f'no network {name!r}', f'Choose one of {", ".join(ROWS)}.')
     return ROWS[name].build(**kw)
 
 # %% ../../nbs/07_models/08_zoo.ipynb #ccd89dc4
 def _described(row):
-    with torch.device('meta'): model, x = row.build().eval(), torch.zeros(1, *row.input_size)
+    with torch.device('meta'):
+        model, x = row.build().eval(), torch.zeros(1, *row.input_size)
     out = model.outputs(x)
-    return dict(name=row.name, paper=row.paper, system=row.system, input_size=row.input_size, classes=out['logits'].shape[1],
-                trainable_parameters=count_parameters(model), parameters_with_running_statistics=count_parameters(model, running=True),
-                feature_size=tuple(out['features'].shape[1:]), convolutions=sum(isinstance(m, (nn.Conv2d,nn.Conv3d)) for m in model.modules()))
+    return dict(
+        name=row.name,
+        paper=row.paper,
+        system=row.system,
+        input_size=row.input_size,
+        classes=out['logits'].shape[1],
+        trainable_parameters=count_parameters(model),
+        parameters_with_running_statistics=count_parameters(model, running=True),
+        feature_size=tuple(out['features'].shape[1:]),
+        convolutions=sum(isinstance(m, (nn.Conv2d, nn.Conv3d)) for m in model.modules()),
+    )
 
-def describe(name:str, # a key of `ROWS`
-            )->dict: # name, paper, system, input_size, classes, both parameter counts, feature_size `(C,D,H,W)`, convolutions
+
+def describe(
+    name: str,  # a key of `ROWS`
+) -> dict:  # name, paper, system, input_size, classes, both parameter counts, feature_size `(C,D,H,W)`, convolutions
     "What a network is, at its paper's size and without allocating it; an unknown name raises `DataError`"
-    if name not in ROWS: raise DataError('zoo', f'no network {name!r}', f'Choose one of {", ".join(ROWS)}.')
+    if name not in ROWS:
+        raise DataError('zoo', f'no network {name!r}', f'Choose one of {", ".join(ROWS)}.')
     return _described(ROWS[name])
 
-def describe_all()->list: # one dictionary per network, in the order of `ROWS`
+
+def describe_all() -> list:  # one dictionary per network, in the order of `ROWS`
     "All rows described"
     return [describe(name) for name in ROWS]
 
 # %% ../../nbs/07_models/08_zoo.ipynb #8e0cfde1
-def _same(a, b): return torch.allclose(a, b, rtol=1e-8, atol=1e-12)
+def _same(a, b):
+    return torch.allclose(a, b, rtol=1e-8, atol=1e-12)
 
-def _heads(out): return [out[k] for k in ('logits','detection','type') if k in out]
+
+def _heads(out):
+    return [out[k] for k in ('logits', 'detection', 'type') if k in out]
+
 
 def _trial(row):
     "What is wrong with the small version of a network, one fault after the other"
     net, x = row.build(**row.small).double(), torch.rand(3, *row.small_size, dtype=torch.double)
-    out = net.outputs(x[:2]) if hasattr(net,'outputs') else {}
-    for k in ('logits','features'):
-        if k not in out: yield f'has no outputs(x)[{k!r}]', 'Let outputs(x) return a dict with logits and features.'; return
+    out = net.outputs(x[:2]) if hasattr(net, 'outputs') else {}
+    for k in ('logits', 'features'):
+        if k not in out:
+            yield (
+                f'has no outputs(x)[{k!r}]',
+                'Let outputs(x) return a dict with logits and features.',
+            )
+            return
     sum(h.square().sum() for h in _heads(out)).backward()
-    deaf = [n for n,p in net.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
-    if deaf: yield f'no finite gradient reaches {deaf[0]}', 'Use the layer in forward, and detach nothing on the way to it.'
-    with torch.no_grad(): net.eval(); whole, three, alone = net(x), net.outputs(x)['logits'], torch.cat([net(v[None]) for v in x])
-    if not _same(whole, three): yield 'forward and outputs give different logits', 'Let forward return what outputs calls logits.'
-    if not _same(three, alone): yield 'the answer for a scan depends on the others of its batch', 'Take statistics over the batch in training only, as a batch norm does.'
+    deaf = [
+        n
+        for n, p in net.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())
+    ]
+    if deaf:
+        yield (
+            f'no finite gradient reaches {deaf[0]}',
+            'Use the layer in forward, and detach nothing on the way to it.',
+        )
+    with torch.no_grad():
+        net.eval()
+        whole, three, alone = net(x), net.outputs(x)['logits'], torch.cat([net(v[None]) for v in x])
+    if not _same(whole, three):
+        yield (
+            'forward and outputs give different logits',
+            'Let forward return what outputs calls logits.',
+        )
+    if not _same(three, alone):
+        yield (
+            'the answer for a scan depends on the others of its batch',
+            'Take statistics over the batch in training only, as a batch norm does.',
+        )
 
 # %% ../../nbs/07_models/08_zoo.ipynb #4a39030f
 def check_row(
-    row:ZooRow, # with `small` and `small_size`
-)->list: # of `(fault, remedy)`; empty for a network that works
+    row: ZooRow,  # with `small` and `small_size`
+) -> list:  # of `(fault, remedy)`; empty for a network that works
     "Try a network: parts, gradients, one answer per scan, paper size; the random stream is left as it was"
     try:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0); faults = [*_trial(row)]
-            if not faults: _described(row)
+            torch.manual_seed(0)
+            faults = [*_trial(row)]
+            if not faults:
+                _described(row)
         return faults
-    except Exception as e: return [(f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}', f'Let build(**small) take {row.small_size}, and build() take {row.input_size} on the meta device.')]
+    except Exception as e:
+        return [
+            (
+                f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}',
+                f'Let build(**small) take {row.small_size}, and build() take {row.input_size} on the meta device.',
+            )
+        ]
 
 # %% ../../nbs/07_models/08_zoo.ipynb #03f54416
 _OURS = frozenset(ROWS)
 
+
 def register(
-    row:ZooRow, # of your own
-    again:bool=False, # replace a row of yours that has this name
-)->ZooRow: # the same, now in `ROWS`
+    row: ZooRow,  # of your own
+    again: bool = False,  # replace a row of yours that has this name
+) -> ZooRow:  # the same, now in `ROWS`
     "Let a network in; raises `DataError` for a name that is taken, or a fault that `check_row` finds"
-    if row.name in _OURS or (row.name in ROWS and not again): raise DataError('zoo', f'the name {row.name!r} is taken', 'Choose another; again=True replaces a row of yours.')
-    for fault,remedy in check_row(row): raise DataError(f'row {row.name}', fault, remedy)
+    if row.name in _OURS or (row.name in ROWS and not again):
+        raise DataError(
+            'zoo',
+            f'the name {row.name!r} is taken',
+            'Choose another; again=True replaces a row of yours.',
+        )
+    for fault, remedy in check_row(row):
+        raise DataError(f'row {row.name}', fault, remedy)
     ROWS[row.name] = row
     return row

@@ -8,11 +8,19 @@ __all__ = ['AUTHOR', 'fill_checklist']
 # %% ../../nbs/papers/8_checklist.ipynb #edc58832
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+
 import pandas as pd
-from ..preprocess.resample import PREPS
+
 from ..models.zoo import ROWS
-from .runs import METRIC_READERS, RunPredictions, run_predictions, estimate, open_runs
+from covid_ct.papers.runs import (
+    METRIC_READERS,
+    RunPredictions,
+    estimate,
+    open_runs,
+    run_predictions,
+)
 from .tables import CohortCounts, cohort_of_runs
+from ..preprocess.resample import PREPS
 
 # %% ../../nbs/papers/8_checklist.ipynb #8d88d652
 _TOPICS = '''
@@ -30,126 +38,434 @@ Results, data: how many in and out | who they are, by part
 Results, performance: metrics with uncertainty | diagnostic performance and its precision | what went wrong
 Discussion: limitations | what it means for practice
 Other: protocol and details | availability of code, weights, data | funding'''
-_ITEMS = [(section, topic.strip()) for line in _TOPICS.strip().splitlines() for section,_,topics in [line.partition(': ')] for topic in topics.split('|')] # item n stands at n-1
+_ITEMS = [
+    (section, topic.strip())
+    for line in _TOPICS.strip().splitlines()
+    for section, _, topics in [line.partition(': ')]
+    for topic in topics.split('|')
+]  # item n stands at n-1
 _FILLED, _PARTLY, AUTHOR = 'filled', 'partly', 'for the author'
 
 # %% ../../nbs/papers/8_checklist.ipynb #83b249dd
 @dataclass(frozen=True)
 class _ChecklistFacts:
     "What the checklist is filled from"
-    runs:list # of `Found`, of one study
-    cohort:CohortCounts # its scans
-    def of(self, get:Callable)->str: return ', '.join(dict.fromkeys(str(get(r)) for r in self.runs)) # different values of a fact, each once
-    def each(self, *fields:str)->str: return '; '.join(f'{k.replace("_"," ")} {v}' for k in fields if (v := self.of(lambda r: r.recipe.get(k))) not in ('','None')) # fields of the recipes
+
+    runs: list  # of `Found`, of one study
+    cohort: CohortCounts  # its scans
+
+    def of(self, get: Callable) -> str:
+        return ', '.join(
+            dict.fromkeys(str(get(r)) for r in self.runs)
+        )  # different values of a fact, each once
+
+    def each(self, *fields: str) -> str:
+        return '; '.join(
+            f'{k.replace("_", " ")} {v}'
+            for k in fields
+            if (v := self.of(lambda r: r.recipe.get(k))) not in ('', 'None')
+        )  # fields of the recipes
+
     @property
-    def phantoms(self)->bool: return any(r.phantoms for r in self.runs)
+    def phantoms(self) -> bool:
+        return any(r.phantoms for r in self.runs)
+
     @property
-    def table(self)->pd.DataFrame: return self.cohort.table
-    def said(self, part:str='test')->list: return [t for r in self.runs if len(t := run_predictions(r, part)[0])] # answers of every run
+    def table(self) -> pd.DataFrame:
+        return self.cohort.table
+
+    def said(self, part: str = 'test') -> list:
+        return [
+            t for r in self.runs if len(t := run_predictions(r, part)[0])
+        ]  # answers of every run
 
 # %% ../../nbs/papers/8_checklist.ipynb #0a4a2409
 def _data(f):
     "Items 5 to 13"
-    named, size = f.of(lambda r: r.config.get('trained_on','')), [c for c in ('kernel','slice_mm','spacing','scanner','vendor','source') if c in f.table]
-    preps = {p: PREPS[p] for r in f.runs if (p := r.recipe['prep']) in PREPS}; phantom = (_FILLED, 'drawn by a program: nobody to protect', '')
-    return {5: (_FILLED, 'neither: simulated', '') if f.phantoms else None,
-            6: (_PARTLY, f'to {f.of(lambda r: r.recipe["task"])}: {f.of(lambda r: ", ".join(r.recipe["classes"]))}', 'whether a model is made, compared or tested for use'),
-            7: (_FILLED, f'{named}, drawn by covid_ct.phantom.chest', '') if f.phantoms else (_PARTLY, named, 'sites, dates, links and licences') if named else None,
-            9: (_FILLED, '; '.join(f'{k}: '+', '.join(f'{n} {v}' for n,v in asdict(p).items() if v is not None) for k,p in preps.items()), '') if preps else (_PARTLY, 'the caller brought batches', 'how scans became batches'),
-            10: (_PARTLY, '; '.join(f'{k}: crop {p.crop}, keep {p.keep}, {p.size or p.spacing}' for k,p in preps.items()), 'scans or slices chosen before the cohort was written') if preps else None,
-            11: phantom if f.phantoms else None,
-            12: (_PARTLY, 'every listed scan has an answer', 'clinical data that were missing, and scans that could not be read') if f.said() else None,
-            13: (_FILLED, 'simulated; the rules are in covid_ct.phantom.chest', '') if f.phantoms else (_PARTLY, f'columns of the cohort: {", ".join(size)}', 'protocol, dose, contrast, scanners') if size else None}
+    named, size = (
+        f.of(lambda r: r.config.get('trained_on', '')),
+        [
+            c
+            for c in ('kernel', 'slice_mm', 'spacing', 'scanner', 'vendor', 'source')
+            if c in f.table
+        ],
+    )
+    preps = {p: PREPS[p] for r in f.runs if (p := r.recipe['prep']) in PREPS}
+    phantom = (_FILLED, 'drawn by a program: nobody to protect', '')
+    return {
+        5: (_FILLED, 'neither: simulated', '') if f.phantoms else None,
+        6: (
+            _PARTLY,
+            f'to {f.of(lambda r: r.recipe["task"])}: {f.of(lambda r: ", ".join(r.recipe["classes"]))}',
+            'whether a model is made, compared or tested for use',
+        ),
+        7: (_FILLED, f'{named}, drawn by covid_ct.phantom.chest', '')
+        if f.phantoms
+        else (_PARTLY, named, 'sites, dates, links and licences')
+        if named
+        else None,
+        9: (
+            _FILLED,
+            '; '.join(
+                f'{k}: ' + ', '.join(f'{n} {v}' for n, v in asdict(p).items() if v is not None)
+                for k, p in preps.items()
+            ),
+            '',
+        )
+        if preps
+        else (_PARTLY, 'the caller brought batches', 'how scans became batches'),
+        10: (
+            _PARTLY,
+            '; '.join(
+                f'{k}: crop {p.crop}, keep {p.keep}, {p.size or p.spacing}'
+                for k, p in preps.items()
+            ),
+            'scans or slices chosen before the cohort was written',
+        )
+        if preps
+        else None,
+        11: phantom if f.phantoms else None,
+        12: (
+            _PARTLY,
+            'every listed scan has an answer',
+            'clinical data that were missing, and scans that could not be read',
+        )
+        if f.said()
+        else None,
+        13: (_FILLED, 'simulated; the rules are in covid_ct.phantom.chest', '')
+        if f.phantoms
+        else (
+            _PARTLY,
+            f'columns of the cohort: {", ".join(size)}',
+            'protocol, dose, contrast, scanners',
+        )
+        if size
+        else None,
+    }
 
 # %% ../../nbs/papers/8_checklist.ipynb #e3300fd9
 def _reference(f):
     "Items 14 to 18: a phantom's truth is placed, a patient's is found by people"
-    if not f.phantoms: return {14: (_PARTLY, f'labels {f.of(lambda r: ", ".join(r.recipe["classes"]))}', 'how each label was established')}
-    return {14: (_FILLED, 'label and lesions are placed by the rule that draws the scan', ''), 15: (_FILLED, 'exact by construction', ''), 16: (_FILLED, 'no annotator', ''),
-            17: (_FILLED, 'as the training set', ''), 18: (_FILLED, 'none: no readers', '')}
+    if not f.phantoms:
+        return {
+            14: (
+                _PARTLY,
+                f'labels {f.of(lambda r: ", ".join(r.recipe["classes"]))}',
+                'how each label was established',
+            )
+        }
+    return {
+        14: (_FILLED, 'label and lesions are placed by the rule that draws the scan', ''),
+        15: (_FILLED, 'exact by construction', ''),
+        16: (_FILLED, 'no annotator', ''),
+        17: (_FILLED, 'as the training set', ''),
+        18: (_FILLED, 'none: no readers', ''),
+    }
 
 # %% ../../nbs/papers/8_checklist.ipynb #07531495
 def _partitions(f):
     "Items 19 to 21, counted"
     t, out = f.table, {}
     if 'fold' in t:
-        n = t.assign(part=t.fold.astype(int).map(lambda k: 'test' if k<0 else f'fold {k}')).groupby('part').agg(scans=('scan_id','nunique'), patients=('patient_id','nunique'))
-        both = int((t.groupby('patient_id').fold.nunique()>1).sum())
-        out[19] = (_FILLED, '; '.join(f'{k}: {r.scans} scans of {r.patients} patients' for k,r in n.iterrows())+f'; split {f.of(lambda r: r.config.get("split_hash","")[:12] or "not named")}', '')
-        out[20] = (_FILLED, 'patient: no patient is in two parts, counted', '') if not both else (_PARTLY, f'NOT disjoint: {both} patients are in more than one part', 'a split by patient')
-    elif h := f.of(lambda r: r.config.get('split_hash','')[:12]): out[19] = (_PARTLY, f'split {h}; fold {f.of(lambda r: r.config.get("fold","not named"))}', 'split.csv, which names the part of every scan')
+        n = (
+            t.assign(part=t.fold.astype(int).map(lambda k: 'test' if k < 0 else f'fold {k}'))
+            .groupby('part')
+            .agg(scans=('scan_id', 'nunique'), patients=('patient_id', 'nunique'))
+        )
+        both = int((t.groupby('patient_id').fold.nunique() > 1).sum())
+        out[19] = (
+            _FILLED,
+            '; '.join(f'{k}: {r.scans} scans of {r.patients} patients' for k, r in n.iterrows())
+            + f'; split {f.of(lambda r: r.config.get("split_hash", "")[:12] or "not named")}',
+            '',
+        )
+        out[20] = (
+            (_FILLED, 'patient: no patient is in two parts, counted', '')
+            if not both
+            else (
+                _PARTLY,
+                f'NOT disjoint: {both} patients are in more than one part',
+                'a split by patient',
+            )
+        )
+    elif h := f.of(lambda r: r.config.get('split_hash', '')[:12]):
+        out[19] = (
+            _PARTLY,
+            f'split {h}; fold {f.of(lambda r: r.config.get("fold", "not named"))}',
+            'split.csv, which names the part of every scan',
+        )
     tests = f.said()
-    if tests: out[21] = (_PARTLY, f'tested: {", ".join(sorted({f"{len(s)} scans of {s.patient_id.nunique()} patients" for s in tests}))}', 'how this number was chosen')
+    if tests:
+        out[21] = (
+            _PARTLY,
+            f'tested: {", ".join(sorted({f"{len(s)} scans of {s.patient_id.nunique()} patients" for s in tests}))}',
+            'how this number was chosen',
+        )
     return out
 
 # %% ../../nbs/papers/8_checklist.ipynb #5e3c46d4
 def _model(f):
     "Items 22 to 27"
-    seats = {r.seat: r for r in f.runs}; net = lambda r: f"{r.recipe['model'] or r.config['model']['kind']} {r.recipe['model_kwargs'] or ''}".strip()+f", {r.config['model']['parameters']:,} parameters"
-    ours = all(r.recipe['model'] in ROWS for r in f.runs); v = f.runs[0].config.get('versions', {})
-    return {22: (_FILLED if ours else _PARTLY, '; '.join(net(r) for r in seats.values())+f'; outputs {f.of(lambda r: ", ".join(r.recipe["classes"]))}', '' if ours else 'the network that the caller brought'),
-            23: (_FILLED, f.of(lambda r: ', '.join(f'{k} {n}' for k,n in r.config.get('versions',{}).items())), '') if v else None,
-            24: (_FILLED, f'random; seed {f.of(lambda r: r.config["seed"])}; no weights of others', '') if ours else (_PARTLY, f'seed {f.of(lambda r: r.config["seed"])}', 'whether the caller loaded weights'),
-            25: (_FILLED, f'{len(f.runs)} trainings; '+f.each('optimizer','lr','weight_decay','epochs','milestones','decay','batch_size','loss','loss_kwargs','augment','sampler','precision')+f'; on {f.of(lambda r: r.config.get("hardware",{}).get("gpu") or r.config.get("hardware",{}).get("device",""))}', ''),
-            26: (_FILLED, f'the epoch of the best {f.of(lambda r: r.recipe["keep"])} on the validation patients', ''),
-            27: (_FILLED, 'two networks weighed by infection ratio, for the row DS' if {'us','ss'}<={r.seat[1] for r in f.runs} else 'none: every model is scored alone'+(', scores are averaged' if len(f.runs)>len(seats) else ''), '')}
+    seats = {r.seat: r for r in f.runs}
+
+    def net(r):
+        return (
+            f"{r.recipe['model'] or r.config['model']['kind']} {r.recipe['model_kwargs'] or ''}".strip()
+            + f", {r.config['model']['parameters']:,} parameters"
+        )
+
+    ours = all(r.recipe['model'] in ROWS for r in f.runs)
+    v = f.runs[0].config.get('versions', {})
+    return {
+        22: (
+            _FILLED if ours else _PARTLY,
+            '; '.join(net(r) for r in seats.values())
+            + f'; outputs {f.of(lambda r: ", ".join(r.recipe["classes"]))}',
+            '' if ours else 'the network that the caller brought',
+        ),
+        23: (
+            _FILLED,
+            f.of(lambda r: ', '.join(f'{k} {n}' for k, n in r.config.get('versions', {}).items())),
+            '',
+        )
+        if v
+        else None,
+        24: (_FILLED, f'random; seed {f.of(lambda r: r.config["seed"])}; no weights of others', '')
+        if ours
+        else (
+            _PARTLY,
+            f'seed {f.of(lambda r: r.config["seed"])}',
+            'whether the caller loaded weights',
+        ),
+        25: (
+            _FILLED,
+            f'{len(f.runs)} trainings; '
+            + f.each(
+                'optimizer',
+                'lr',
+                'weight_decay',
+                'epochs',
+                'milestones',
+                'decay',
+                'batch_size',
+                'loss',
+                'loss_kwargs',
+                'augment',
+                'sampler',
+                'precision',
+            )
+            + f'; on {f.of(lambda r: r.config.get("hardware", {}).get("gpu") or r.config.get("hardware", {}).get("device", ""))}',
+            '',
+        ),
+        26: (
+            _FILLED,
+            f'the epoch of the best {f.of(lambda r: r.recipe["keep"])} on the validation patients',
+            '',
+        ),
+        27: (
+            _FILLED,
+            'two networks weighed by infection ratio, for the row DS'
+            if {'us', 'ss'} <= {r.seat[1] for r in f.runs}
+            else 'none: every model is scored alone'
+            + (', scores are averaged' if len(f.runs) > len(seats) else ''),
+            '',
+        ),
+    }
 
 # %% ../../nbs/papers/8_checklist.ipynb #f8d05e05
 def _evaluation(f, n):
     "Items 28 to 33 and 37 to 39"
-    paper, tests = f.runs[0].config['system'], f.said(); seeds, out = {r.config['seed'] for r in f.runs}, {}
-    out[28] = (_PARTLY, 'see the tables; the class of the largest probability is the answer' if f.runs[0].recipe['task']=='classify' else 'Dice, accuracy and precision; see the tables', 'why these, and which matters in use')
-    out[29] = (_FILLED, '95 % intervals over resampled patients; paired t over models, permutation over patients, both with Holm\'s correction', '')
-    if len(seeds)>1: out[30] = (_PARTLY, f'{len(seeds)} seeds', 'other scanners, doses, thresholds')
-    if not tests: return out
-    out[32] = (_FILLED, f'a test set of the same source: {", ".join(sorted({f"{len(t)} scans" for t in tests}))}', '')
+    paper, tests = f.runs[0].config['system'], f.said()
+    seeds, out = {r.config['seed'] for r in f.runs}, {}
+    out[28] = (
+        _PARTLY,
+        'see the tables; the class of the largest probability is the answer'
+        if f.runs[0].recipe['task'] == 'classify'
+        else 'Dice, accuracy and precision; see the tables',
+        'why these, and which matters in use',
+    )
+    out[29] = (
+        _FILLED,
+        '95 % intervals over resampled patients; paired t over models, permutation over patients, both with Holm\'s correction',
+        '',
+    )
+    if len(seeds) > 1:
+        out[30] = (_PARTLY, f'{len(seeds)} seeds', 'other scanners, doses, thresholds')
+    if not tests:
+        return out
+    out[32] = (
+        _FILLED,
+        f'a test set of the same source: {", ".join(sorted({f"{len(t)} scans" for t in tests}))}',
+        '',
+    )
     by = {}
     for r in f.runs:
         t, files = run_predictions(r, 'test')
-        if len(t): by.setdefault(r.seat, []).append(RunPredictions((), t, files))
-    est = {s: estimate(m, METRIC_READERS[paper], n) for s,m in by.items() if paper in METRIC_READERS}; word = lambda e, k: f'{k[1]} {e[k][0]:.3f}'+(f' ({e[k][2].low:.3f} … {e[k][2].high:.3f})' if e[k][2].low==e[k][2].low else ', no interval')
-    tell = lambda names: '; '.join(f'{s[0]}: '+', '.join(word(e, k) for k in e if k[1] in names and k[0] in ('','COVID-19','COVID-19 against the rest')) for s,e in est.items())
-    out[37] = (_PARTLY, tell(('AUC','accuracy','F1','Dice','precision')), 'the same on the training set, if it is to be told')
-    if f.runs[0].recipe['task']=='classify': out |= {38: (_FILLED, tell(('sensitivity','specificity')), ''), 39: _wrong(tests)}
+        if len(t):
+            by.setdefault(r.seat, []).append(RunPredictions((), t, files))
+    est = {
+        s: estimate(m, METRIC_READERS[paper], n) for s, m in by.items() if paper in METRIC_READERS
+    }
+
+    def word(e, k):
+        return f'{k[1]} {e[k][0]:.3f}' + (
+            f' ({e[k][2].low:.3f} … {e[k][2].high:.3f})'
+            if e[k][2].low == e[k][2].low
+            else ', no interval'
+        )
+
+    def tell(names):
+        return '; '.join(
+            f'{s[0]}: '
+            + ', '.join(
+                word(e, k)
+                for k in e
+                if k[1] in names and k[0] in ('', 'COVID-19', 'COVID-19 against the rest')
+            )
+            for s, e in est.items()
+        )
+
+    out[37] = (
+        _PARTLY,
+        tell(('AUC', 'accuracy', 'F1', 'Dice', 'precision')),
+        'the same on the training set, if it is to be told',
+    )
+    if f.runs[0].recipe['task'] == 'classify':
+        out |= {38: (_FILLED, tell(('sensitivity', 'specificity')), ''), 39: _wrong(tests)}
     return out
 
 # %% ../../nbs/papers/8_checklist.ipynb #dedd0893
 def _wrong(tests):
     "Item 39: how many answers were wrong, and which of them were surest"
-    t = pd.concat(tests); p = t[[c for c in t if c.startswith('prob_')]]; called = p.idxmax(axis=1).str[5:]
-    wrong = t.assign(sure=p.max(axis=1), called=called)[called!=t.label].sort_values('sure', ascending=False)
-    return (_PARTLY, f'{len(wrong)} of {len(t)} test answers are wrong; the surest: '+'; '.join(f'{r.scan_id}, {r.label} called {r.called} at {r.sure:.2f}' for r in wrong.drop_duplicates('scan_id').head(3).itertuples()), 'why; look at them with covid-ct cases')
+    t = pd.concat(tests)
+    p = t[[c for c in t if c.startswith('prob_')]]
+    called = p.idxmax(axis=1).str[5:]
+    wrong = t.assign(sure=p.max(axis=1), called=called)[called != t.label].sort_values(
+        'sure', ascending=False
+    )
+    return (
+        _PARTLY,
+        f'{len(wrong)} of {len(t)} test answers are wrong; the surest: '
+        + '; '.join(
+            f'{r.scan_id}, {r.label} called {r.called} at {r.sure:.2f}'
+            for r in wrong.drop_duplicates('scan_id').head(3).itertuples()
+        ),
+        'why; look at them with covid-ct cases',
+    )
 
 # %% ../../nbs/papers/8_checklist.ipynb #151f6e76
 def _rest(f):
     "Items 3, 35, 36 and 40 to 43"
-    t, who = f.table, [c for c in ('age','sex') if c in f.table]; faults = list(dict.fromkeys(w for r in f.runs for w in [*r.recipe.get('faults',()), *r.config.get('warnings',[])]))
-    out = {3: (_PARTLY, 'for teaching and research, not for clinical use (model card)', 'background and intended role'),
-           35: (_PARTLY, f'{t.scan_id.nunique()} scans of {t.patient_id.nunique()} patients are in', 'how many were left out, and why'),
-           40: (_PARTLY, '; '.join([*(['results on phantoms say nothing about patients'] if f.phantoms else []), *faults]), 'the discussion') if faults or f.phantoms else None,
-           41: (_PARTLY, 'none claimed: not for clinical use (model card)', 'the discussion'),
-           42: (_PARTLY, f'recipes {f.of(lambda r: r.config["recipe_hash"])}; config.json of every run', 'the protocol, if there was one'),
-           43: (_PARTLY, 'covid_ct and the run folders', 'where weights and data can be had')}
+    t, who = f.table, [c for c in ('age', 'sex') if c in f.table]
+    faults = list(
+        dict.fromkeys(
+            w for r in f.runs for w in [*r.recipe.get('faults', ()), *r.config.get('warnings', [])]
+        )
+    )
+    out = {
+        3: (
+            _PARTLY,
+            'for teaching and research, not for clinical use (model card)',
+            'background and intended role',
+        ),
+        35: (
+            _PARTLY,
+            f'{t.scan_id.nunique()} scans of {t.patient_id.nunique()} patients are in',
+            'how many were left out, and why',
+        ),
+        40: (
+            _PARTLY,
+            '; '.join(
+                [
+                    *(['results on phantoms say nothing about patients'] if f.phantoms else []),
+                    *faults,
+                ]
+            ),
+            'the discussion',
+        )
+        if faults or f.phantoms
+        else None,
+        41: (_PARTLY, 'none claimed: not for clinical use (model card)', 'the discussion'),
+        42: (
+            _PARTLY,
+            f'recipes {f.of(lambda r: r.config["recipe_hash"])}; config.json of every run',
+            'the protocol, if there was one',
+        ),
+        43: (_PARTLY, 'covid_ct and the run folders', 'where weights and data can be had'),
+    }
     if who and 'fold' in t:
-        side = t.drop_duplicates('patient_id').assign(part=lambda t: t.fold.astype(int).map(lambda k: 'test' if k<0 else 'training'))
-        told = [f'{k}: '+', '.join([*([f'median age {g.age.median():g}'] if 'age' in who else []), *([f'{v} {n}' for v,n in g.sex.value_counts().items()] if 'sex' in who else [])]) for k,g in side.groupby('part')]
-        out[36] = (_PARTLY if len(who)<2 else _FILLED, '; '.join(told), '' if len(who)>1 else f'{"age" if "sex" in who else "sex"}')
+        side = t.drop_duplicates('patient_id').assign(
+            part=lambda t: t.fold.astype(int).map(lambda k: 'test' if k < 0 else 'training')
+        )
+        told = [
+            f'{k}: '
+            + ', '.join(
+                [
+                    *([f'median age {g.age.median():g}'] if 'age' in who else []),
+                    *(
+                        [f'{v} {n}' for v, n in g.sex.value_counts().items()]
+                        if 'sex' in who
+                        else []
+                    ),
+                ]
+            )
+            for k, g in side.groupby('part')
+        ]
+        out[36] = (
+            _PARTLY if len(who) < 2 else _FILLED,
+            '; '.join(told),
+            '' if len(who) > 1 else f'{"age" if "sex" in who else "sex"}',
+        )
     return out
 
 # %% ../../nbs/papers/8_checklist.ipynb #c0f50dba
-_ASK = {1: 'name the kind of AI', 2: 'write it', 4: 'state them before the results', 5: 'say which', 7: 'name the data: config.json does not', 8: 'list the rules', 10: 'say what was cut out', 11: 'say how names and faces were removed', 12: 'say how gaps were handled',
-        13: 'give scanners, protocol, dose', 14: 'say how each label was established', 15: 'say why', 16: 'say who, with what training', 17: 'say how, and whether blinded', 18: 'give the agreement', 19: 'give split.csv or a cohort with folds', 20: 'count patients in two parts: without split.csv nobody can',
-        21: 'give the calculation', 23: 'give versions', 30: 'test it', 31: 'make maps and test them (covid_ct.explain)', 32: 'test it on held-out patients', 33: 'evaluate the run on other patients: covid-ct evaluate', 34: 'give the number, or say that there is none',
-        36: 'give age, sex, severity by part', 37: 'test it', 38: 'give sensitivity and specificity, or say why not', 39: 'show failures', 40: 'write them', 44: 'name them, and their role'}
+_ASK = {
+    1: 'name the kind of AI',
+    2: 'write it',
+    4: 'state them before the results',
+    5: 'say which',
+    7: 'name the data: config.json does not',
+    8: 'list the rules',
+    10: 'say what was cut out',
+    11: 'say how names and faces were removed',
+    12: 'say how gaps were handled',
+    13: 'give scanners, protocol, dose',
+    14: 'say how each label was established',
+    15: 'say why',
+    16: 'say who, with what training',
+    17: 'say how, and whether blinded',
+    18: 'give the agreement',
+    19: 'give split.csv or a cohort with folds',
+    20: 'count patients in two parts: without split.csv nobody can',
+    21: 'give the calculation',
+    23: 'give versions',
+    30: 'test it',
+    31: 'make maps and test them (covid_ct.explain)',
+    32: 'test it on held-out patients',
+    33: 'evaluate the run on other patients: covid-ct evaluate',
+    34: 'give the number, or say that there is none',
+    36: 'give age, sex, severity by part',
+    37: 'test it',
+    38: 'give sensitivity and specificity, or say why not',
+    39: 'show failures',
+    40: 'write them',
+    44: 'name them, and their role',
+}
 
 # %% ../../nbs/papers/8_checklist.ipynb #8c5d25bc
 def fill_checklist(
-    runs, # of `find_runs`, or folders; of one study
-    cohort=None, # CSV of the cohort; None: what the runs know
-    n:int=200, # resampled cohorts of the intervals
-)->pd.DataFrame: # 44 rows; columns item section topic state said missing
+    runs,  # of `find_runs`, or folders; of one study
+    cohort=None,  # CSV of the cohort; None: what the runs know
+    n: int = 200,  # resampled cohorts of the intervals
+) -> pd.DataFrame:  # 44 rows; columns item section topic state said missing
     "CLAIM 2024 filled in from runs (items and numbers after Tejani et al. 2024, the words are ours)"
-    runs = open_runs(runs); f = _ChecklistFacts(runs, cohort_of_runs(runs, cohort)); got = {}
-    for part in (_data(f), _reference(f), _partitions(f), _model(f), _evaluation(f, n), _rest(f)): got |= {k:v for k,v in part.items() if v}
-    rows = [(i, *_ITEMS[i-1], *got.get(i, (AUTHOR, '', _ASK.get(i, 'write it')))) for i in range(1, 45)]
-    return pd.DataFrame(rows, columns=['item','section','topic','state','said','missing'])
+    runs = open_runs(runs)
+    f = _ChecklistFacts(runs, cohort_of_runs(runs, cohort))
+    got = {}
+    for part in (_data(f), _reference(f), _partitions(f), _model(f), _evaluation(f, n), _rest(f)):
+        got |= {k: v for k, v in part.items() if v}
+    rows = [
+        (i, *_ITEMS[i - 1], *got.get(i, (AUTHOR, '', _ASK.get(i, 'write it'))))
+        for i in range(1, 45)
+    ]
+    return pd.DataFrame(rows, columns=['item', 'section', 'topic', 'state', 'said', 'missing'])

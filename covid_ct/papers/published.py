@@ -7,36 +7,62 @@ __all__ = ['PUBLISHED', 'PublishedError', 'tables_of', 'published']
 
 # %% ../../nbs/papers/5_published.ipynb #446cbdee
 import re
+
 import pandas as pd
+
 from ..scan import DataError
 
 # %% ../../nbs/papers/5_published.ipynb #589dfa2e
-class PublishedError(DataError): "A paper or a table that is not in the collection"
+class PublishedError(DataError):
+    "A paper or a table that is not in the collection"
+
 
 PUBLISHED = {
     'darnet': 'Shi et al. 2021, DARNet',
     'dual_sampling': 'Ouyang et al. 2020, dual-sampling attention network',
     'raunet': 'Chen et al. 2020, residual attention U-Net',
-    'prior_attention': 'Wang et al. 2020, prior-attention residual learning'} # name of the system, as in a recipe → the paper
+    'prior_attention': 'Wang et al. 2020, prior-attention residual learning',
+}  # name of the system, as in a recipe → the paper
 _ROWS = []
+
 
 def _number(printed):
     "Value, ± (nan where there is none) and digits after the point"
     m = re.match(r'([\d,]+(?:\.(\d+))?)(?:±([\d.]+))?', printed)
-    return float(m[1].replace(',','')), float(m[3] or 'nan'), len(m[2] or '')
+    return float(m[1].replace(',', '')), float(m[3] or 'nan'), len(m[2] or '')
+
 
 def _print(paper, table, metrics, text, scans={}):
     "Add the rows of one table, a line each: part | row | numbers in the order of `metrics` (`name:unit`), – for none"
     names = [m.partition(':')[::2] for m in metrics.split()]
     for line in text.strip().splitlines():
-        part,row,numbers = (c.strip() for c in line.split('|'))
-        for (metric,unit),printed in zip(names, numbers.split(), strict=True):
-            if printed=='–': continue
-            value,sd,digits = _number(printed)
-            _ROWS.append(dict(paper=paper, table=table, part=part, row=row, metric=metric, unit=unit, value=value, sd=sd, digits=digits, printed=printed, scans=scans.get(part, float('nan'))))
+        part, row, numbers = (c.strip() for c in line.split('|'))
+        for (metric, unit), printed in zip(names, numbers.split(), strict=True):
+            if printed == '–':
+                continue
+            value, sd, digits = _number(printed)
+            _ROWS.append(
+                dict(
+                    paper=paper,
+                    table=table,
+                    part=part,
+                    row=row,
+                    metric=metric,
+                    unit=unit,
+                    value=value,
+                    sd=sd,
+                    digits=digits,
+                    printed=printed,
+                    scans=scans.get(part, float('nan')),
+                )
+            )
 
 # %% ../../nbs/papers/5_published.ipynb #b70f3f52
-_print('darnet', 'I', 'scans patients', '''
+_print(
+    'darnet',
+    'I',
+    'scans patients',
+    '''
     training set | COVID-19         | 1,245 764
     training set | CP               | 1,137 789
     training set | healthy controls | 856 732
@@ -48,24 +74,39 @@ _print('darnet', 'I', 'scans patients', '''
     in total     | COVID-19         | 1,544 929
     in total     | CP               | 1,556 964
     in total     | healthy controls | 1,078 849
-    in total     | In total         | 4,178 2,742''')
+    in total     | In total         | 4,178 2,742''',
+)
 
-_print('darnet', 'II', 'AUC accuracy:% sensitivity:% specificity:% F1:%', '''
+_print(
+    'darnet',
+    'II',
+    'AUC accuracy:% sensitivity:% specificity:% F1:%',
+    '''
     COVID-19 against the rest | [11]   | 0.9797 92.49 94.93 91.13 –
     COVID-19 against the rest | [14]   | – 88.69 88.08 – 89.26
     COVID-19 against the rest | [15]   | – 93.57 94.21 93.93 91.74
     COVID-19 against the rest | [28]   | 0.9212 – 77.99 93.55 –
-    COVID-19 against the rest | DARNet | 0.9950±0.0020 93.28±0.85 96.86±0.81 97.19±1.08 95.49±1.15''')
+    COVID-19 against the rest | DARNet | 0.9950±0.0020 93.28±0.85 96.86±0.81 97.19±1.08 95.49±1.15''',
+)
 
 # %% ../../nbs/papers/5_published.ipynb #2f9d1f88
-_print('darnet', 'III', 'parameters:M', '''
+_print(
+    'darnet',
+    'III',
+    'parameters:M',
+    '''
      | DARNet (w/o DA and CA) | 33.15
      | DARNet (w/o DA)        | 33.24
      | DARNet (w/o CA)        | 35.15
-     | DARNet                 | 35.24''')
+     | DARNet                 | 35.24''',
+)
 
 _TEST = {'COVID-19 against the rest': 940, 'three classes': 940}
-_print('darnet', 'IV', 'AUC accuracy:% sensitivity:% specificity:% F1:%', '''
+_print(
+    'darnet',
+    'IV',
+    'AUC accuracy:% sensitivity:% specificity:% F1:%',
+    '''
     COVID-19 against the rest | DARNet (w/o DA and CA) | 0.9938±0.0024 91.32±1.87 95.52±1.07 97.15±1.28 94.86±1.21
     COVID-19 against the rest | DARNet (w/o DA)        | 0.9926±0.0024 92.13±1.90 94.65±1.86 97.88±1.28 95.04±0.49
     COVID-19 against the rest | DARNet (w/o CA)        | 0.9923±0.0024 92.55±0.51 95.25±0.73 97.72±1.15 95.20±0.89
@@ -73,18 +114,29 @@ _print('darnet', 'IV', 'AUC accuracy:% sensitivity:% specificity:% F1:%', '''
     three classes             | DARNet (w/o DA and CA) | 0.9850±0.0041 91.32±1.87 90.34±3.85 95.32±1.88 90.74±2.44
     three classes             | DARNet (w/o DA)        | 0.9854±0.0047 92.13±1.90 91.70±3.58 95.95±1.95 91.63±2.44
     three classes             | DARNet (w/o CA)        | 0.9832±0.0041 92.55±0.51 91.96±1.55 96.14±1.00 92.05±0.81
-    three classes             | DARNet                 | 0.9879±0.0028 93.28±0.85 93.03±1.85 96.56±0.99 92.92±1.09''', _TEST)
+    three classes             | DARNet                 | 0.9879±0.0028 93.28±0.85 93.03±1.85 96.56±0.99 92.92±1.09''',
+    _TEST,
+)
 
 # %% ../../nbs/papers/5_published.ipynb #31fa7453
-_print('dual_sampling', 'I', 'scans patients age:years female:patients male:patients', '''
+_print(
+    'dual_sampling',
+    'I',
+    'scans patients age:years female:patients male:patients',
+    '''
     TV set   | COVID-19 | 1094 960 50.0(14-89) 479 481
     TV set   | CAP      | 1092 628 57.0(12-94) 322 306
     TV set   | Total    | 2186 1588 53.0(12-94) 801 787
     test set | COVID-19 | 2295 1605 50.0(8-95) 800 805
     test set | CAP      | 501 452 42.0(15-98) 255 197
-    test set | Total    | 2796 2057 49.0(8-98) 1055 1002''')
+    test set | Total    | 2796 2057 49.0(8-98) 1055 1002''',
+)
 
-_print('dual_sampling', 'II', 'AUC accuracy sensitivity specificity F1', '''
+_print(
+    'dual_sampling',
+    'II',
+    'AUC accuracy sensitivity specificity F1',
+    '''
     TV set   | RN34 + US           | 0.984 0.945 0.931 0.959 0.945
     TV set   | Attention RN34 + US | 0.986 0.947 0.941 0.953 0.947
     TV set   | Attention RN34 + SS | 0.987 0.951 0.953 0.948 0.951
@@ -92,11 +144,24 @@ _print('dual_sampling', 'II', 'AUC accuracy sensitivity specificity F1', '''
     test set | RN34 + US           | 0.934±0.011 0.859±0.013 0.856±0.029 0.870±0.071 0.798±0.011
     test set | Attention RN34 + US | 0.948±0.003 0.879±0.012 0.872±0.018 0.907±0.029 0.825±0.013
     test set | Attention RN34 + SS | 0.938±0.002 0.869±0.008 0.868±0.020 0.876±0.048 0.811±0.004
-    test set | Attention RN34 + DS | 0.944±0.003 0.875±0.009 0.869±0.016 0.901±0.025 0.820±0.008''', {'TV set':2186, 'test set':2796})
+    test set | Attention RN34 + DS | 0.944±0.003 0.875±0.009 0.869±0.016 0.901±0.025 0.820±0.008''',
+    {'TV set': 2186, 'test set': 2796},
+)
 
 # %% ../../nbs/papers/5_published.ipynb #d74afd44
-_SIZES = {'TV set, < 0.005':989, 'TV set, 0.005–0.030':501, 'TV set, > 0.030':696, 'test set, < 0.005':799, 'test set, 0.005–0.030':759, 'test set, > 0.030':1238}
-_print('dual_sampling', 'III', 'AUC accuracy sensitivity specificity F1', '''
+_SIZES = {
+    'TV set, < 0.005': 989,
+    'TV set, 0.005–0.030': 501,
+    'TV set, > 0.030': 696,
+    'test set, < 0.005': 799,
+    'test set, 0.005–0.030': 759,
+    'test set, > 0.030': 1238,
+}
+_print(
+    'dual_sampling',
+    'III',
+    'AUC accuracy sensitivity specificity F1',
+    '''
     TV set, < 0.005     | RN34 + US           | 0.949 0.930 0.675 0.976 0.853
     TV set, < 0.005     | Attention RN34 + US | 0.958 0.932 0.722 0.970 0.863
     TV set, < 0.005     | Attention RN34 + SS | 0.958 0.938 0.815 0.961 0.882
@@ -108,10 +173,16 @@ _print('dual_sampling', 'III', 'AUC accuracy sensitivity specificity F1', '''
     TV set, > 0.030     | RN34 + US           | 0.972 0.976 0.995 0.803 0.928
     TV set, > 0.030     | Attention RN34 + US | 0.986 0.981 0.997 0.845 0.946
     TV set, > 0.030     | Attention RN34 + SS | 0.986 0.974 0.987 0.859 0.929
-    TV set, > 0.030     | Attention RN34 + DS | 0.987 0.981 0.994 0.873 0.947''', _SIZES)
+    TV set, > 0.030     | Attention RN34 + DS | 0.987 0.981 0.994 0.873 0.947''',
+    _SIZES,
+)
 
 # %% ../../nbs/papers/5_published.ipynb #3be14b5c
-_print('dual_sampling', 'III', 'AUC accuracy sensitivity specificity F1', '''
+_print(
+    'dual_sampling',
+    'III',
+    'AUC accuracy sensitivity specificity F1',
+    '''
     test set, < 0.005     | RN34 + US           | 0.796±0.032 0.719±0.015 0.514±0.093 0.889±0.074 0.698±0.022
     test set, < 0.005     | Attention RN34 + US | 0.835±0.012 0.752±0.017 0.534±0.050 0.933±0.024 0.732±0.022
     test set, < 0.005     | Attention RN34 + SS | 0.816±0.007 0.747±0.006 0.569±0.061 0.896±0.051 0.732±0.009
@@ -123,20 +194,37 @@ _print('dual_sampling', 'III', 'AUC accuracy sensitivity specificity F1', '''
     test set, > 0.030     | RN34 + US           | 0.905±0.011 0.955±0.007 0.962±0.007 0.617±0.062 0.663±0.018
     test set, > 0.030     | Attention RN34 + US | 0.906±0.016 0.965±0.008 0.972±0.008 0.642±0.037 0.702±0.026
     test set, > 0.030     | Attention RN34 + SS | 0.906±0.014 0.955±0.009 0.960±0.010 0.667±0.051 0.671±0.018
-    test set, > 0.030     | Attention RN34 + DS | 0.907±0.015 0.962±0.007 0.968±0.008 0.650±0.037 0.692±0.018''', _SIZES)
+    test set, > 0.030     | Attention RN34 + DS | 0.907±0.015 0.962±0.007 0.968±0.008 0.650±0.037 0.692±0.018''',
+    _SIZES,
+)
 
-for _part,_counts in zip(_SIZES, ('151 838', '318 183', '625 71', '363 436', '718 41', '1214 24')):
-    for _row,_count in zip(('COVID-19','CAP','Total'), (*_counts.split(), str(_SIZES[_part]))): _print('dual_sampling', 'III', 'scans', f'{_part} | {_row} | {_count}')
+for _part, _counts in zip(
+    _SIZES, ('151 838', '318 183', '625 71', '363 436', '718 41', '1214 24'), strict=False
+):
+    for _row, _count in zip(
+        ('COVID-19', 'CAP', 'Total'), (*_counts.split(), str(_SIZES[_part])), strict=False
+    ):
+        _print('dual_sampling', 'III', 'scans', f'{_part} | {_row} | {_count}')
 
 # %% ../../nbs/papers/5_published.ipynb #fec4dd70
-_FOLDS = {'with augmentation':100, 'no augmentation':100}
-_print('raunet', 'I', 'Dice accuracy precision', '''
+_FOLDS = {'with augmentation': 100, 'no augmentation': 100}
+_print(
+    'raunet',
+    'I',
+    'Dice accuracy precision',
+    '''
     with augmentation | Ours  | 0.94 0.89 0.95
     with augmentation | U-Net | 0.82 0.79 0.83
     no augmentation   | Ours  | 0.83 0.79 0.82
-    no augmentation   | U-Net | 0.75 0.70 0.72''', _FOLDS)
+    no augmentation   | U-Net | 0.75 0.70 0.72''',
+    _FOLDS,
+)
 
-_print('raunet', 'II', 'Dice accuracy precision', '''
+_print(
+    'raunet',
+    'II',
+    'Dice accuracy precision',
+    '''
     with augmentation | Ours(M) | 0.94 0.89 0.95
     with augmentation | M - A   | 0.85 0.82 0.84
     with augmentation | M - R   | 0.84 0.81 0.83
@@ -144,17 +232,28 @@ _print('raunet', 'II', 'Dice accuracy precision', '''
     no augmentation   | Ours(M) | 0.83 0.79 0.82
     no augmentation   | M - A   | 0.79 0.74 0.77
     no augmentation   | M - R   | 0.77 0.76 0.77
-    no augmentation   | U-Net   | 0.75 0.70 0.72''', _FOLDS)
+    no augmentation   | U-Net   | 0.75 0.70 0.72''',
+    _FOLDS,
+)
 
 # %% ../../nbs/papers/5_published.ipynb #072c2a87
-_print('prior_attention', 'I', 'parameters convolutions', '''
+_print(
+    'prior_attention',
+    'I',
+    'parameters convolutions',
+    '''
      | WA-66   | 15,959,851 66
      | SA-66   | 15,959,851 66
      | WA-66-M | 15,988,903 66
      | SA-66-M | 15,988,903 66
-     | PA-66-M | 15,988,903 66''')
+     | PA-66-M | 15,988,903 66''',
+)
 
-_print('prior_attention', 'II', 'accuracy:% recall:% specificity:% precision:% F1:% AUC:%', '''
+_print(
+    'prior_attention',
+    'II',
+    'accuracy:% recall:% specificity:% precision:% F1:% AUC:%',
+    '''
     Non-Pneu | WA-66   | 86.0±1.6 81.4±7.3 87.0±3.1 58.3±4.0 67.6±2.3 92.6±1.7
     Non-Pneu | SA-66   | 84.0±4.4 83.8±16 84.0±8.2 56.9±10.9 65.4±4.2 92.9±2.2
     Non-Pneu | WA-66-M | 82.4±5.7 89.9±7.7 80.8±8.5 54.2±14.2 65.8±6.9 93.8±0.7
@@ -164,17 +263,29 @@ _print('prior_attention', 'II', 'accuracy:% recall:% specificity:% precision:% F
     ILD      | SA-66   | 75.5±7.0 59.0±14.1 95.3±1.7 94.0±0.9 71.4±11.0 90.7±2.0
     ILD      | WA-66-M | 78.6±3.8 64.7±8.3 95.3±3.3 94.6±3.0 76.4±5.8 92.2±1.9
     ILD      | SA-66-M | 75.3±4.6 57.0±9.3 97.4±1.4 96.6±1.6 71.2±7.4 93.2±1.7
-    ILD      | PA-66-M | 89.4±1.2 88.5±1.5 90.6±2.6 91.9±1.9 90.2±1.1 95.7±1.2''', {'Non-Pneu':3997, 'ILD':3997})
+    ILD      | PA-66-M | 89.4±1.2 88.5±1.5 90.6±2.6 91.9±1.9 90.2±1.1 95.7±1.2''',
+    {'Non-Pneu': 3997, 'ILD': 3997},
+)
 
 # %% ../../nbs/papers/5_published.ipynb #c9b12bbb
-_print('prior_attention', 'II', 'accuracy:% recall:% specificity:% precision:% F1:% AUC:%', '''
+_print(
+    'prior_attention',
+    'II',
+    'accuracy:% recall:% specificity:% precision:% F1:% AUC:%',
+    '''
     COVID-19 | WA-66   | 76.9±8.1 93.4±3.4 70.7±12.2 56.6±10.0 69.8±6.8 92.1±1.9
     COVID-19 | SA-66   | 81.0±10.9 83.7±9.2 80.0±18.0 67.4±15.5 72.5±8.4 92.2±1.7
     COVID-19 | WA-66-M | 85.7±8.2 79.7±11.1 87.9±14.3 77.8±15.8 76.6±7.6 92.9±4.3
     COVID-19 | SA-66-M | 87.1±3.5 81.1±2.1 89.4±4.9 75.4±8.8 77.8±4.7 92.9±1.8
-    COVID-19 | PA-66-M | 93.3±0.8 87.6±4.3 95.5±2.1 88.4±4.1 87.8±1.5 97.3±1.1''', {'COVID-19':3997})
+    COVID-19 | PA-66-M | 93.3±0.8 87.6±4.3 95.5±2.1 88.4±4.1 87.8±1.5 97.3±1.1''',
+    {'COVID-19': 3997},
+)
 
-_print('prior_attention', 'III', 'accuracy:% sensitivity:% specificity:%', '''
+_print(
+    'prior_attention',
+    'III',
+    'accuracy:% sensitivity:% specificity:%',
+    '''
     COVID-19 | Chen et al. [38]  | 95.2 100 93.6
     COVID-19 | Zheng et al. [39] | – 90.7 91.1
     COVID-19 | Jin et al. [40]   | – 94.1 95.5
@@ -184,33 +295,57 @@ _print('prior_attention', 'III', 'accuracy:% sensitivity:% specificity:%', '''
     COVID-19 | Li et al. [44]    | – 90.0 96.0
     COVID-19 | Xu et al. [45]    | 86.7 – –
     COVID-19 | Shi et al. [46]   | 87.9 90.7 83.3
-    COVID-19 | Proposed          | 93.3 87.6 95.5''')
+    COVID-19 | Proposed          | 93.3 87.6 95.5''',
+)
 
 # %% ../../nbs/papers/5_published.ipynb #c05a078e
-_SIX = {'WA-66-M': '77.8  173 2 25  29 125 46  11 20 169', 'SA-66-M': '79.7  189 0 11  58 122 20  24 9 167', 'PA-66-M': '89.7  171 22 7  7 191 2  6 18 176'}
-_WHO = ('Non-Pneu','ILD','COVID-19')
+_SIX = {
+    'WA-66-M': '77.8  173 2 25  29 125 46  11 20 169',
+    'SA-66-M': '79.7  189 0 11  58 122 20  24 9 167',
+    'PA-66-M': '89.7  171 22 7  7 191 2  6 18 176',
+}
+_WHO = ('Non-Pneu', 'ILD', 'COVID-19')
 
-for _row,_text in _SIX.items():
-    _all,*_cells = _text.split()
-    _print('prior_attention', 'Fig. 6', 'accuracy:%', f' | {_row} | {_all}', {'':600})
-    for _i,_part in enumerate(_WHO):
-        _shares = ' '.join(f'{int(c)/2:.1f}' for c in _cells[3*_i:3*_i+3])                      # of 200 scans, in percent
-        _print('prior_attention', 'Fig. 6', ' '.join(f'called_{w}:%' for w in _WHO), f'{_part} | {_row} | {_shares}', {_part:200})
+for _row, _text in _SIX.items():
+    _all, *_cells = _text.split()
+    _print('prior_attention', 'Fig. 6', 'accuracy:%', f' | {_row} | {_all}', {'': 600})
+    for _i, _part in enumerate(_WHO):
+        _shares = ' '.join(
+            f'{int(c) / 2:.1f}' for c in _cells[3 * _i : 3 * _i + 3]
+        )  # of 200 scans, in percent
+        _print(
+            'prior_attention',
+            'Fig. 6',
+            ' '.join(f'called_{w}:%' for w in _WHO),
+            f'{_part} | {_row} | {_shares}',
+            {_part: 200},
+        )
 
 # %% ../../nbs/papers/5_published.ipynb #9fe32dbb
 def tables_of(
-    paper:str, # a key of `PUBLISHED`
-)->list: # names, in the order of the paper
+    paper: str,  # a key of `PUBLISHED`
+) -> list:  # names, in the order of the paper
     "Tables of a paper that are in the collection; raises `PublishedError`"
-    if paper not in PUBLISHED: raise PublishedError('papers', f'no paper {paper!r}', f'Use one of {", ".join(PUBLISHED)}.')
-    return list(dict.fromkeys(r['table'] for r in _ROWS if r['paper']==paper))
+    if paper not in PUBLISHED:
+        raise PublishedError('papers', f'no paper {paper!r}', f'Use one of {", ".join(PUBLISHED)}.')
+    return list(dict.fromkeys(r['table'] for r in _ROWS if r['paper'] == paper))
+
 
 def published(
-    paper:str, # a key of `PUBLISHED`
-    table:str='', # as 'IV' or 'Fig. 6'; '': all of them
-)->pd.DataFrame: # columns paper table part row metric unit value sd digits printed scans source
+    paper: str,  # a key of `PUBLISHED`
+    table: str = '',  # as 'IV' or 'Fig. 6'; '': all of them
+) -> pd.DataFrame:  # columns paper table part row metric unit value sd digits printed scans source
     "What a paper prints; raises `PublishedError` naming what there is"
     known = tables_of(paper)
-    if table and table not in known: raise PublishedError(PUBLISHED[paper], f'no table {table!r}', f'Use one of {", ".join(known)}.')
-    t = pd.DataFrame([r for r in _ROWS if r['paper']==paper and (not table or r['table']==table)])
-    return t.assign(source=PUBLISHED[paper].split(',')[0]+', '+t.table.map(lambda v: v if v.startswith('Fig') else f'Table {v}'))
+    if table and table not in known:
+        raise PublishedError(
+            PUBLISHED[paper], f'no table {table!r}', f'Use one of {", ".join(known)}.'
+        )
+    t = pd.DataFrame(
+        [r for r in _ROWS if r['paper'] == paper and (not table or r['table'] == table)]
+    )
+    return t.assign(
+        source=PUBLISHED[paper].split(',')[0]
+        + ', '
+        + t.table.map(lambda v: v if v.startswith('Fig') else f'Table {v}')
+    )

@@ -8,148 +8,320 @@ __all__ = ['write_report']
 # %% ../../nbs/papers/9_report.ipynb #ec81b685
 import html
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from sklearn.metrics import roc_curve
+
+from covid_ct.evaluate.metrics import (
+    auc,
+    classes_of,
+    confusion,
+    draw_patients,
+    labels_and_probabilities,
+    roc_band,
+)
 from .checklist import fill_checklist
-from ..evaluate.metrics import auc, classes_of, confusion, draw_patients, roc_band, labels_and_probabilities
 from .published import PUBLISHED, published, tables_of
-from ..widgets.html import HtmlReport
 from .runs import REFERENCE_ROWS, TableError, open_runs, select
+from covid_ct.papers.tables import (
+    cohort_of_runs,
+    file_table,
+    paper_table,
+    printed_table,
+    to_csv,
+    to_latex,
+    to_markdown,
+)
 from ..plot import Picture, set_alt_text
-from .tables import cohort_of_runs, file_table, paper_table, printed_table, to_csv, to_latex, to_markdown
 from ..train.run_folder import write_text
 from ..train.tasks import dice_figure
+from ..widgets.html import HtmlReport
 
 # %% ../../nbs/papers/9_report.ipynb #63318db1
 def _counted(models):
     "Confusion matrix of all answers of a row's models"
     each = [labels_and_probabilities(m.table) for m in models]
-    return sum(confusion(y, prob.argmax(1), len(classes))[0] for y,prob,classes in each)
+    return sum(confusion(y, prob.argmax(1), len(classes))[0] for y, prob, classes in each)
+
 
 def _matrix(ax, C, classes, title):
     "Draw one matrix: count, and share of the true class as colour"
-    share, K = C/np.maximum(C.sum(1, keepdims=True), 1), len(classes); ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
-    for i,j in np.ndindex(K, K): ax.text(j, i, f'{C[i,j]:.0f}\n{share[i,j]:.0%}', ha='center', va='center', fontsize=8, color='white' if share[i,j]>.55 else 'black')
-    ax.set(xticks=range(K), yticks=range(K), xticklabels=classes, yticklabels=classes, xlabel='predicted', ylabel='true')
-    ax.set_title(title, fontsize=8); ax.tick_params(length=0, labelsize=8); ax.spines[:].set_visible(False)
+    share, K = C / np.maximum(C.sum(1, keepdims=True), 1), len(classes)
+    ax.imshow(share, cmap='Blues', vmin=0, vmax=1)
+    for i, j in np.ndindex(K, K):
+        ax.text(
+            j,
+            i,
+            f'{C[i, j]:.0f}\n{share[i, j]:.0%}',
+            ha='center',
+            va='center',
+            fontsize=8,
+            color='white' if share[i, j] > 0.55 else 'black',
+        )
+    ax.set(
+        xticks=range(K),
+        yticks=range(K),
+        xticklabels=classes,
+        yticklabels=classes,
+        xlabel='predicted',
+        ylabel='true',
+    )
+    ax.set_title(title, fontsize=8)
+    ax.tick_params(length=0, labelsize=8)
+    ax.spines[:].set_visible(False)
 
 # %% ../../nbs/papers/9_report.ipynb #c84541b4
 def _confusion_panels(
-    models:dict, # row → its models
-)->Picture: # with alt text
+    models: dict,  # row → its models
+) -> Picture:  # with alt text
     "Confusion matrix of each row, answers of all its models together; share of the true class as colour"
-    fig = Picture(figsize=(.8+2.3*len(models),2.9), layout='constrained'); said = []
-    for ax,(row,ms) in zip(np.ravel(fig.subplots(1, len(models))), models.items()):
-        C = _counted(ms); _matrix(ax, C, classes_of(ms[0].table), row)
-        said.append(f'{row}: {np.trace(C)/C.sum():.0%} of {C.sum():.0f} answers right')
+    fig = Picture(figsize=(0.8 + 2.3 * len(models), 2.9), layout='constrained')
+    said = []
+    for ax, (row, ms) in zip(np.ravel(fig.subplots(1, len(models))), models.items(), strict=False):
+        C = _counted(ms)
+        _matrix(ax, C, classes_of(ms[0].table), row)
+        said.append(f'{row}: {np.trace(C) / C.sum():.0%} of {C.sum():.0f} answers right')
     return set_alt_text(fig, f'Confusion matrices. {"; ".join(said)}.')
 
 # %% ../../nbs/papers/9_report.ipynb #9af7257b
-_COLOURS = ('#7f7f7f','#0072b2','#d55e00','#009e73','#000000')
+_COLOURS = ('#7f7f7f', '#0072b2', '#d55e00', '#009e73', '#000000')
+
 
 def _curve(ax, m, positive, name, colour):
     "Draw the ROC curve of a model; returns its AUC"
-    ill, p = (m.table.label==positive).to_numpy(), m.table[f'prob_{positive}'].to_numpy(); fpr,tpr,_ = roc_curve(ill, p); a = float(auc(ill, p)[0])
-    ax.plot(fpr, tpr, color=colour, lw=1.2, label=f'{name}  {a:.3f}'); return a
+    ill, p = (m.table.label == positive).to_numpy(), m.table[f'prob_{positive}'].to_numpy()
+    fpr, tpr, _ = roc_curve(ill, p)
+    a = float(auc(ill, p)[0])
+    ax.plot(fpr, tpr, color=colour, lw=1.2, label=f'{name}  {a:.3f}')
+    return a
+
 
 def _band(ax, m, positive, colour, n):
     "Draw the 95 % band over patients of a model"
     grid = np.linspace(0, 1, 101)
-    ax.fill_between(grid, *roc_band(m.table.label==positive, m.table[f'prob_{positive}'].to_numpy(), draw_patients(m.table.patient_id, n), grid), color=colour, alpha=.15, lw=0)
+    ax.fill_between(
+        grid,
+        *roc_band(
+            m.table.label == positive,
+            m.table[f'prob_{positive}'].to_numpy(),
+            draw_patients(m.table.patient_id, n),
+            grid,
+        ),
+        color=colour,
+        alpha=0.15,
+        lw=0,
+    )
 
 # %% ../../nbs/papers/9_report.ipynb #2b0469ac
 def _roc_panels(
-    models:dict, # row → its models, in the order of the legend
-    positive:str='covid', # class against the rest
-    n:int=300, # resampled cohorts of the band
-    most:int=6, # panels at most
-)->Picture: # with alt text
+    models: dict,  # row → its models, in the order of the legend
+    positive: str = 'covid',  # class against the rest
+    n: int = 300,  # resampled cohorts of the band
+    most: int = 6,  # panels at most
+) -> Picture:  # with alt text
     "ROC curves, one panel for each model of the rows, a curve a row, and the 95 % band over patients of the last"
-    keys = list(dict.fromkeys(m.key for ms in models.values() for m in ms))[:most]; cols = min(3, len(keys)); rows = -(-len(keys)//cols)
-    fig, said = Picture(figsize=(2.7*cols,2.9*rows), layout='constrained'), []
-    for i,k in enumerate(keys):
-        ax = fig.add_subplot(rows, cols, i+1)
-        for (row,ms),colour in zip(models.items(), _COLOURS):
-            for m in (m for m in ms if m.key==k):
-                said.append(_curve(ax, m, positive, row, colour)); last = (m, positive, colour)
+    keys = list(dict.fromkeys(m.key for ms in models.values() for m in ms))[:most]
+    cols = min(3, len(keys))
+    rows = -(-len(keys) // cols)
+    fig, said = Picture(figsize=(2.7 * cols, 2.9 * rows), layout='constrained'), []
+    for i, k in enumerate(keys):
+        ax = fig.add_subplot(rows, cols, i + 1)
+        for (row, ms), colour in zip(models.items(), _COLOURS, strict=False):
+            for m in (m for m in ms if m.key == k):
+                said.append(_curve(ax, m, positive, row, colour))
+                last = (m, positive, colour)
         _band(ax, *last, n)
-        ax.set_title(f'({chr(65+i)}) seed {k[0]}, fold {k[1]}', fontsize=8); ax.tick_params(labelsize=8); ax.legend(frameon=False, fontsize=6.5, loc='lower right'); ax.set(aspect='equal', xticks=(0,.5,1), yticks=(0,.5,1)); ax.spines[['top','right']].set_visible(False)
-    fig.supxlabel('false alarms (1 − specificity)', fontsize=9); fig.supylabel('found (sensitivity)', fontsize=9)
-    return set_alt_text(fig, f'ROC curves of {positive} against the rest in {len(keys)} panels for {", ".join(models)}; AUC {min(said):.3f} to {max(said):.3f}.')
+        ax.set_title(f'({chr(65 + i)}) seed {k[0]}, fold {k[1]}', fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.legend(frameon=False, fontsize=6.5, loc='lower right')
+        ax.set(aspect='equal', xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        ax.spines[['top', 'right']].set_visible(False)
+    fig.supxlabel('false alarms (1 − specificity)', fontsize=9)
+    fig.supylabel('found (sensitivity)', fontsize=9)
+    return set_alt_text(
+        fig,
+        f'ROC curves of {positive} against the rest in {len(keys)} panels for {", ".join(models)}; AUC {min(said):.3f} to {max(said):.3f}.',
+    )
 
 # %% ../../nbs/papers/9_report.ipynb #68b3edd6
 def _ratio_histogram(
-    table:pd.DataFrame, # with `label` and `infection_ratio`
-)->Picture: # with alt text
+    table: pd.DataFrame,  # with `label` and `infection_ratio`
+) -> Picture:  # with alt text
     "How often each infection ratio occurs, by class (Ouyang et al. 2020, Fig. 1), with the bounds of their groups"
-    fig = Picture(figsize=(5,2.8), layout='constrained'); ax, said, top = fig.subplots(), [], 0
-    for (c,t),colour in zip(table.groupby('label'), ('#0072b2','#d55e00','#009e73','#7f7f7f')):
-        r = t.infection_ratio.clip(1e-4); n,_,_ = ax.hist(r, np.geomspace(1e-4, 1, 25), weights=np.full(len(r), 1/len(r)), alpha=.6, color=colour, label=f'{c}, {len(r)} scans'); top = max(top, n.max())
+    fig = Picture(figsize=(5, 2.8), layout='constrained')
+    ax, said, top = fig.subplots(), [], 0
+    for (c, t), colour in zip(
+        table.groupby('label'), ('#0072b2', '#d55e00', '#009e73', '#7f7f7f'), strict=False
+    ):
+        r = t.infection_ratio.clip(1e-4)
+        n, _, _ = ax.hist(
+            r,
+            np.geomspace(1e-4, 1, 25),
+            weights=np.full(len(r), 1 / len(r)),
+            alpha=0.6,
+            color=colour,
+            label=f'{c}, {len(r)} scans',
+        )
+        top = max(top, n.max())
         said.append(f'{c} median {t.infection_ratio.median():.4f}')
-    for bound in (.005,.030): ax.axvline(bound, ymax=.78, color='k', ls='--', lw=.8)
-    ax.set(xscale='log', xlabel='infection / lung (10⁻⁴: that or less)', ylabel='share of the class', ylim=(0,1.3*top), yticks=np.linspace(0, np.ceil(20*top)/20, 3)); ax.legend(frameon=False, ncols=2, loc='upper left'); ax.spines[['top','right']].set_visible(False)
+    for bound in (0.005, 0.030):
+        ax.axvline(bound, ymax=0.78, color='k', ls='--', lw=0.8)
+    ax.set(
+        xscale='log',
+        xlabel='infection / lung (10⁻⁴: that or less)',
+        ylabel='share of the class',
+        ylim=(0, 1.3 * top),
+        yticks=np.linspace(0, np.ceil(20 * top) / 20, 3),
+    )
+    ax.legend(frameon=False, ncols=2, loc='upper left')
+    ax.spines[['top', 'right']].set_visible(False)
     return set_alt_text(fig, f'Histogram of infection ratios by class: {", ".join(said)}.')
 
 # %% ../../nbs/papers/9_report.ipynb #7deab2c1
-_TABLE = dict(darnet='IV', dual_sampling='II', raunet='II', prior_attention='II') # whose rows the figures show
+_TABLE = dict(
+    darnet='IV', dual_sampling='II', raunet='II', prior_attention='II'
+)  # whose rows the figures show
+
 
 def _rows_with_runs(
-    paper:str, # a key of `PUBLISHED`
-    runs:list, # of `find_runs`
-    ratio=None, # infection ratio by scan id
-)->dict: # name → its models
+    paper: str,  # a key of `PUBLISHED`
+    runs: list,  # of `find_runs`
+    ratio=None,  # infection ratio by scan id
+) -> dict:  # name → its models
     "Rows of a paper that there are runs for"
-    pub = published(paper, _TABLE[paper]); out = {}
-    for row,part in dict.fromkeys(zip(pub.row, pub.part if paper=='raunet' else ['']*len(pub))):
-        models, _ = select(runs, paper, row, dict(raunet='valid', prior_attention='held-out').get(paper,'test'), part, ratio)
-        if models: out[f'{row}, {part}' if part else row] = models
+    pub = published(paper, _TABLE[paper])
+    out = {}
+    for row, part in dict.fromkeys(
+        zip(pub.row, pub.part if paper == 'raunet' else [''] * len(pub), strict=False)
+    ):
+        models, _ = select(
+            runs,
+            paper,
+            row,
+            dict(raunet='valid', prior_attention='held-out').get(paper, 'test'),
+            part,
+            ratio,
+        )
+        if models:
+            out[f'{row}, {part}' if part else row] = models
     return out
 
 # %% ../../nbs/papers/9_report.ipynb #07f586d8
 def _figures(
-    paper:str, # a key of `PUBLISHED`
-    runs:list, # of `find_runs`
-    cohort, # of `cohort_of_runs`
-)->list: # of `(heading, figure, caption)`
+    paper: str,  # a key of `PUBLISHED`
+    runs: list,  # of `find_runs`
+    cohort,  # of `cohort_of_runs`
+) -> list:  # of `(heading, figure, caption)`
     "Confusion matrices, ROC panels, histogram of ratios; for segmentation the Dice of every image"
     rows, out = _rows_with_runs(paper, runs, cohort.ratio), []
-    if paper=='raunet': return [(f'Dice of every slice: {k}', dice_figure(pd.concat([m.table for m in ms], ignore_index=True)), f'{len(ms)} folds; red: median.') for k,ms in rows.items()]
-    if rows: out = [('Confusion matrices', _confusion_panels(rows), 'Answers of all models of a row together; count, and share of the true class as colour.'),
-                    ('ROC curves', _roc_panels(rows), 'covid against the rest, a panel for each model; legend: AUC. Band: 95 % over patients, last row of the legend.')]
-    if cohort.ratio is not None and 'label' in cohort.table: out.append(('Infection ratios', _ratio_histogram(cohort.table.dropna(subset=['infection_ratio'])), 'Infected over lung volume; dashed: the bounds of the groups, 0.005 and 0.030.'))
+    if paper == 'raunet':
+        return [
+            (
+                f'Dice of every slice: {k}',
+                dice_figure(pd.concat([m.table for m in ms], ignore_index=True)),
+                f'{len(ms)} folds; red: median.',
+            )
+            for k, ms in rows.items()
+        ]
+    if rows:
+        out = [
+            (
+                'Confusion matrices',
+                _confusion_panels(rows),
+                'Answers of all models of a row together; count, and share of the true class as colour.',
+            ),
+            (
+                'ROC curves',
+                _roc_panels(rows),
+                'covid against the rest, a panel for each model; legend: AUC. Band: 95 % over patients, last row of the legend.',
+            ),
+        ]
+    if cohort.ratio is not None and 'label' in cohort.table:
+        out.append(
+            (
+                'Infection ratios',
+                _ratio_histogram(cohort.table.dropna(subset=['infection_ratio'])),
+                'Infected over lung volume; dashed: the bounds of the groups, 0.005 and 0.030.',
+            )
+        )
     return out
 
 # %% ../../nbs/papers/9_report.ipynb #5db926d3
-_FORMATS = ('html','md','tex','csv')
+_FORMATS = ('html', 'md', 'tex', 'csv')
 _WIDE = '<style>main{max-width:1400px}.numbers td:not(:last-child){white-space:nowrap}td:last-child,th:last-child{text-align:left}td{vertical-align:top}pre{white-space:pre-wrap;font-size:.85rem}.words td,.words th{text-align:left}details{margin:.4em 0}</style>'
+
 
 def _said(runs, tables):
     "What stands above all numbers"
-    every = pd.concat(tables.values()); lack = sorted({p for n in every.note for p in n.split('; ') if p.startswith('no run of')}); out = []
-    if any(r.phantoms for r in runs): out.append('**Results on phantoms.** They show that the machinery works; they reproduce nothing and have no difference from the paper\'s numbers.')
-    other = sorted({f"{r.recipe['system']}/{r.recipe['name']}: {', '.join(r.changed)}" for r in runs if r.changed})
+    every = pd.concat(tables.values())
+    lack = sorted({p for n in every.note for p in n.split('; ') if p.startswith('no run of')})
+    out = []
+    if any(r.phantoms for r in runs):
+        out.append(
+            '**Results on phantoms.** They show that the machinery works; they reproduce nothing and have no difference from the paper\'s numbers.'
+        )
+    other = sorted(
+        {
+            f"{r.recipe['system']}/{r.recipe['name']}: {', '.join(r.changed)}"
+            for r in runs
+            if r.changed
+        }
+    )
     if other:
-        out.append('Not the paper\'s recipe, so without a difference from its numbers; what is other: '
-                   f'{"; ".join(other)}.')
-    if lack: out.append('Empty cells: '+'; '.join(lack)+'.')
+        out.append(
+            'Not the paper\'s recipe, so without a difference from its numbers; what is other: '
+            f'{"; ".join(other)}.'
+        )
+    if lack:
+        out.append('Empty cells: ' + '; '.join(lack) + '.')
     return '\n\n'.join([*out, 'For teaching and research, not for clinical use.'])
 
 # %% ../../nbs/papers/9_report.ipynb #e44d5de9
 def _legend(paper, t):
     "What stands below a table"
-    tested = t[['p_models','p_patients']].notna().any(axis=None)
-    return f'{t.source.iloc[0]}.'+(' ± is over models, the interval over patients.' if t.models.notna().any() else '')+(f' p: against {REFERENCE_ROWS[paper]}, paired t over models and permutation over patients, after Holm.' if tested else '')
+    tested = t[['p_models', 'p_patients']].notna().any(axis=None)
+    return (
+        f'{t.source.iloc[0]}.'
+        + (' ± is over models, the interval over patients.' if t.models.notna().any() else '')
+        + (
+            f' p: against {REFERENCE_ROWS[paper]}, paired t over models and permutation over patients, after Holm.'
+            if tested
+            else ''
+        )
+    )
 
 # %% ../../nbs/papers/9_report.ipynb #92035350
 def _run_table(runs):
     "Who took part"
-    return pd.DataFrame([dict(run=r.name, network=r.recipe['model'], recipe=f"{r.recipe['system']}/{r.recipe['name']}", hash=r.config['recipe_hash'], seed=str(r.config['seed']), fold=str(r.config.get('fold','')), trained_on=r.config.get('trained_on','') or 'not named') for r in runs])
+    return pd.DataFrame(
+        [
+            dict(
+                run=r.name,
+                network=r.recipe['model'],
+                recipe=f"{r.recipe['system']}/{r.recipe['name']}",
+                hash=r.config['recipe_hash'],
+                seed=str(r.config['seed']),
+                fold=str(r.config.get('fold', '')),
+                trained_on=r.config.get('trained_on', '') or 'not named',
+            )
+            for r in runs
+        ]
+    )
+
 
 def _cards(runs):
     "Model cards to unfold"
-    cards = {r.name: (r.folder/'model_card.md').read_text('utf-8') for r in runs if (r.folder/'model_card.md').is_file()}
-    return '\n'.join(f'<details><summary>{html.escape(k)}</summary><pre>{html.escape(v)}</pre></details>' for k,v in cards.items())
+    cards = {
+        r.name: (r.folder / 'model_card.md').read_text('utf-8')
+        for r in runs
+        if (r.folder / 'model_card.md').is_file()
+    }
+    return '\n'.join(
+        f'<details><summary>{html.escape(k)}</summary><pre>{html.escape(v)}</pre></details>'
+        for k, v in cards.items()
+    )
+
 
 def _words(page, table):
     "A table of text, left-aligned"
@@ -159,37 +331,92 @@ def _words(page, table):
 def _html(paper, runs, tables, cohort, checklist):
     "The page"
     every, files = pd.concat(tables.values()), file_table(list(tables.values()))
-    page = HtmlReport(f'{PUBLISHED[paper]}: theirs beside ours', 'Every number of ours was computed when this page was written, from the files listed below.').html(_WIDE)
-    page.facts({'runs':len(runs), 'printed numbers of the paper':len(every), 'of which ours stand beside':int(every.ours.notna().sum()), 'files behind them':len(files)}).note(_said(runs, tables))
-    for k,t in tables.items(): page.section(k if k.startswith('Fig') else f'Table {k}').html('<div class="numbers">').table(printed_table(t), _legend(paper, t)).html('</div>')
-    for heading,fig,caption in _figures(paper, runs, cohort): page.section(heading).figure(fig, fig.alt, caption)
+    page = HtmlReport(
+        f'{PUBLISHED[paper]}: theirs beside ours',
+        'Every number of ours was computed when this page was written, from the files listed below.',
+    ).html(_WIDE)
+    page.facts(
+        {
+            'runs': len(runs),
+            'printed numbers of the paper': len(every),
+            'of which ours stand beside': int(every.ours.notna().sum()),
+            'files behind them': len(files),
+        }
+    ).note(_said(runs, tables))
+    for k, t in tables.items():
+        page.section(k if k.startswith('Fig') else f'Table {k}').html(
+            '<div class="numbers">'
+        ).table(printed_table(t), _legend(paper, t)).html('</div>')
+    for heading, fig, caption in _figures(paper, runs, cohort):
+        page.section(heading).figure(fig, fig.alt, caption)
     _words(page.section('Runs'), _run_table(runs))
-    _words(page.section('Files', 'What every number was computed from, with its SHA-256 at the time of writing.'), files)
-    _words(page.section('Checklist', 'CLAIM 2024 (Tejani et al. 2024), items by number; the words are ours. What a run cannot know is left to the author.'), checklist)
+    _words(
+        page.section(
+            'Files', 'What every number was computed from, with its SHA-256 at the time of writing.'
+        ),
+        files,
+    )
+    _words(
+        page.section(
+            'Checklist',
+            'CLAIM 2024 (Tejani et al. 2024), items by number; the words are ours. What a run cannot know is left to the author.',
+        ),
+        checklist,
+    )
     return page.section('Model cards').html(_cards(runs)).page()
 
 # %% ../../nbs/papers/9_report.ipynb #343763b4
 def write_report(
-    paper:str, # a key of `PUBLISHED`
-    where, # run folders, or folders with runs somewhere below
-    out, # folder for the report
-    formats=_FORMATS, # some of `_FORMATS`
-    cohort=None, # CSV with what the runs do not know, as infection_ratio, age, sex
-    n:int=1000, # resampled cohorts, and random swaps
-    seed:int=0, # seed of both
-)->dict: # name of a file → path
+    paper: str,  # a key of `PUBLISHED`
+    where,  # run folders, or folders with runs somewhere below
+    out,  # folder for the report
+    formats=_FORMATS,  # some of `_FORMATS`
+    cohort=None,  # CSV with what the runs do not know, as infection_ratio, age, sex
+    n: int = 1000,  # resampled cohorts, and random swaps
+    seed: int = 0,  # seed of both
+) -> dict:  # name of a file → path
     "Tables, figures, files, checklist and cards of a paper's runs; raises `PublishedError`, `TableError` or `RunError` before anything is written"
     names, odd = tables_of(paper), [f for f in formats if f not in _FORMATS]
-    if odd: raise TableError('formats', f'no format {odd[0]!r}', f'Use some of {", ".join(_FORMATS)}.')
-    runs = [r for r in open_runs(where) if r.config['system']==paper]
-    if not runs: raise TableError(paper, 'no run of this system among those given', f'Give runs of {paper}, or name another paper.')
-    tables = {k: paper_table(paper, k, runs, cohort, n, seed) for k in names}; people, checklist = cohort_of_runs(runs, cohort), fill_checklist(runs, cohort, min(n, 200))
-    text = {k: printed_table(t) for k,t in tables.items()}; title = lambda k: _legend(paper, tables[k])
-    make = {'files.csv': lambda: file_table(list(tables.values())).to_csv(index=False), 'claim.md': lambda: f'# CLAIM 2024\n\nItems by their numbers (Tejani et al. 2024), topics in our words.\n\n{to_markdown(checklist)}'}
-    if 'html' in formats: make['report.html'] = lambda: _html(paper, runs, tables, people, checklist)
-    if 'md' in formats: make['tables.md'] = lambda: f'# {PUBLISHED[paper]}\n\n{_said(runs, tables)}\n\n'+'\n'.join(f'## {tables[k].source.iloc[0]}\n\n{to_markdown(t)}\n{title(k)}\n' for k,t in text.items())
-    if 'tex' in formats: make['tables.tex'] = lambda: '% needs \\usepackage{booktabs,longtable}; wide: set it in a landscape environment\n'+'\n'.join(to_latex(t, title(k)) for k,t in text.items())
-    if 'csv' in formats: make['tables.csv'] = lambda: to_csv(list(tables.values()))
+    if odd:
+        raise TableError('formats', f'no format {odd[0]!r}', f'Use some of {", ".join(_FORMATS)}.')
+    runs = [r for r in open_runs(where) if r.config['system'] == paper]
+    if not runs:
+        raise TableError(
+            paper,
+            'no run of this system among those given',
+            f'Give runs of {paper}, or name another paper.',
+        )
+    tables = {k: paper_table(paper, k, runs, cohort, n, seed) for k in names}
+    people, checklist = cohort_of_runs(runs, cohort), fill_checklist(runs, cohort, min(n, 200))
+    text = {k: printed_table(t) for k, t in tables.items()}
+
+    def title(k):
+        return _legend(paper, tables[k])
+
+    make = {
+        'files.csv': lambda: file_table(list(tables.values())).to_csv(index=False),
+        'claim.md': lambda: (
+            f'# CLAIM 2024\n\nItems by their numbers (Tejani et al. 2024), topics in our words.\n\n{to_markdown(checklist)}'
+        ),
+    }
+    if 'html' in formats:
+        make['report.html'] = lambda: _html(paper, runs, tables, people, checklist)
+    if 'md' in formats:
+        make['tables.md'] = lambda: (
+            f'# {PUBLISHED[paper]}\n\n{_said(runs, tables)}\n\n'
+            + '\n'.join(
+                f'## {tables[k].source.iloc[0]}\n\n{to_markdown(t)}\n{title(k)}\n'
+                for k, t in text.items()
+            )
+        )
+    if 'tex' in formats:
+        make['tables.tex'] = lambda: (
+            '% needs \\usepackage{booktabs,longtable}; wide: set it in a landscape environment\n'
+            + '\n'.join(to_latex(t, title(k)) for k, t in text.items())
+        )
+    if 'csv' in formats:
+        make['tables.csv'] = lambda: to_csv(list(tables.values()))
     done = {k: make[k]() for k in make}
-    for k,v in done.items(): write_text(Path(out)/k, v)
-    return {k: Path(out)/k for k in done}
+    for k, v in done.items():
+        write_text(Path(out) / k, v)
+    return {k: Path(out) / k for k in done}

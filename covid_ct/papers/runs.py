@@ -7,13 +7,25 @@ __all__ = ['REFERENCE_ROWS', 'METRIC_READERS', 'TableError', 'FoundRun', 'find_r
            'RunPredictions', 'run_predictions', 'select', 'estimate', 'paired_tests']
 
 # %% ../../nbs/papers/6_runs.ipynb #ebb2a3e6
-import hashlib, os
+import hashlib
+import os
 from collections import Counter, namedtuple
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
-from ..evaluate.metrics import METRICS, all_metrics, auc, confusion, draw_patients, interval, one_vs_rest_rates, labels_and_probabilities
+
+from covid_ct.evaluate.metrics import (
+    METRICS,
+    all_metrics,
+    auc,
+    confusion,
+    draw_patients,
+    interval,
+    labels_and_probabilities,
+    one_vs_rest_rates,
+)
 from ..evaluate.statistics import paired_t
 from ..models.dual_sampling import DUAL_TABLE_ROWS, combine_predictions, ratio_group
 from ..scan import DataError
@@ -23,222 +35,399 @@ from ..train.run_folder import read_config
 from ..train.tasks import classes_in, dice_statistic
 
 # %% ../../nbs/papers/6_runs.ipynb #76f5cb50
-class TableError(DataError): "Runs that do not make a table of a paper"
+class TableError(DataError):
+    "Runs that do not make a table of a paper"
 
-_CHOSEN = dict(dual_sampling=('sampler','sampler_kwargs','loss','loss_kwargs'),
-               prior_attention=('loss','loss_kwargs'), raunet=('augment',)) # differs from row to row of their tables
+
+_CHOSEN = dict(
+    dual_sampling=('sampler', 'sampler_kwargs', 'loss', 'loss_kwargs'),
+    prior_attention=('loss', 'loss_kwargs'),
+    raunet=('augment',),
+)  # differs from row to row of their tables
+
 
 @dataclass(frozen=True)
 class FoundRun:
     "A run on disk"
-    folder:Path # where it lies
-    name:str # how it is called in a report, its path below the common folder
-    config:dict # of config.json
-    phantoms:bool=False # whether its scans are drawn
+
+    folder: Path  # where it lies
+    name: str  # how it is called in a report, its path below the common folder
+    config: dict  # of config.json
+    phantoms: bool = False  # whether its scans are drawn
 
     @property
-    def recipe(self)->dict: # with fields that it was too old to know, and the name that it deserves
-        values = {f.name: f.default for f in fields(Recipe) if f.default is not MISSING} | self.config['recipe']
+    def recipe(
+        self,
+    ) -> dict:  # with fields that it was too old to know, and the name that it deserves
+        values = {
+            f.name: f.default for f in fields(Recipe) if f.default is not MISSING
+        } | self.config['recipe']
         return values | dict(name=name_of(values))
+
     @property
-    def changed(self)->list: # fields other than in the paper's recipe, without what chooses the row
+    def changed(
+        self,
+    ) -> list:  # fields other than in the paper's recipe, without what chooses the row
         chosen = ('model', *_CHOSEN.get(self.config['system'], ()))
         return [k for k in changed_fields(self.recipe, 'paper') if k not in chosen]
+
     @property
-    def seat(self)->tuple: # network and what else decides the row of a table that it stands for
+    def seat(self) -> tuple:  # network and what else decides the row of a table that it stands for
         r, sampler = self.recipe, dict(uniform='us', size_balanced='ss')
-        if self.config['system']=='dual_sampling': return r['model'], sampler.get(r['sampler'], r['sampler'])
-        if self.config['system']=='raunet': return r['model'], 'no augmentation' if r['augment']=='none' else 'with augmentation'
+        if self.config['system'] == 'dual_sampling':
+            return r['model'], sampler.get(r['sampler'], r['sampler'])
+        if self.config['system'] == 'raunet':
+            return r['model'], 'no augmentation' if r['augment'] == 'none' else 'with augmentation'
         return r['model'], ''
-    def beside(self, path)->str: return os.path.normpath(f'{self.name}/{os.path.relpath(path, self.folder)}').replace(os.sep,'/') # name of a file in a report
-    def file(self, name:str)->dict: return {f'{self.name}/{name}': self.folder/name} # name in a report → path
+
+    def beside(self, path) -> str:
+        return os.path.normpath(f'{self.name}/{os.path.relpath(path, self.folder)}').replace(
+            os.sep, '/'
+        )  # name of a file in a report
+
+    def file(self, name: str) -> dict:
+        return {f'{self.name}/{name}': self.folder / name}  # name in a report → path
 
 # %% ../../nbs/papers/6_runs.ipynb #44634529
 def _drawn(folder, config):
     "Whether a run is on phantoms, by its config or by the names of its scans"
-    if 'phantom' in config.get('trained_on','').lower(): return True
-    ids = pd.read_csv(folder/'predictions.csv', usecols=['scan_id'], dtype=str, nrows=50).scan_id
-    return len(ids)>0 and bool(ids.str.fullmatch(r'P\d{7,}-\d+').all())
+    if 'phantom' in config.get('trained_on', '').lower():
+        return True
+    ids = pd.read_csv(folder / 'predictions.csv', usecols=['scan_id'], dtype=str, nrows=50).scan_id
+    return len(ids) > 0 and bool(ids.str.fullmatch(r'P\d{7,}-\d+').all())
+
 
 def find_runs(
-    *where, # run folders, or folders with runs somewhere below
-)->list: # of `FoundRun`, in the order of their names
+    *where,  # run folders, or folders with runs somewhere below
+) -> list:  # of `FoundRun`, in the order of their names
     "Runs on disk, finished ones; raises `TableError` where there are none and `RunError` for a damaged one"
     where = [Path(w).resolve() for w in where]
-    folders = sorted({c.parent for w in where for c in ([w/'config.json'] if (w/'config.json').is_file() else w.rglob('config.json'))})
+    folders = sorted(
+        {
+            c.parent
+            for w in where
+            for c in (
+                [w / 'config.json'] if (w / 'config.json').is_file() else w.rglob('config.json')
+            )
+        }
+    )
     root = Path(os.path.commonpath(where)) if where else Path()
-    root = root.parent if (root/'config.json').is_file() else root
+    root = root.parent if (root / 'config.json').is_file() else root
     runs = [(f, read_config(f)) for f in folders]
-    done = [FoundRun(f, f.relative_to(root).as_posix(), c, _drawn(f, c)) for f,c in runs if c.get('status')=='finished' and (f/'predictions.csv').is_file()]
-    if not done: raise TableError(', '.join(w.name for w in where) or 'nothing', f'{len(runs)} runs, none of them finished', 'Give folders that train, cross_validate or run_study wrote.')
+    done = [
+        FoundRun(f, f.relative_to(root).as_posix(), c, _drawn(f, c))
+        for f, c in runs
+        if c.get('status') == 'finished' and (f / 'predictions.csv').is_file()
+    ]
+    if not done:
+        raise TableError(
+            ', '.join(w.name for w in where) or 'nothing',
+            f'{len(runs)} runs, none of them finished',
+            'Give folders that train, cross_validate or run_study wrote.',
+        )
     return done
 
 # %% ../../nbs/papers/6_runs.ipynb #1f4d2720
 def open_runs(
-    runs, # of `find_runs`, a folder, or several
-)->list: # of `FoundRun`
+    runs,  # of `find_runs`, a folder, or several
+) -> list:  # of `FoundRun`
     "Runs, looked for where they are still folders"
-    runs = [runs] if isinstance(runs, (str,Path)) else list(runs)
+    runs = [runs] if isinstance(runs, (str, Path)) else list(runs)
     return runs if runs and isinstance(runs[0], FoundRun) else find_runs(*runs)
 
 # %% ../../nbs/papers/6_runs.ipynb #2d014f2a
-_SEATS = {'darnet': {'DARNet':'darnet', 'DARNet (w/o DA)':'darnet-ca', 'DARNet (w/o CA)':'darnet-da', 'DARNet (w/o DA and CA)':'darnet-none'},
-          'raunet': {'Ours':'raunet', 'Ours(M)':'raunet', 'M - A':'raunet-a', 'M - R':'raunet-r', 'U-Net':'raunet-unet'},
-          'prior_attention': {'Proposed':'pa-66-m'} | {k: k.lower() for k in ('WA-66','SA-66','WA-66-M','SA-66-M','PA-66-M')}}
-REFERENCE_ROWS = {'darnet':'DARNet (w/o DA and CA)', 'dual_sampling':'RN34 + US', 'raunet':'U-Net', 'prior_attention':'WA-66-M'} # paper → row that the others are held beside
+_SEATS = {
+    'darnet': {
+        'DARNet': 'darnet',
+        'DARNet (w/o DA)': 'darnet-ca',
+        'DARNet (w/o CA)': 'darnet-da',
+        'DARNet (w/o DA and CA)': 'darnet-none',
+    },
+    'raunet': {
+        'Ours': 'raunet',
+        'Ours(M)': 'raunet',
+        'M - A': 'raunet-a',
+        'M - R': 'raunet-r',
+        'U-Net': 'raunet-unet',
+    },
+    'prior_attention': {'Proposed': 'pa-66-m'}
+    | {k: k.lower() for k in ('WA-66', 'SA-66', 'WA-66-M', 'SA-66-M', 'PA-66-M')},
+}
+REFERENCE_ROWS = {
+    'darnet': 'DARNet (w/o DA and CA)',
+    'dual_sampling': 'RN34 + US',
+    'raunet': 'U-Net',
+    'prior_attention': 'WA-66-M',
+}  # paper → row that the others are held beside
+
 
 def row_requirements(
-    paper:str, # a key of `PAPERS`
-    row:str, # as printed
-    part:str='', # of the table, as printed
-)->list: # of `(network, sampler or augmentation)`; empty: not ours
+    paper: str,  # a key of `PAPERS`
+    row: str,  # as printed
+    part: str = '',  # of the table, as printed
+) -> list:  # of `(network, sampler or augmentation)`; empty: not ours
     "What runs a row of a paper needs"
-    if paper=='dual_sampling': return [(DUAL_TABLE_ROWS[row].network, s) for s in DUAL_TABLE_ROWS[row].samplers] if row in DUAL_TABLE_ROWS else []
-    return [(_SEATS[paper][row], part if paper=='raunet' else '')] if row in _SEATS[paper] else []
+    if paper == 'dual_sampling':
+        return (
+            [(DUAL_TABLE_ROWS[row].network, s) for s in DUAL_TABLE_ROWS[row].samplers]
+            if row in DUAL_TABLE_ROWS
+            else []
+        )
+    return [(_SEATS[paper][row], part if paper == 'raunet' else '')] if row in _SEATS[paper] else []
 
 # %% ../../nbs/papers/6_runs.ipynb #844dde0d
-class RunPredictions(namedtuple('Model', 'key table files')): "Answers of one training, or of two combined: its key, the table, the files it lies in"
+class RunPredictions(namedtuple('Model', 'key table files')):
+    "Answers of one training, or of two combined: its key, the table, the files it lies in"
+
 
 def run_predictions(
-    run:FoundRun, # any
-    part:str='test', # or 'valid'
-)->tuple: # `(table, files)`, the table in the order of the scans
+    run: FoundRun,  # any
+    part: str = 'test',  # or 'valid'
+) -> tuple:  # `(table, files)`, the table in the order of the scans
     "What a run said on one part, and the files that say so"
-    names, t = ['predictions.csv'], pd.read_csv(run.folder/'predictions.csv', dtype=dict(scan_id=str, patient_id=str))
-    if part=='test' and not (t.part=='test').any() and (run.folder/'test.csv').is_file():
-        names, t = ['test.csv'], pd.read_csv(run.folder/'test.csv', dtype=dict(scan_id=str, patient_id=str)).assign(part='test')
-    return t[t.part==part].sort_values('scan_id', ignore_index=True), {k:v for n in names for k,v in run.file(n).items()}
+    names, t = (
+        ['predictions.csv'],
+        pd.read_csv(run.folder / 'predictions.csv', dtype=dict(scan_id=str, patient_id=str)),
+    )
+    if part == 'test' and not (t.part == 'test').any() and (run.folder / 'test.csv').is_file():
+        names, t = (
+            ['test.csv'],
+            pd.read_csv(run.folder / 'test.csv', dtype=dict(scan_id=str, patient_id=str)).assign(
+                part='test'
+            ),
+        )
+    return t[t.part == part].sort_values('scan_id', ignore_index=True), {
+        k: v for n in names for k, v in run.file(n).items()
+    }
 
 # %% ../../nbs/papers/6_runs.ipynb #d2fdb610
 def _model(run, part):
-    t, files = run_predictions(run, part); c = run.config
-    return RunPredictions((c.get('seed',0), c.get('fold',0), hashlib.sha256('\n'.join(t.scan_id).encode()).hexdigest()[:12]), t, files)
+    t, files = run_predictions(run, part)
+    c = run.config
+    return RunPredictions(
+        (
+            c.get('seed', 0),
+            c.get('fold', 0),
+            hashlib.sha256('\n'.join(t.scan_id).encode()).hexdigest()[:12],
+        ),
+        t,
+        files,
+    )
+
 
 def _twice(models, seat):
     "Raise `TableError` for a training that is there twice"
-    twice = [k for k,n in Counter(m.key for m in models).items() if n>1]
-    if twice: raise TableError(f'runs of {seat[0]}', f'two with seed {twice[0][0]} and fold {twice[0][1]} on the same scans: {", ".join(n for m in models if m.key==twice[0] for n in m.files)}', 'Give each training once.')
+    twice = [k for k, n in Counter(m.key for m in models).items() if n > 1]
+    if twice:
+        raise TableError(
+            f'runs of {seat[0]}',
+            f'two with seed {twice[0][0]} and fold {twice[0][1]} on the same scans: {", ".join(n for m in models if m.key == twice[0] for n in m.files)}',
+            'Give each training once.',
+        )
 
 # %% ../../nbs/papers/6_runs.ipynb #e211d256
 def _of_seat(runs, seat, part):
     "Models of a seat, key → model; `part` is valid, test, held-out (by no training seen) or shared (one test set for all)"
-    mine = [r for r in runs if r.seat==seat]
-    if len({r.phantoms for r in mine})>1: raise TableError(f'runs of {seat[0]}', 'some are on phantoms, some are not', 'Give runs on the same scans.')
-    if part in ('held-out','shared'):
-        test = [_model(r, 'test') for r in mine]; n = Counter(m.key[2] for m in test); alone = len(n)>1
-        models = [m for m in test if alone and n[m.key[2]]==1] if part=='held-out' else [m for m in test if not alone or n[m.key[2]]>1]
-        if part=='held-out' and not models: models = [_model(r, 'valid') for r in mine]
-    else: models = [_model(r, part) for r in mine]
-    models = [m for m in models if len(m.table)]; _twice(models, seat)
+    mine = [r for r in runs if r.seat == seat]
+    if len({r.phantoms for r in mine}) > 1:
+        raise TableError(
+            f'runs of {seat[0]}',
+            'some are on phantoms, some are not',
+            'Give runs on the same scans.',
+        )
+    if part in ('held-out', 'shared'):
+        test = [_model(r, 'test') for r in mine]
+        n = Counter(m.key[2] for m in test)
+        alone = len(n) > 1
+        models = (
+            [m for m in test if alone and n[m.key[2]] == 1]
+            if part == 'held-out'
+            else [m for m in test if not alone or n[m.key[2]] > 1]
+        )
+        if part == 'held-out' and not models:
+            models = [_model(r, 'valid') for r in mine]
+    else:
+        models = [_model(r, part) for r in mine]
+    models = [m for m in models if len(m.table)]
+    _twice(models, seat)
     return {m.key: m for m in models}
 
 # %% ../../nbs/papers/6_runs.ipynb #f8d3a16b
 def _join(us, ss, ratio):
     "Two models as one (Ouyang et al. 2020, Eq. 5)"
     p = combine_predictions(us.table.prob_covid, ss.table.prob_covid, us.table.scan_id.map(ratio))
-    return RunPredictions(us.key, us.table.assign(prob_covid=p, prob_cap=1-p), us.files|ss.files)
+    return RunPredictions(
+        us.key, us.table.assign(prob_covid=p, prob_cap=1 - p), us.files | ss.files
+    )
+
 
 def _pooled(models):
     "The folds of each seed as one model"
     by = {}
-    for m in models: by.setdefault(m.key[0], []).append(m)
-    return [RunPredictions((s,-1,'pooled'), pd.concat([m.table for m in ms], ignore_index=True), {k:v for m in ms for k,v in m.files.items()}) for s,ms in by.items()]
+    for m in models:
+        by.setdefault(m.key[0], []).append(m)
+    return [
+        RunPredictions(
+            (s, -1, 'pooled'),
+            pd.concat([m.table for m in ms], ignore_index=True),
+            {k: v for m in ms for k, v in m.files.items()},
+        )
+        for s, ms in by.items()
+    ]
 
 # %% ../../nbs/papers/6_runs.ipynb #d3e5afa2
 def select(
-    runs:list, # of `find_runs`
-    paper:str, # a key of `PAPERS`
-    row:str, # as printed
-    part:str='test', # 'valid', 'test', 'held-out', 'shared', or 'pooled' for all validation folds as one
-    setting:str='', # part of the table that chooses runs, for the augmentation of Chen et al.
-    ratio=None, # infection ratio by scan id
-    group:str='', # one of `GROUPS`; '': all scans
-)->tuple: # `(models, note)`; the note says why there is none
+    runs: list,  # of `find_runs`
+    paper: str,  # a key of `PAPERS`
+    row: str,  # as printed
+    part: str = 'test',  # 'valid', 'test', 'held-out', 'shared', or 'pooled' for all validation folds as one
+    setting: str = '',  # part of the table that chooses runs, for the augmentation of Chen et al.
+    ratio=None,  # infection ratio by scan id
+    group: str = '',  # one of `GROUPS`; '': all scans
+) -> tuple:  # `(models, note)`; the note says why there is none
     "Models that stand for a row; raises `TableError` for runs that cannot stand together"
     want = row_requirements(paper, row, setting)
-    if not want: return [], 'not ours: another group\'s number'
-    found = [_of_seat(runs, s, 'valid' if part=='pooled' else part) for s in want]
-    lacking = [' '.join(s).strip() for s,f in zip(want, found) if not f]
-    if lacking: return [], f'no run of {" and none of ".join(lacking)}'
-    if ratio is None and (group or len(want)>1): return [], 'needs infection ratios: give a cohort with infection_ratio'
-    models = list(found[0].values()) if len(want)==1 else [_join(m, found[1][k], ratio) for k,m in found[0].items() if k in found[1]]
-    if not models: return [], 'no two runs of the ensemble have the same seed, fold and scans'
-    if part=='pooled': models = _pooled(models)
-    if group: models = [m._replace(table=m.table[ratio_group(m.table.scan_id.map(ratio))==group].reset_index(drop=True)) for m in models]
-    return [m for m in models if len(m.table)], '' if any(len(m.table) for m in models) else f'no scan with a ratio {group}'
+    if not want:
+        return [], 'not ours: another group\'s number'
+    found = [_of_seat(runs, s, 'valid' if part == 'pooled' else part) for s in want]
+    lacking = [' '.join(s).strip() for s, f in zip(want, found, strict=False) if not f]
+    if lacking:
+        return [], f'no run of {" and none of ".join(lacking)}'
+    if ratio is None and (group or len(want) > 1):
+        return [], 'needs infection ratios: give a cohort with infection_ratio'
+    models = (
+        list(found[0].values())
+        if len(want) == 1
+        else [_join(m, found[1][k], ratio) for k, m in found[0].items() if k in found[1]]
+    )
+    if not models:
+        return [], 'no two runs of the ensemble have the same seed, fold and scans'
+    if part == 'pooled':
+        models = _pooled(models)
+    if group:
+        models = [
+            m._replace(
+                table=m.table[ratio_group(m.table.scan_id.map(ratio)) == group].reset_index(
+                    drop=True
+                )
+            )
+            for m in models
+        ]
+    return [m for m in models if len(m.table)], '' if any(
+        len(m.table) for m in models
+    ) else f'no scan with a ratio {group}'
 
 # %% ../../nbs/papers/6_runs.ipynb #65fe7c4f
 def _read_darnet(t, w=None):
     m, rest = all_metrics(t, 'covid', None, w), 'COVID-19 against the rest'
-    return {(p,k): m['covid vs rest' if p==rest and k!='accuracy' else 'macro', k] for p in (rest,'three classes') for k in METRICS}
+    return {
+        (p, k): m['covid vs rest' if p == rest and k != 'accuracy' else 'macro', k]
+        for p in (rest, 'three classes')
+        for k in METRICS
+    }
 
-def _read_dual(t, w=None): return {('',k): v for k,v in dual_metrics(t.assign(prob=t.prob_covid), w).items()}
+
+def _read_dual(t, w=None):
+    return {('', k): v for k, v in dual_metrics(t.assign(prob=t.prob_covid), w).items()}
 
 # %% ../../nbs/papers/6_runs.ipynb #5b253149
 def _read_prior(t, w=None):
-    y, prob, classes = labels_and_probabilities(t, ('healthy','ild','covid')); C, out = confusion(y, prob.argmax(1), 3, w), {}
-    names = ('Non-Pneu','ILD','COVID-19')
+    y, prob, classes = labels_and_probabilities(t, ('healthy', 'ild', 'covid'))
+    C, out = confusion(y, prob.argmax(1), 3, w), {}
+    names = ('Non-Pneu', 'ILD', 'COVID-19')
     with np.errstate(invalid='ignore', divide='ignore'):
-        for i,p in enumerate(names):
+        for i, p in enumerate(names):
             r = one_vs_rest_rates(C, i)
-            out |= {(p,'accuracy'):r['accuracy'], (p,'recall'):r['sensitivity'], (p,'specificity'):r['specificity'], (p,'F1'):r['F1'],
-                    (p,'sensitivity'):r['sensitivity'], (p,'precision'):C[:,i,i]/C[:,:,i].sum(1), (p,'AUC'):auc(y==i, prob[:,i], w)} | {(p,f'called_{q}'): C[:,i,j]/C[:,i].sum(1) for j,q in enumerate(names)}
-        return out | {('','accuracy'): np.trace(C, axis1=1, axis2=2)/C.sum((1,2))}
+            out |= {
+                (p, 'accuracy'): r['accuracy'],
+                (p, 'recall'): r['sensitivity'],
+                (p, 'specificity'): r['specificity'],
+                (p, 'F1'): r['F1'],
+                (p, 'sensitivity'): r['sensitivity'],
+                (p, 'precision'): C[:, i, i] / C[:, :, i].sum(1),
+                (p, 'AUC'): auc(y == i, prob[:, i], w),
+            } | {(p, f'called_{q}'): C[:, i, j] / C[:, i].sum(1) for j, q in enumerate(names)}
+        return out | {('', 'accuracy'): np.trace(C, axis1=1, axis2=2) / C.sum((1, 2))}
 
 # %% ../../nbs/papers/6_runs.ipynb #07db1cf7
 def _read_raunet(t, w=None):
-    w, kinds = np.ones((1,len(t))) if w is None else w, classes_in(t)
-    n = {(s,c): w@t[f'{s}_{c}'].to_numpy(float) for s in ('true','found','both') for c in kinds}
+    w, kinds = np.ones((1, len(t))) if w is None else w, classes_in(t)
+    n = {
+        (s, c): w @ t[f'{s}_{c}'].to_numpy(float) for s in ('true', 'found', 'both') for c in kinds
+    }
     with np.errstate(invalid='ignore', divide='ignore'):
-        each = np.array([n['both',c]/n['found',c] for c in kinds])                   # nan where nothing was found
-        return {('','Dice'): dice_statistic()(t, w), ('','accuracy'): sum(n['both',c] for c in kinds)/sum(n['true',c] for c in kinds),
-                ('','precision'): np.nansum(each, 0)/np.isfinite(each).sum(0)}
+        each = np.array(
+            [n['both', c] / n['found', c] for c in kinds]
+        )  # nan where nothing was found
+        return {
+            ('', 'Dice'): dice_statistic()(t, w),
+            ('', 'accuracy'): sum(n['both', c] for c in kinds) / sum(n['true', c] for c in kinds),
+            ('', 'precision'): np.nansum(each, 0) / np.isfinite(each).sum(0),
+        }
 
-METRIC_READERS = dict(darnet=_read_darnet, dual_sampling=_read_dual, raunet=_read_raunet, prior_attention=_read_prior) # paper → how its answers are read
+
+METRIC_READERS = dict(
+    darnet=_read_darnet, dual_sampling=_read_dual, raunet=_read_raunet, prior_attention=_read_prior
+)  # paper → how its answers are read
 
 # %% ../../nbs/papers/6_runs.ipynb #8cfb1a8b
 def _weights(models, W, ids):
     "Weights of every model's scans from weights of patients, `(R,P)` → `(R,N)` each"
-    at = {p:i for i,p in enumerate(ids)}
+    at = {p: i for i, p in enumerate(ids)}
     return [W[:, m.table.patient_id.map(at).to_numpy()] for m in models]
 
 # %% ../../nbs/papers/6_runs.ipynb #3f298d1a
 def estimate(
-    models:list, # of `RunPredictions`
-    read, # an entry of `METRIC_READERS`
-    n:int=1000, # resampled cohorts
-    seed:int=0, # seed of the draw
-)->dict: # `(part, metric)` → `(mean, std over the models, Interval)`
+    models: list,  # of `RunPredictions`
+    read,  # an entry of `METRIC_READERS`
+    n: int = 1000,  # resampled cohorts
+    seed: int = 0,  # seed of the draw
+) -> dict:  # `(part, metric)` → `(mean, std over the models, Interval)`
     "Mean over models with its spread over trainings and its interval over patients (@eq-mean-draw)"
     ids = sorted({p for m in models for p in m.table.patient_id})
     W = draw_patients(ids, n, seed)
-    each, again = [read(m.table) for m in models], [read(m.table, w) for m,w in zip(models, _weights(models, W, ids))]
+    each, again = (
+        [read(m.table) for m in models],
+        [read(m.table, w) for m, w in zip(models, _weights(models, W, ids), strict=False)],
+    )
     out = {}
     for k in each[0]:
         v = np.array([float(e[k][0]) for e in each])
-        out[k] = (float(v.mean()), float(v.std(ddof=1)) if len(v)>1 else float('nan'), interval(v.mean(), np.mean([a[k] for a in again], 0)))
+        out[k] = (
+            float(v.mean()),
+            float(v.std(ddof=1)) if len(v) > 1 else float('nan'),
+            interval(v.mean(), np.mean([a[k] for a in again], 0)),
+        )
     return out
 
 # %% ../../nbs/papers/6_runs.ipynb #71653c92
 def paired_tests(
-    own:list, # models of a row
-    reference:list, # models of the reference row
-    read, # an entry of `METRIC_READERS`
-    n:int=999, # random swaps
-    seed:int=0, # seed of the swaps
-)->dict: # `(part, metric)` → `(p over models, p over patients)`; nan where there is no test
+    own: list,  # models of a row
+    reference: list,  # models of the reference row
+    read,  # an entry of `METRIC_READERS`
+    n: int = 999,  # random swaps
+    seed: int = 0,  # seed of the swaps
+) -> dict:  # `(part, metric)` → `(p over models, p over patients)`; nan where there is no test
     "Paired tests of a row against the reference, over trainings and over patients"
-    other = {m.key: m for m in reference}; pairs = [(m, other[m.key]) for m in own if m.key in other]
-    if not pairs: return {}
-    ids = sorted({p for m,_ in pairs for p in m.table.patient_id})
-    S, here, there = np.random.default_rng(seed).integers(0, 2, (n,len(ids))), [], []
-    for (a,b),s in zip(pairs, _weights([a for a,_ in pairs], S, ids)):
+    other = {m.key: m for m in reference}
+    pairs = [(m, other[m.key]) for m in own if m.key in other]
+    if not pairs:
+        return {}
+    ids = sorted({p for m, _ in pairs for p in m.table.patient_id})
+    S, here, there = np.random.default_rng(seed).integers(0, 2, (n, len(ids))), [], []
+    for (a, b), s in zip(pairs, _weights([a for a, _ in pairs], S, ids), strict=False):
         x, y, both = read(a.table), read(b.table), pd.concat([a.table, b.table], ignore_index=True)
-        first, second = read(both, np.hstack([1-s, s])), read(both, np.hstack([s, 1-s]))
-        here.append({k: (float(x[k][0]), float(y[k][0])) for k in x}); there.append({k: first[k]-second[k] for k in x})
+        first, second = read(both, np.hstack([1 - s, s])), read(both, np.hstack([s, 1 - s]))
+        here.append({k: (float(x[k][0]), float(y[k][0])) for k in x})
+        there.append({k: first[k] - second[k] for k in x})
     out = {}
     for k in here[0]:
-        a, b = np.array([h[k] for h in here]).T; d, e = (a-b).mean(), np.mean([t[k] for t in there], 0)
-        e = e[np.isfinite(e)]; fine = np.isfinite(d) and len(e)>0
-        out[k] = (paired_t(a, b).p if len(a)>1 and np.isfinite(a-b).all() else float('nan'), (1+(abs(e)>=abs(d)-1e-12).sum())/(1+len(e)) if fine else float('nan'))
+        a, b = np.array([h[k] for h in here]).T
+        d, e = (a - b).mean(), np.mean([t[k] for t in there], 0)
+        e = e[np.isfinite(e)]
+        fine = np.isfinite(d) and len(e) > 0
+        out[k] = (
+            paired_t(a, b).p if len(a) > 1 and np.isfinite(a - b).all() else float('nan'),
+            (1 + (abs(e) >= abs(d) - 1e-12).sum()) / (1 + len(e)) if fine else float('nan'),
+        )
     return out

@@ -7,105 +7,187 @@ __all__ = ['CohortCounts', 'cohort_of_runs', 'paper_table', 'printed_table', 'to
            'changed_files']
 
 # %% ../../nbs/papers/7_tables.ipynb #ac5932a2
-import hashlib, json, math
+import hashlib
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
-from .published import published
+
 from ..evaluate.statistics import holm
 from ..models.dual_sampling import ratio_group
-from .runs import METRIC_READERS, REFERENCE_ROWS, FoundRun, TableError, run_predictions, estimate, open_runs, row_requirements, select, paired_tests
+from .published import published
+from covid_ct.papers.runs import (
+    METRIC_READERS,
+    REFERENCE_ROWS,
+    FoundRun,
+    TableError,
+    estimate,
+    open_runs,
+    paired_tests,
+    row_requirements,
+    run_predictions,
+    select,
+)
 
 # %% ../../nbs/papers/7_tables.ipynb #015ccf41
 @dataclass(frozen=True)
 class CohortCounts:
     "Who was there"
-    table:pd.DataFrame # scan_id patient_id, and what is known of label, fold, age, sex, infection_ratio
-    files:dict # name in a report → path
+
+    table: (
+        pd.DataFrame
+    )  # scan_id patient_id, and what is known of label, fold, age, sex, infection_ratio
+    files: dict  # name in a report → path
 
     @property
-    def ratio(self): return self.table.set_index('scan_id').infection_ratio if 'infection_ratio' in self.table else None
+    def ratio(self):
+        return (
+            self.table.set_index('scan_id').infection_ratio
+            if 'infection_ratio' in self.table
+            else None
+        )
 
 # %% ../../nbs/papers/7_tables.ipynb #3c85d01c
 def cohort_of_runs(
-    runs:list, # of `find_runs`, of one paper
-    path=None, # CSV of the cohort; None: what the runs know
-)->CohortCounts: # with `fold` where a split.csv lies in a run or above it
+    runs: list,  # of `find_runs`, of one paper
+    path=None,  # CSV of the cohort; None: what the runs know
+) -> CohortCounts:  # with `fold` where a split.csv lies in a run or above it
     "Scans behind runs; raises `TableError` for runs of different splits"
     ids, files = dict(scan_id=str, patient_id=str), {}
-    splits = {r.beside(p): p for r in runs for p in (r.folder/'split.csv', r.folder.parent/'split.csv') if p.is_file()}
-    if len({p.read_bytes() for p in splits.values()})>1: raise TableError(', '.join(splits), 'are different splits', 'Give runs of one split.')
-    if path: t = pd.read_csv(path, dtype=ids); files |= {Path(path).name: Path(path)}
+    splits = {
+        r.beside(p): p
+        for r in runs
+        for p in (r.folder / 'split.csv', r.folder.parent / 'split.csv')
+        if p.is_file()
+    }
+    if len({p.read_bytes() for p in splits.values()}) > 1:
+        raise TableError(', '.join(splits), 'are different splits', 'Give runs of one split.')
+    if path:
+        t = pd.read_csv(path, dtype=ids)
+        files |= {Path(path).name: Path(path)}
     else:
-        said = [run_predictions(r, part) for r in runs for part in ('valid','test')]
-        t = pd.concat([a[[c for c in ('scan_id','patient_id','label') if c in a]] for a,_ in said]).drop_duplicates('scan_id')
-        files |= {k:v for _,f in said for k,v in f.items()}
+        said = [run_predictions(r, part) for r in runs for part in ('valid', 'test')]
+        t = pd.concat(
+            [a[[c for c in ('scan_id', 'patient_id', 'label') if c in a]] for a, _ in said]
+        ).drop_duplicates('scan_id')
+        files |= {k: v for _, f in said for k, v in f.items()}
     if splits:
-        s = pd.read_csv(next(iter(splits.values())), dtype=ids)[['scan_id','patient_id','fold']]
-        t = s.merge(t.drop(columns=['patient_id','fold'], errors='ignore'), on='scan_id', how='left')
-    return CohortCounts(t.reset_index(drop=True), files|splits)
+        s = pd.read_csv(next(iter(splits.values())), dtype=ids)[['scan_id', 'patient_id', 'fold']]
+        t = s.merge(
+            t.drop(columns=['patient_id', 'fold'], errors='ignore'), on='scan_id', how='left'
+        )
+    return CohortCounts(t.reset_index(drop=True), files | splits)
 
 # %% ../../nbs/papers/7_tables.ipynb #aba8cd15
-_LABELS = {'COVID-19':('covid',), 'CP':('cap',), 'CAP':('cap',), 'healthy controls':('healthy',), 'In total':(), 'Total':()}
+_LABELS = {
+    'COVID-19': ('covid',),
+    'CP': ('cap',),
+    'CAP': ('cap',),
+    'healthy controls': ('healthy',),
+    'In total': (),
+    'Total': (),
+}
+
 
 def _count_cell(
-    cohort:CohortCounts, # of `cohort_of_runs`
-    part:str, # as printed: training set, TV set, test set, in total; with a group of ratios after a comma
-    row:str, # as printed
-    metric:str, # scans, patients, age, female, male
-)->tuple: # `(number, note)`; nan with a note for what the cohort does not know
+    cohort: CohortCounts,  # of `cohort_of_runs`
+    part: str,  # as printed: training set, TV set, test set, in total; with a group of ratios after a comma
+    row: str,  # as printed
+    metric: str,  # scans, patients, age, female, male
+) -> tuple:  # `(number, note)`; nan with a note for what the cohort does not know
     "One number of a Table I"
-    t, (side,_,group) = cohort.table, part.partition(', '); needs = {'age':'age', 'female':'sex', 'male':'sex'}.get(metric, 'label')
-    for c,what in (('fold',side!='in total'), (needs,True), ('infection_ratio',bool(group))):
-        if what and c not in t: return float('nan'), f'no column {c}: give a cohort' if c!='fold' else 'no split.csv, no column fold'
-    if t.label.isna().any(): return float('nan'), f'{t.label.isna().sum()} scans without a label: give all folds, or a cohort'
-    if side!='in total': t = t[(t.fold.astype(int)<0)==(side=='test set')]
-    if _LABELS[row]: t = t[t.label.isin(_LABELS[row])]
-    if group: t = t[ratio_group(t.infection_ratio)==group]
+    t, (side, _, group) = cohort.table, part.partition(', ')
+    needs = {'age': 'age', 'female': 'sex', 'male': 'sex'}.get(metric, 'label')
+    for c, what in (('fold', side != 'in total'), (needs, True), ('infection_ratio', bool(group))):
+        if what and c not in t:
+            return float(
+                'nan'
+            ), f'no column {c}: give a cohort' if c != 'fold' else 'no split.csv, no column fold'
+    if t.label.isna().any():
+        return float(
+            'nan'
+        ), f'{t.label.isna().sum()} scans without a label: give all folds, or a cohort'
+    if side != 'in total':
+        t = t[(t.fold.astype(int) < 0) == (side == 'test set')]
+    if _LABELS[row]:
+        t = t[t.label.isin(_LABELS[row])]
+    if group:
+        t = t[ratio_group(t.infection_ratio) == group]
     who = t.drop_duplicates('patient_id')
-    if metric=='age': return float(who.age.median()), ''
-    return float(len(t) if metric=='scans' else len(who) if metric=='patients' else who.sex.astype(str).str.upper().str.startswith(metric[0].upper()).sum()), ''
+    if metric == 'age':
+        return float(who.age.median()), ''
+    return float(
+        len(t)
+        if metric == 'scans'
+        else len(who)
+        if metric == 'patients'
+        else who.sex.astype(str).str.upper().str.startswith(metric[0].upper()).sum()
+    ), ''
 
 # %% ../../nbs/papers/7_tables.ipynb #3dbed40b
 def _weight_counts(
-    path, # a safetensors file
-)->dict: # parameters with running statistics, as Keras counts, and convolutions in 3D
+    path,  # a safetensors file
+) -> dict:  # parameters with running statistics, as Keras counts, and convolutions in 3D
     "What a weights file holds, from its header alone"
-    with open(path, 'rb') as f: header = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
-    shapes = {k: v['shape'] for k,v in header.items() if k!='__metadata__' and not k.endswith('num_batches_tracked')}
-    return dict(parameters=sum(math.prod(s) for s in shapes.values()), convolutions=sum(len(s)==5 for s in shapes.values()))
+    with open(path, 'rb') as f:
+        header = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
+    shapes = {
+        k: v['shape']
+        for k, v in header.items()
+        if k != '__metadata__' and not k.endswith('num_batches_tracked')
+    }
+    return dict(
+        parameters=sum(math.prod(s) for s in shapes.values()),
+        convolutions=sum(len(s) == 5 for s in shapes.values()),
+    )
 
 # %% ../../nbs/papers/7_tables.ipynb #4b88605b
 def _network_size(
-    run:FoundRun, # any
-    paper:str, # whose way of counting
-    metric:str, # parameters or convolutions
-)->tuple: # `(number, files, note)`
+    run: FoundRun,  # any
+    paper: str,  # whose way of counting
+    metric: str,  # parameters or convolutions
+) -> tuple:  # `(number, files, note)`
     "Size of a network as the paper counts it, and where that was read"
-    if paper=='darnet': return run.config['model']['parameters']/1e6, run.file('config.json'), ''
+    if paper == 'darnet':
+        return run.config['model']['parameters'] / 1e6, run.file('config.json'), ''
     where = 'checkpoints/best.safetensors'
-    if not (run.folder/where).is_file(): return float('nan'), {}, f'no {where} in {run.name}'
-    return float(_weight_counts(run.folder/where)[metric]), run.file(where), ''
+    if not (run.folder / where).is_file():
+        return float('nan'), {}, f'no {where} in {run.name}'
+    return float(_weight_counts(run.folder / where)[metric]), run.file(where), ''
 
 # %% ../../nbs/papers/7_tables.ipynb #cd4c68e3
 _COLUMNS = 'part row metric unit digits printed theirs theirs_sd theirs_scans ours sd low high difference scans patients models p_models p_patients note files source'.split()
 
+
 def _where(paper, table, part):
     "Which answers a part of a table is made of: part, setting, group"
-    if paper=='dual_sampling': return ('pooled' if part.startswith('TV') else 'test', '', part.partition(', ')[2])
-    if paper=='raunet': return ('valid', part, '')
-    return ('test','','') if paper=='darnet' else ('held-out' if table in ('II','III') else 'shared', '', '')
+    if paper == 'dual_sampling':
+        return ('pooled' if part.startswith('TV') else 'test', '', part.partition(', ')[2])
+    if paper == 'raunet':
+        return ('valid', part, '')
+    return (
+        ('test', '', '')
+        if paper == 'darnet'
+        else ('held-out' if table in ('II', 'III') else 'shared', '', '')
+    )
+
 
 def _caveats(runs, names, factual=False):
     "What must be said of the runs behind a number, and whether it may be held against the paper's"
-    mine, out = [r for r in runs if any(n.startswith(r.name+'/') for n in names)], []
-    if any(r.phantoms for r in mine): out.append('phantoms: no reproduction')
-    elif any(not r.config.get('trained_on') for r in mine): out.append('data not named: no reproduction')
-    if factual: out = []                                    # the size of a network, whatever it learned from
+    mine, out = [r for r in runs if any(n.startswith(r.name + '/') for n in names)], []
+    if any(r.phantoms for r in mine):
+        out.append('phantoms: no reproduction')
+    elif any(not r.config.get('trained_on') for r in mine):
+        out.append('data not named: no reproduction')
+    if factual:
+        out = []  # the size of a network, whatever it learned from
     other = [r for r in mine if r.changed and (not factual or 'model_kwargs' in r.changed)]
     other = sorted({r.recipe['name'] for r in other})
-    if other: out.append(f'no difference, not the paper\'s recipe: {"; ".join(other)}')
+    if other:
+        out.append(f'no difference, not the paper\'s recipe: {"; ".join(other)}')
     return out, not out
 
 # %% ../../nbs/papers/7_tables.ipynb #017497d7
@@ -113,27 +195,79 @@ def _line(r, runs, ours=float('nan'), note='', files=(), factual=False, **kw):
     "A line of a table; the difference only where it may stand"
     caveats, fair = _caveats(runs, files, factual) if len(files) else ([], False)
     good = fair and np.isfinite(ours)
-    return dict(part=r.part, row=r.row, metric=r.metric, unit=r.unit, digits=r.digits, printed=r.printed, theirs=r.value, theirs_sd=r.sd, theirs_scans=r.scans, ours=ours,
-                difference=ours-r.value if good else float('nan'), note='; '.join(n for n in [note, *caveats] if n), files='; '.join(files), source=r.source)|kw
+    return (
+        dict(
+            part=r.part,
+            row=r.row,
+            metric=r.metric,
+            unit=r.unit,
+            digits=r.digits,
+            printed=r.printed,
+            theirs=r.value,
+            theirs_sd=r.sd,
+            theirs_scans=r.scans,
+            ours=ours,
+            difference=ours - r.value if good else float('nan'),
+            note='; '.join(n for n in [note, *caveats] if n),
+            files='; '.join(files),
+            source=r.source,
+        )
+        | kw
+    )
 
 # %% ../../nbs/papers/7_tables.ipynb #6043eefd
 def _score_lines(pub, runs, cohort, n, seed):
     "Lines of a table of metrics, and the files they rest on"
-    paper, table, done, lines, files = pub.paper.iloc[0], pub.table.iloc[0], {}, [], {}; beside = REFERENCE_ROWS[paper] in set(pub.row)
+    paper, table, done, lines, files = pub.paper.iloc[0], pub.table.iloc[0], {}, [], {}
+    beside = REFERENCE_ROWS[paper] in set(pub.row)
+
     def asked(row, where):
-        if (row,where) not in done:
+        if (row, where) not in done:
             models, note = select(runs, paper, row, *where[:2], ratio=cohort.ratio, group=where[2])
-            done[row,where] = (models, note, estimate(models, METRIC_READERS[paper], n, seed) if models else {})
-        return done[row,where]
+            done[row, where] = (
+                models,
+                note,
+                estimate(models, METRIC_READERS[paper], n, seed) if models else {},
+            )
+        return done[row, where]
+
     for r in pub.itertuples():
-        where = _where(paper, table, r.part); (models, note, found), (ref, *_) = asked(r.row, where), asked(REFERENCE_ROWS[paper], where)
+        where = _where(paper, table, r.part)
+        (models, note, found), (ref, *_) = asked(r.row, where), asked(REFERENCE_ROWS[paper], where)
         key = (r.part, r.metric) if (r.part, r.metric) in found else ('', r.metric)
-        if key not in found: lines.append(_line(r, runs, note=note)); continue
-        if ('p', r.row, where) not in done: done['p', r.row, where] = paired_tests(models, ref, METRIC_READERS[paper], n, seed) if beside and ref and r.row!=REFERENCE_ROWS[paper] else {}
-        scale, (mean, sd, i) = 100 if r.unit=='%' else 1, found[key]; p = done['p', r.row, where].get(key, (float('nan'),)*2)
-        used = {k:v for m in models for k,v in m.files.items()}; files |= used|(cohort.files if where[2] or len(row_requirements(paper, r.row, where[1]))>1 else {})
-        scans, who = ({x for m in models for x in m.table[c]} for c in ('scan_id','patient_id'))
-        lines.append(_line(r, runs, mean*scale, i.reason, list(used), sd=sd*scale, low=i.low*scale, high=i.high*scale, scans=len(scans), patients=len(who), models=len(models), p_models=p[0], p_patients=p[1]))
+        if key not in found:
+            lines.append(_line(r, runs, note=note))
+            continue
+        if ('p', r.row, where) not in done:
+            done['p', r.row, where] = (
+                paired_tests(models, ref, METRIC_READERS[paper], n, seed)
+                if beside and ref and r.row != REFERENCE_ROWS[paper]
+                else {}
+            )
+        scale, (mean, sd, i) = 100 if r.unit == '%' else 1, found[key]
+        p = done['p', r.row, where].get(key, (float('nan'),) * 2)
+        used = {k: v for m in models for k, v in m.files.items()}
+        files |= used | (
+            cohort.files if where[2] or len(row_requirements(paper, r.row, where[1])) > 1 else {}
+        )
+        scans, who = ({x for m in models for x in m.table[c]} for c in ('scan_id', 'patient_id'))
+        lines.append(
+            _line(
+                r,
+                runs,
+                mean * scale,
+                i.reason,
+                list(used),
+                sd=sd * scale,
+                low=i.low * scale,
+                high=i.high * scale,
+                scans=len(scans),
+                patients=len(who),
+                models=len(models),
+                p_models=p[0],
+                p_patients=p[1],
+            )
+        )
     return lines, files
 
 # %% ../../nbs/papers/7_tables.ipynb #9753b2ed
@@ -141,110 +275,211 @@ def _fact_lines(pub, runs, cohort):
     "Lines of a table of counts or sizes, and the files they rest on"
     paper, lines, files = pub.paper.iloc[0], [], {}
     for r in pub.itertuples():
-        if r.metric in ('parameters','convolutions'):
-            want = row_requirements(paper, r.row); mine = [x for x in runs if want and x.seat==want[0]]
-            value, used, note = _network_size(mine[0], paper, r.metric) if mine else (float('nan'), {}, f'no run of {want[0][0]}')
-        else: (value, note), used = _count_cell(cohort, r.part, r.row, r.metric) if len(cohort.table) else (float('nan'), f'no run of {paper}'), cohort.files
-        if not np.isfinite(value): used = {}
-        files |= used; lines.append(_line(r, runs, value, note, list(used), r.metric in ('parameters','convolutions')))
+        if r.metric in ('parameters', 'convolutions'):
+            want = row_requirements(paper, r.row)
+            mine = [x for x in runs if want and x.seat == want[0]]
+            value, used, note = (
+                _network_size(mine[0], paper, r.metric)
+                if mine
+                else (float('nan'), {}, f'no run of {want[0][0]}')
+            )
+        else:
+            (value, note), used = (
+                _count_cell(cohort, r.part, r.row, r.metric)
+                if len(cohort.table)
+                else (float('nan'), f'no run of {paper}'),
+                cohort.files,
+            )
+        if not np.isfinite(value):
+            used = {}
+        files |= used
+        lines.append(
+            _line(r, runs, value, note, list(used), r.metric in ('parameters', 'convolutions'))
+        )
     return lines, files
 
 # %% ../../nbs/papers/7_tables.ipynb #1c2f5fc5
 def _corrected(t):
     "Holm over the rows that share a part and a metric"
-    for c in ('p_models','p_patients'):
-        for _,g in t[t[c].notna()].groupby(['part','metric'], sort=False): t.loc[g.index, c] = holm(g[c])
+    for c in ('p_models', 'p_patients'):
+        for _, g in t[t[c].notna()].groupby(['part', 'metric'], sort=False):
+            t.loc[g.index, c] = holm(g[c])
     return t
 
 # %% ../../nbs/papers/7_tables.ipynb #18a4fda3
 def paper_table(
-    paper:str, # a key of `PAPERS`
-    table:str, # as 'IV' or 'Fig. 6'
-    runs, # of `find_runs`, or folders with runs
-    cohort=None, # CSV with what the runs do not know, as infection_ratio, age, sex
-    n:int=1000, # resampled cohorts, and random swaps
-    seed:int=0, # seed of both
-)->pd.DataFrame: # columns of `_COLUMNS`; `.attrs['files']`: name → path of every file a number was computed from
+    paper: str,  # a key of `PAPERS`
+    table: str,  # as 'IV' or 'Fig. 6'
+    runs,  # of `find_runs`, or folders with runs
+    cohort=None,  # CSV with what the runs do not know, as infection_ratio, age, sex
+    n: int = 1000,  # resampled cohorts, and random swaps
+    seed: int = 0,  # seed of both
+) -> (
+    pd.DataFrame
+):  # columns of `_COLUMNS`; `.attrs['files']`: name → path of every file a number was computed from
     "A table of a paper, theirs beside ours; raises `PublishedError` or `TableError`"
     pub = published(paper, table)
-    runs = [r for r in open_runs(runs) if r.config['system']==paper]
+    runs = [r for r in open_runs(runs) if r.config['system'] == paper]
     people = cohort_of_runs(runs, cohort) if runs else CohortCounts(pd.DataFrame(), {})
-    facts = pub.metric.isin(('scans','patients','age','female','male','parameters','convolutions'))
-    lines, files = ([],{}) if facts.all() else _score_lines(pub[~facts], runs, people, n, seed)
-    more, used = _fact_lines(pub[facts], runs, people) if facts.any() else ([],{})
-    t = _corrected(pd.DataFrame(more+lines).reindex(columns=_COLUMNS))
-    t.attrs.update(paper=paper, table=table, files=files|used)
+    facts = pub.metric.isin(
+        ('scans', 'patients', 'age', 'female', 'male', 'parameters', 'convolutions')
+    )
+    lines, files = ([], {}) if facts.all() else _score_lines(pub[~facts], runs, people, n, seed)
+    more, used = _fact_lines(pub[facts], runs, people) if facts.any() else ([], {})
+    t = _corrected(pd.DataFrame(more + lines).reindex(columns=_COLUMNS))
+    t.attrs.update(paper=paper, table=table, files=files | used)
     return t
 
 # %% ../../nbs/papers/7_tables.ipynb #b8ba421e
-def _told(v, digits, sign=False): return '' if v is None or not np.isfinite(v) else f'{v:{"+" if sign else ""},.{int(digits)}f}'
-def _p(v): return '' if not np.isfinite(v) else '< 0.001' if v<.001 else f'{v:.3f}'
+def _told(v, digits, sign=False):
+    return '' if v is None or not np.isfinite(v) else f'{v:{"+" if sign else ""},.{int(digits)}f}'
+
+
+def _p(v):
+    return '' if not np.isfinite(v) else '< 0.001' if v < 0.001 else f'{v:.3f}'
+
 
 def printed_table(
-    table:pd.DataFrame, # of `paper_table`
-)->pd.DataFrame: # of text
+    table: pd.DataFrame,  # of `paper_table`
+) -> pd.DataFrame:  # of text
     "A table as it is printed: theirs, ours, interval, difference, how many, tests, note"
     rows = []
     for r in table.itertuples():
-        pm = lambda v, s: _told(v, r.digits)+(f' ± {_told(s, r.digits)}' if np.isfinite(s) else '')
-        many = '' if not np.isfinite(r.scans) else f'{r.scans:.0f} / {r.patients:.0f} / {r.models:.0f}'
-        rows.append({'part':r.part, 'row':r.row, 'metric':r.metric.replace('_',' ')+(f', {r.unit}' if r.unit else ''), 'theirs':r.printed.replace('±',' ± ').replace('(',' ('), 'ours':pm(r.ours, r.sd),
-                     '95 % interval':f'{_told(r.low, r.digits)} … {_told(r.high, r.digits)}' if np.isfinite(r.low) else '', 'difference':_told(r.difference, r.digits, True), 'scans / patients / models':many,
-                     'p, models':_p(r.p_models), 'p, patients':_p(r.p_patients), 'note':r.note})
+
+        def pm(v, s):
+            return _told(v, r.digits) + (f' ± {_told(s, r.digits)}' if np.isfinite(s) else '')
+
+        many = (
+            '' if not np.isfinite(r.scans) else f'{r.scans:.0f} / {r.patients:.0f} / {r.models:.0f}'
+        )
+        rows.append(
+            {
+                'part': r.part,
+                'row': r.row,
+                'metric': r.metric.replace('_', ' ') + (f', {r.unit}' if r.unit else ''),
+                'theirs': r.printed.replace('±', ' ± ').replace('(', ' ('),
+                'ours': pm(r.ours, r.sd),
+                '95 % interval': f'{_told(r.low, r.digits)} … {_told(r.high, r.digits)}'
+                if np.isfinite(r.low)
+                else '',
+                'difference': _told(r.difference, r.digits, True),
+                'scans / patients / models': many,
+                'p, models': _p(r.p_models),
+                'p, patients': _p(r.p_patients),
+                'note': r.note,
+            }
+        )
     t = pd.DataFrame(rows)
-    return t.loc[:, [c for c in t if c in ('row','metric','theirs','ours','difference') or (t[c]!='').any()]]
+    return t.loc[
+        :,
+        [
+            c
+            for c in t
+            if c in ('row', 'metric', 'theirs', 'ours', 'difference') or (t[c] != '').any()
+        ],
+    ]
 
 # %% ../../nbs/papers/7_tables.ipynb #863de6b2
-_TEX = {'\\':r'\textbackslash{}', '&':r'\&', '%':r'\%', '$':r'\$', '#':r'\#', '_':r'\_', '{':r'\{', '}':r'\}', '~':r'\textasciitilde{}', '^':r'\textasciicircum{}',
-        '<':'$<$', '>':'$>$', '±':r'$\pm$', '…':r'\ldots{}', '−':'$-$', '–':'--', 'γ':r'$\gamma$'}
+_TEX = {
+    '\\': r'\textbackslash{}',
+    '&': r'\&',
+    '%': r'\%',
+    '$': r'\$',
+    '#': r'\#',
+    '_': r'\_',
+    '{': r'\{',
+    '}': r'\}',
+    '~': r'\textasciitilde{}',
+    '^': r'\textasciicircum{}',
+    '<': '$<$',
+    '>': '$>$',
+    '±': r'$\pm$',
+    '…': r'\ldots{}',
+    '−': '$-$',
+    '–': '--',
+    'γ': r'$\gamma$',
+}
+
 
 def _tex_text(
-    text:str, # anything
-)->str: # the same, safe in LaTeX
+    text: str,  # anything
+) -> str:  # the same, safe in LaTeX
     "Text in which no character has a meaning for LaTeX"
     return ''.join(_TEX.get(c, c) for c in str(text))
 
 # %% ../../nbs/papers/7_tables.ipynb #aeda82e9
 def to_markdown(
-    table:pd.DataFrame, # of text, as from `printed_table`
-)->str: # a table with bars
+    table: pd.DataFrame,  # of text, as from `printed_table`
+) -> str:  # a table with bars
     "A table in Markdown"
-    cell = lambda v: str(v).replace('\\','\\\\').replace('|','\\|').replace('\n',' ')
-    lines = [table.columns, ['---']*len(table.columns), *table.itertuples(index=False)]
-    return '\n'.join('| '+' | '.join(map(cell, l))+' |' for l in lines)+'\n'
+
+    def cell(v):
+        return str(v).replace('\\', '\\\\').replace('|', '\\|').replace('\n', ' ')
+
+    lines = [table.columns, ['---'] * len(table.columns), *table.itertuples(index=False)]
+    return '\n'.join('| ' + ' | '.join(map(cell, l)) + ' |' for l in lines) + '\n'
 
 # %% ../../nbs/papers/7_tables.ipynb #60988e09
 def to_latex(
-    table:pd.DataFrame, # of text, as from `printed_table`
-    caption:str='', # above the table
-)->str: # a `longtable` that uses `booktabs`
+    table: pd.DataFrame,  # of text, as from `printed_table`
+    caption: str = '',  # above the table
+) -> str:  # a `longtable` that uses `booktabs`
     "A table in LaTeX; its document needs the packages booktabs and longtable"
-    row = lambda v: ' & '.join(map(_tex_text, v))+r' \\'
-    head = [f'\\begin{{longtable}}{{{"l"*len(table.columns)}}}', f'\\caption{{{_tex_text(caption)}}}\\\\' if caption else '', r'\toprule', row(table.columns), r'\midrule', r'\endhead']
-    return '\n'.join([l for l in head if l]+[row(r) for r in table.itertuples(index=False)]+[r'\bottomrule', r'\end{longtable}'])+'\n'
+
+    def row(v):
+        return ' & '.join(map(_tex_text, v)) + r' \\'
+
+    head = [
+        f'\\begin{{longtable}}{{{"l" * len(table.columns)}}}',
+        f'\\caption{{{_tex_text(caption)}}}\\\\' if caption else '',
+        r'\toprule',
+        row(table.columns),
+        r'\midrule',
+        r'\endhead',
+    ]
+    return (
+        '\n'.join(
+            [l for l in head if l]
+            + [row(r) for r in table.itertuples(index=False)]
+            + [r'\bottomrule', r'\end{longtable}']
+        )
+        + '\n'
+    )
 
 # %% ../../nbs/papers/7_tables.ipynb #397bf3d0
 def to_csv(
-    tables:list, # of `paper_table`
-)->str: # one file for all, every digit, with the files of each number
+    tables: list,  # of `paper_table`
+) -> str:  # one file for all, every digit, with the files of each number
     "Tables as CSV"
-    return pd.concat([t.assign(paper=t.attrs['paper'], table=t.attrs['table']) for t in tables])[['paper','table',*_COLUMNS]].to_csv(index=False)
+    return pd.concat([t.assign(paper=t.attrs['paper'], table=t.attrs['table']) for t in tables])[
+        ['paper', 'table', *_COLUMNS]
+    ].to_csv(index=False)
 
 # %% ../../nbs/papers/7_tables.ipynb #1c2b6633
 def file_table(
-    tables:list, # of `paper_table`
-)->pd.DataFrame: # columns file, bytes, sha256
+    tables: list,  # of `paper_table`
+) -> pd.DataFrame:  # columns file, bytes, sha256
     "Files behind tables with their fingerprints"
-    files = {k:v for t in tables for k,v in t.attrs['files'].items()}
-    return pd.DataFrame([(k, (b := files[k].read_bytes()).__len__(), hashlib.sha256(b).hexdigest()) for k in sorted(files)], columns=['file','bytes','sha256'])
+    files = {k: v for t in tables for k, v in t.attrs['files'].items()}
+    return pd.DataFrame(
+        [
+            (k, (b := files[k].read_bytes()).__len__(), hashlib.sha256(b).hexdigest())
+            for k in sorted(files)
+        ],
+        columns=['file', 'bytes', 'sha256'],
+    )
 
 # %% ../../nbs/papers/7_tables.ipynb #ca312dd5
 def changed_files(
-    report, # folder of a report
-    root, # folder that the runs have in common
-    cohort=None, # the CSV that was given beside them
-)->list: # names of files that are gone or other than they were
+    report,  # folder of a report
+    root,  # folder that the runs have in common
+    cohort=None,  # the CSV that was given beside them
+) -> list:  # names of files that are gone or other than they were
     "Has anything changed since the report was written?"
-    t = pd.read_csv(Path(report)/'files.csv', dtype=str)
-    place = [Path(cohort) if cohort and f==Path(cohort).name else Path(root)/f for f in t.file]
-    return [f for f,p,h in zip(t.file, place, t.sha256) if not p.is_file() or hashlib.sha256(p.read_bytes()).hexdigest()!=h]
+    t = pd.read_csv(Path(report) / 'files.csv', dtype=str)
+    place = [Path(cohort) if cohort and f == Path(cohort).name else Path(root) / f for f in t.file]
+    return [
+        f
+        for f, p, h in zip(t.file, place, t.sha256, strict=False)
+        if not p.is_file() or hashlib.sha256(p.read_bytes()).hexdigest() != h
+    ]

@@ -10,401 +10,686 @@ __all__ = ['LOBES', 'FOV', 'TUBES', 'BRONCHI', 'SEGMENTS', 'random_stream', 'Che
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #9b002e03
 from dataclasses import dataclass, replace
 from functools import lru_cache
+
 import numpy as np
 
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #063a134f
-LOBES = ('left upper','left lower','right upper','right middle','right lower') # value k+1 in a map of lobes
-FOV = (310.,384.,384.) # mm `(z,y,x)` of a patient of size 1
+LOBES = (
+    'left upper',
+    'left lower',
+    'right upper',
+    'right middle',
+    'right lower',
+)  # value k+1 in a map of lobes
+FOV = (310.0, 384.0, 384.0)  # mm `(z,y,x)` of a patient of size 1
+
 
 def random_stream(
-    *key, # integers that name the use
-)->np.random.Generator: # the same numbers on every platform
+    *key,  # integers that name the use
+) -> np.random.Generator:  # the same numbers on every platform
     "An own stream of random numbers for every use, so that adding an organ does not move the others"
-    return np.random.Generator(np.random.PCG64([int(k)%2**32 for k in key]))
+    return np.random.Generator(np.random.PCG64([int(k) % 2**32 for k in key]))
+
 
 @dataclass(eq=False)
 class Chest:
     "The sheet we draw on: places in mm, CT numbers, and what earlier beats left for later ones"
-    z:np.ndarray # mm, `(D,1,1)`
-    y:np.ndarray # mm, `(1,H,1)`
-    x:np.ndarray # mm, `(1,1,W)`
-    hu:np.ndarray # `(D,H,W)` float32, painted in place
-    edge:float # mm over which a surface fades: about a voxel
-    body:dict # the patient's numbers
-    at:dict # distances and masks by name
 
-    def box(self, lo, hi)->'Chest':
+    z: np.ndarray  # mm, `(D,1,1)`
+    y: np.ndarray  # mm, `(1,H,1)`
+    x: np.ndarray  # mm, `(1,1,W)`
+    hu: np.ndarray  # `(D,H,W)` float32, painted in place
+    edge: float  # mm over which a surface fades: about a voxel
+    body: dict  # the patient's numbers
+    at: dict  # distances and masks by name
+
+    def box(self, lo, hi) -> 'Chest':
         "The part between two corners `(z,y,x)` in mm; painting it paints the whole"
-        k = tuple(slice(*np.searchsorted(a.ravel(), (l,h))) for a,l,h in zip((self.z,self.y,self.x), lo, hi))
-        return replace(self, z=self.z[k[0]], y=self.y[:,k[1]], x=self.x[:,:,k[2]], hu=self.hu[k],
-                       at={n:a[k] for n,a in self.at.items() if getattr(a,'shape',0)==self.hu.shape})
+        k = tuple(
+            slice(*np.searchsorted(a.ravel(), (l, h)))
+            for a, l, h in zip((self.z, self.y, self.x), lo, hi, strict=False)
+        )
+        return replace(
+            self,
+            z=self.z[k[0]],
+            y=self.y[:, k[1]],
+            x=self.x[:, :, k[2]],
+            hu=self.hu[k],
+            at={n: a[k] for n, a in self.at.items() if getattr(a, 'shape', 0) == self.hu.shape},
+        )
+
 
 def new_chest(
-    shape, # voxels `(D,H,W)`
-    patient:int=0, # seed of the anatomy
-    view:float=1., # width and depth of the field of view over the usual ones, positive
-    arms:str='raised', # 'raised' above the head or 'down' beside the body
-)->Chest: # air everywhere
+    shape,  # voxels `(D,H,W)`
+    patient: int = 0,  # seed of the anatomy
+    view: float = 1.0,  # width and depth of the field of view over the usual ones, positive
+    arms: str = 'raised',  # 'raised' above the head or 'down' beside the body
+) -> Chest:  # air everywhere
     "An empty sheet of a patient's size"
     u = random_stream(patient, 1).uniform(-1, 1, 8).tolist()
-    body = dict(size=1+.08*u[0], heart=1+.13*u[1], dome=11*u[2], fat=11+5*u[3], depth=1+.05*u[4], level=-845+25*u[5], bone=1+.15*u[6], lift=9*u[7], patient=patient)
-    body.update(view=(FOV[0], FOV[1]*view, FOV[2]*view), arms=arms)
-    z,y,x = [((np.arange(n)-(n-1)/2)*f/n).astype('f4') for n,f in zip(shape, body['view'])]
-    edge = max(1.5, .65*float(np.prod(body['view'])/np.prod(shape))**(1/3))
-    return Chest(z[:,None,None], y[None,:,None]-10, x[None,None,:], np.full(shape, -1000, 'f4'), edge, body, {})
+    body = dict(
+        size=1 + 0.08 * u[0],
+        heart=1 + 0.13 * u[1],
+        dome=11 * u[2],
+        fat=11 + 5 * u[3],
+        depth=1 + 0.05 * u[4],
+        level=-845 + 25 * u[5],
+        bone=1 + 0.15 * u[6],
+        lift=9 * u[7],
+        patient=patient,
+    )
+    body.update(view=(FOV[0], FOV[1] * view, FOV[2] * view), arms=arms)
+    z, y, x = [
+        ((np.arange(n) - (n - 1) / 2) * f / n).astype('f4')
+        for n, f in zip(shape, body['view'], strict=False)
+    ]
+    edge = max(1.5, 0.65 * float(np.prod(body['view']) / np.prod(shape)) ** (1 / 3))
+    return Chest(
+        z[:, None, None],
+        y[None, :, None] - 10,
+        x[None, None, :],
+        np.full(shape, -1000, 'f4'),
+        edge,
+        body,
+        {},
+    )
 
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #a4173963
 def _coverage(
-    c:Chest, # sheet
-    d, # distance to a surface in mm, negative inside
-)->np.ndarray: # share of each voxel inside, in [0,1]
+    c: Chest,  # sheet
+    d,  # distance to a surface in mm, negative inside
+) -> np.ndarray:  # share of each voxel inside, in [0,1]
     "How much of each voxel lies inside a surface"
-    return np.clip(np.float32(.5)-d*np.float32(1/c.edge), 0, 1)
+    return np.clip(np.float32(0.5) - d * np.float32(1 / c.edge), 0, 1)
+
 
 def paint(
-    c:Chest, # sheet, changed in place
-    hu:float, # CT number of the organ
-    *d, # distances in mm, negative inside; the organ is where all are negative
-    where=1, # factor in [0,1] on the share, or a bool mask
-)->np.ndarray: # share of each voxel that was painted
+    c: Chest,  # sheet, changed in place
+    hu: float,  # CT number of the organ
+    *d,  # distances in mm, negative inside; the organ is where all are negative
+    where=1,  # factor in [0,1] on the share, or a bool mask
+) -> np.ndarray:  # share of each voxel that was painted
     "Paint an organ with soft edges"
-    w = _coverage(c, d[0] if len(d)==1 else np.maximum.reduce([np.broadcast_to(q,c.hu.shape) for q in d]))*where
-    c.hu += w*(np.float32(hu)-c.hu)
+    w = (
+        _coverage(
+            c,
+            d[0] if len(d) == 1 else np.maximum.reduce([np.broadcast_to(q, c.hu.shape) for q in d]),
+        )
+        * where
+    )
+    c.hu += w * (np.float32(hu) - c.hu)
     return w
 
+
 def ball(
-    c:Chest, # sheet
-    centre, # mm `(z,y,x)`
-    radii, # mm `(z,y,x)`
-)->np.ndarray: # roughly the distance to the surface in mm
+    c: Chest,  # sheet
+    centre,  # mm `(z,y,x)`
+    radii,  # mm `(z,y,x)`
+) -> np.ndarray:  # roughly the distance to the surface in mm
     "An ellipsoid"
-    return (np.sqrt(sum(((a-np.float32(m))/np.float32(r))**2 for a,m,r in zip((c.z,c.y,c.x), centre, radii)))-1)*np.float32(min(radii))
+    return (
+        np.sqrt(
+            sum(
+                ((a - np.float32(m)) / np.float32(r)) ** 2
+                for a, m, r in zip((c.z, c.y, c.x), centre, radii, strict=False)
+            )
+        )
+        - 1
+    ) * np.float32(min(radii))
+
 
 def draw_tube(
-    c:Chest, # sheet, changed in place
-    points, # chain of places `(z,y,x)` in mm
-    radius, # mm, one number or one a point
-    hu:float, # CT number
-    out=None, # array `(D,H,W)` that collects the share
-)->None:
+    c: Chest,  # sheet, changed in place
+    points,  # chain of places `(z,y,x)` in mm
+    radius,  # mm, one number or one a point
+    hu: float,  # CT number
+    out=None,  # array `(D,H,W)` that collects the share
+) -> None:
     "A round tube along a chain of points"
-    p,r = np.asarray(points,'f4'), np.broadcast_to(np.asarray(radius,'f4'), len(points))
-    for a,b,ra,rb in zip(p[:-1], p[1:], r[:-1], r[1:]):
-        m = max(ra,rb)+c.edge
-        v = replace(c, at={} if out is None else {'out':out}).box(np.minimum(a,b)-m, np.maximum(a,b)+m)
-        q,e = (v.z-a[0], v.y-a[1], v.x-a[2]), b-a
-        t = np.clip(sum(s*f for s,f in zip(q,e))/max(1e-3, float((e*e).sum())), 0, 1)
-        w = paint(v, hu, np.sqrt(sum((s-t*f)**2 for s,f in zip(q,e)))-(ra+t*(rb-ra)))
-        if out is not None: np.maximum(v.at['out'], w, out=v.at['out'])
+    p, r = np.asarray(points, 'f4'), np.broadcast_to(np.asarray(radius, 'f4'), len(points))
+    for a, b, ra, rb in zip(p[:-1], p[1:], r[:-1], r[1:], strict=False):
+        m = max(ra, rb) + c.edge
+        v = replace(c, at={} if out is None else {'out': out}).box(
+            np.minimum(a, b) - m, np.maximum(a, b) + m
+        )
+        q, e = (v.z - a[0], v.y - a[1], v.x - a[2]), b - a
+        t = np.clip(
+            sum(s * f for s, f in zip(q, e, strict=False)) / max(1e-3, float((e * e).sum())), 0, 1
+        )
+        w = paint(
+            v,
+            hu,
+            np.sqrt(sum((s - t * f) ** 2 for s, f in zip(q, e, strict=False)))
+            - (ra + t * (rb - ra)),
+        )
+        if out is not None:
+            np.maximum(v.at['out'], w, out=v.at['out'])
 
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #a69c75de
 @lru_cache(None)
 def _curve(points):
     "A profile sampled every mm from -300 to 300, its corners rounded over 25 mm"
-    t = np.arange(-325., 326.); v = np.interp(t, *np.array(points).T)
+    t = np.arange(-325.0, 326.0)
+    v = np.interp(t, *np.array(points).T)
     k = np.hanning(27)[1:-1]
-    return np.convolve(v, k/k.sum(), 'same')[25:-25]
+    return np.convolve(v, k / k.sum(), 'same')[25:-25]
+
 
 def _profile(
-    at, # places in mm, any shape
-    *points, # pairs (mm, value), rising
-)->np.ndarray: # values, shape of `at`
+    at,  # places in mm, any shape
+    *points,  # pairs (mm, value), rising
+) -> np.ndarray:  # values, shape of `at`
     "A smooth curve through a few measures"
-    return np.interp(at, np.arange(-300.,301.), _curve(points)).astype('f4')
+    return np.interp(at, np.arange(-300.0, 301.0), _curve(points)).astype('f4')
+
 
 def chest_wall(
-    z, # height in mm, broadcastable with the others
-    y, # mm to the back
-    x, # mm to the patient's left
-    depth:float=1., # depth of the chest, 1 is usual
-)->tuple: # distance to the inner chest wall along the radius in mm; cosine of the angle from the back
+    z,  # height in mm, broadcastable with the others
+    y,  # mm to the back
+    x,  # mm to the patient's left
+    depth: float = 1.0,  # depth of the chest, 1 is usual
+) -> (
+    tuple
+):  # distance to the inner chest wall along the radius in mm; cosine of the angle from the back
     "The inner wall of the chest: negative inside"
-    rx = np.maximum(_profile(z, (-140,133), (-60,131), (0,127), (40,118), (75,101), (98,80), (111,56), (118,22), (122,2)), 2)
-    front = _profile(z, (-140,-103), (-70,-99), (-10,-86), (50,-58), (95,-22), (116,8))*depth
-    back = _profile(z, (-140,80), (-80,90), (-20,96), (30,94), (80,78), (105,58), (116,40))*depth
-    ry,cy = (back-front)/2, (back+front)/2
-    X,Y = (x/rx)**2, ((y-cy)/ry)**2
-    q = X+Y-np.float32(.38)*np.minimum(X,1)*np.minimum(Y,1)
-    R = np.sqrt(x*x+(y-cy)**2)+np.float32(1e-3)
-    return np.maximum(R*(1-1/np.sqrt(q+np.float32(1e-6))), z-117), (y-cy)/R
+    rx = np.maximum(
+        _profile(
+            z,
+            (-140, 133),
+            (-60, 131),
+            (0, 127),
+            (40, 118),
+            (75, 101),
+            (98, 80),
+            (111, 56),
+            (118, 22),
+            (122, 2),
+        ),
+        2,
+    )
+    front = (
+        _profile(z, (-140, -103), (-70, -99), (-10, -86), (50, -58), (95, -22), (116, 8)) * depth
+    )
+    back = (
+        _profile(z, (-140, 80), (-80, 90), (-20, 96), (30, 94), (80, 78), (105, 58), (116, 40))
+        * depth
+    )
+    ry, cy = (back - front) / 2, (back + front) / 2
+    X, Y = (x / rx) ** 2, ((y - cy) / ry) ** 2
+    q = X + Y - np.float32(0.38) * np.minimum(X, 1) * np.minimum(Y, 1)
+    R = np.sqrt(x * x + (y - cy) ** 2) + np.float32(1e-3)
+    return np.maximum(R * (1 - 1 / np.sqrt(q + np.float32(1e-6))), z - 117), (y - cy) / R
+
 
 def diaphragm(
-    y, # mm to the back, broadcastable with the others
-    x, # mm to the patient's left
-    dome:float=0., # mm higher than usual
-)->np.ndarray: # height in mm
+    y,  # mm to the back, broadcastable with the others
+    x,  # mm to the patient's left
+    dome: float = 0.0,  # mm higher than usual
+) -> np.ndarray:  # height in mm
     "Height of the diaphragm: two domes, the right one higher, falling to the back and the sides"
+
     def half(top, mid):
-        u,v = (x-mid)/76, (y+22)/92
-        u2,back = u*u, np.maximum(v,0)**2
-        return top-12*u2-26*u2*u2-22*back-38*back*back-14*np.minimum(v,0)**2
-    return np.maximum(half(-64+dome, -63), half(-77+.5*dome, 65)).astype('f4')
+        u, v = (x - mid) / 76, (y + 22) / 92
+        u2, back = u * u, np.maximum(v, 0) ** 2
+        return (
+            top - 12 * u2 - 26 * u2 * u2 - 22 * back - 38 * back * back - 14 * np.minimum(v, 0) ** 2
+        )
+
+    return np.maximum(half(-64 + dome, -63), half(-77 + 0.5 * dome, 65)).astype('f4')
 
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #06985ba7
 def _raised_arms(
-    c:Chest, # sheet or a part of it
-)->np.ndarray: # mm, negative inside
+    c: Chest,  # sheet or a part of it
+) -> np.ndarray:  # mm, negative inside
     "Distance to the skin of arms that lie above the head"
-    t = np.clip((c.z-70)/100, 0, 1)
-    axis = (np.abs(c.x)-142-26*t)**2+(c.y-24+30*t)**2
-    return np.sqrt(axis+np.minimum(c.z-70,0)**2)-38
+    t = np.clip((c.z - 70) / 100, 0, 1)
+    axis = (np.abs(c.x) - 142 - 26 * t) ** 2 + (c.y - 24 + 30 * t) ** 2
+    return np.sqrt(axis + np.minimum(c.z - 70, 0) ** 2) - 38
 
-_ARM = ((-170,217),(-60,216),(30,210),(75,190),(105,160)) # height and distance from the middle, mm
+
+_ARM = (
+    (-170, 217),
+    (-60, 216),
+    (30, 210),
+    (75, 190),
+    (105, 160),
+)  # height and distance from the middle, mm
+
 
 def _hanging_arms(
-    c:Chest, # sheet or a part of it
-)->np.ndarray: # mm, negative inside
+    c: Chest,  # sheet or a part of it
+) -> np.ndarray:  # mm, negative inside
     "Distance to the skin of arms that lie beside the body"
     out = _profile(c.z, *_ARM)
-    radius = _profile(c.z, (-170,37),(-60,39),(30,42),(100,38))
-    return np.sqrt((np.abs(c.x)-out)**2+(c.y-16)**2+np.maximum(c.z-108,0)**2)-radius
+    radius = _profile(c.z, (-170, 37), (-60, 39), (30, 42), (100, 38))
+    return (
+        np.sqrt((np.abs(c.x) - out) ** 2 + (c.y - 16) ** 2 + np.maximum(c.z - 108, 0) ** 2) - radius
+    )
+
 
 def _draw_body(
-    c:Chest, # empty sheet
-    rng, # stream of this patient
-)->None:
+    c: Chest,  # empty sheet
+    rng,  # stream of this patient
+) -> None:
     "Skin, fat, muscle and arms"
-    z,y,x,b = c.z,c.y,c.x,c.body
-    d,cosine = chest_wall(z,y,x,b['depth'])
-    rx = _profile(z, (-160,152),(-60,151),(0,150),(60,152),(110,148),(160,122))+b['fat']
-    front = _profile(z, (-160,-120),(-60,-116),(0,-104),(50,-81),(100,-53),(160,-18))*b['depth']-b['fat']
-    back = _profile(z, (-160,110),(0,113),(100,109),(160,96))*b['depth']+.4*b['fat']
-    ry,cy = (back-front)/2,(back+front)/2
-    R = np.sqrt(x*x+(y-cy)**2)+np.float32(1e-3); C = (y-cy)/R
-    X,Y = (x/rx)**2,((y-cy)/ry)**2
-    flare = _profile(z, (-60,0),(0,10),(40,26),(90,46),(160,56))*np.exp(-((C-.3)/.42)**2)
-    skin = np.maximum(R*(1-1/np.sqrt(X+Y-np.float32(.35)*np.minimum(X,1)*np.minimum(Y,1)+np.float32(1e-6)))-flare, y-back)
-    c.at.update(cage=d, cosine=np.broadcast_to(cosine,d.shape), skin=skin)
-    down = b['arms']=='down'
-    v = c.box((-200,-100,-280),(140,130,280)) if down else c.box((20,-100,-200),(200,130,200))
+    z, y, x, b = c.z, c.y, c.x, c.body
+    d, cosine = chest_wall(z, y, x, b['depth'])
+    rx = (
+        _profile(z, (-160, 152), (-60, 151), (0, 150), (60, 152), (110, 148), (160, 122)) + b['fat']
+    )
+    front = (
+        _profile(z, (-160, -120), (-60, -116), (0, -104), (50, -81), (100, -53), (160, -18))
+        * b['depth']
+        - b['fat']
+    )
+    back = _profile(z, (-160, 110), (0, 113), (100, 109), (160, 96)) * b['depth'] + 0.4 * b['fat']
+    ry, cy = (back - front) / 2, (back + front) / 2
+    R = np.sqrt(x * x + (y - cy) ** 2) + np.float32(1e-3)
+    C = (y - cy) / R
+    X, Y = (x / rx) ** 2, ((y - cy) / ry) ** 2
+    flare = _profile(z, (-60, 0), (0, 10), (40, 26), (90, 46), (160, 56)) * np.exp(
+        -(((C - 0.3) / 0.42) ** 2)
+    )
+    skin = np.maximum(
+        R
+        * (
+            1
+            - 1
+            / np.sqrt(
+                X + Y - np.float32(0.35) * np.minimum(X, 1) * np.minimum(Y, 1) + np.float32(1e-6)
+            )
+        )
+        - flare,
+        y - back,
+    )
+    c.at.update(cage=d, cosine=np.broadcast_to(cosine, d.shape), skin=skin)
+    down = b['arms'] == 'down'
+    v = (
+        c.box((-200, -100, -280), (140, 130, 280))
+        if down
+        else c.box((20, -100, -200), (200, 130, 200))
+    )
     np.minimum(v.at['skin'], (_hanging_arms if down else _raised_arms)(v), out=v.at['skin'])
-    paint(c, -105, skin); paint(c, 52, skin+b['fat']*(1-.4*C))
-    paint(c, -85, np.abs(noise_field(c,rng,30))*9-1.3, where=(d>13)&(skin<-b['fat'])) # fat between the muscles
+    paint(c, -105, skin)
+    paint(c, 52, skin + b['fat'] * (1 - 0.4 * C))
+    paint(
+        c, -85, np.abs(noise_field(c, rng, 30)) * 9 - 1.3, where=(d > 13) & (skin < -b['fat'])
+    )  # fat between the muscles
 
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #7562bc7d
 def noise_field(
-    c:Chest, # sheet
-    rng, # stream; the draw does not depend on the voxels
-    mm:float, # size of the grain
-)->np.ndarray: # `(D,H,W)`, about N(0,1)
+    c: Chest,  # sheet
+    rng,  # stream; the draw does not depend on the voxels
+    mm: float,  # size of the grain
+) -> np.ndarray:  # `(D,H,W)`, about N(0,1)
     "Smooth noise, the same in the patient at every resolution"
-    n = int(420/mm)+3; g = rng.standard_normal((n,n,n), 'f4')*np.float32(1.7)
-    for k,a in ((2,c.x),(1,c.y),(0,c.z)):          # the whole axis 0 last: it is the fastest to gather
-        p = np.clip((a.ravel()+210)/mm, 0, n-2); i = p.astype(int); f = (p-i).astype('f4')
-        f = (f*f*(3-2*f)).reshape([-1 if j==k else 1 for j in range(3)])
-        low = g.take(i,k); g = low+(g.take(i+1,k)-low)*f
+    n = int(420 / mm) + 3
+    g = rng.standard_normal((n, n, n), 'f4') * np.float32(1.7)
+    for k, a in (
+        (2, c.x),
+        (1, c.y),
+        (0, c.z),
+    ):  # the whole axis 0 last: it is the fastest to gather
+        p = np.clip((a.ravel() + 210) / mm, 0, n - 2)
+        i = p.astype(int)
+        f = (p - i).astype('f4')
+        f = (f * f * (3 - 2 * f)).reshape([-1 if j == k else 1 for j in range(3)])
+        low = g.take(i, k)
+        g = low + (g.take(i + 1, k) - low) * f
     return g
 
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #84965e80
 def mediastinum_width(
-    z, # height in mm, broadcastable with the others
-    y, # mm to the back
-)->np.ndarray: # mm
+    z,  # height in mm, broadcastable with the others
+    y,  # mm to the back
+) -> np.ndarray:  # mm
     "Half-width of the mediastinum"
-    return _profile(y, (-110,5),(-75,6),(-50,16),(-20,27),(15,26),(40,19),(60,24),(100,33))*_profile(z, (-120,.9),(0,.95),(60,1),(120,1.15))
+    return _profile(
+        y, (-110, 5), (-75, 6), (-50, 16), (-20, 27), (15, 26), (40, 19), (60, 24), (100, 33)
+    ) * _profile(z, (-120, 0.9), (0, 0.95), (60, 1), (120, 1.15))
+
 
 def _draw_cavity(
-    c:Chest, # sheet with the body
-)->None:
+    c: Chest,  # sheet with the body
+) -> None:
     "Belly below the diaphragm, lung above it"
-    y,x,d = c.y,c.x,c.at['cage']
-    under = c.z-diaphragm(y,x,c.body['dome']); c.at['under'] = under
+    y, x, d = c.y, c.x, c.at['cage']
+    under = c.z - diaphragm(y, x, c.body['dome'])
+    c.at['under'] = under
     paint(c, c.body['level'], d, -under)
-    v = c.box((-160,-200,-200),(-20,200,200)); y,x,belly = v.y,v.x,np.maximum(v.at['under'],v.at['cage'])
+    v = c.box((-160, -200, -200), (-20, 200, 200))
+    y, x, belly = v.y, v.x, np.maximum(v.at['under'], v.at['cage'])
     paint(v, -95, belly)
-    paint(v, 58, belly+4, x-18+.55*y, ball(v,(-125,-5,-50),(100,95,150)))
-    paint(v, 50, belly+5, ball(v,(-108,44,84),(46,36,32)))
-    stomach = np.maximum(belly+6, ball(v,(-108,-24,66),(48,42,44)))
-    paint(v, 34, stomach); paint(v, -940, stomach+5, y+30)
+    paint(v, 58, belly + 4, x - 18 + 0.55 * y, ball(v, (-125, -5, -50), (100, 95, 150)))
+    paint(v, 50, belly + 5, ball(v, (-108, 44, 84), (46, 36, 32)))
+    stomach = np.maximum(belly + 6, ball(v, (-108, -24, 66), (48, 42, 44)))
+    paint(v, 34, stomach)
+    paint(v, -940, stomach + 5, y + 30)
+
 
 def heart_distance(
-    c, # anything with `z`, `y`, `x` in mm and `body`
-)->np.ndarray: # mm
+    c,  # anything with `z`, `y`, `x` in mm and `body`
+) -> np.ndarray:  # mm
     "Distance to the heart: an ellipsoid whose long axis points to the left, the front and the feet"
-    h = c.body['heart']; z,y,x = c.z-(-40+.6*c.body['dome']), c.y+36*c.body['depth'], c.x-18
-    u,v = .8*x-.6*y, .6*x+.8*y
-    u,w = .88*u-.47*z, .47*u+.88*z
-    return (np.sqrt((u/(61*h))**2+(v/(41*h))**2+(w/(44*h))**2)-1)*np.float32(41*h)
+    h = c.body['heart']
+    z, y, x = c.z - (-40 + 0.6 * c.body['dome']), c.y + 36 * c.body['depth'], c.x - 18
+    u, v = 0.8 * x - 0.6 * y, 0.6 * x + 0.8 * y
+    u, w = 0.88 * u - 0.47 * z, 0.47 * u + 0.88 * z
+    return (
+        np.sqrt((u / (61 * h)) ** 2 + (v / (41 * h)) ** 2 + (w / (44 * h)) ** 2) - 1
+    ) * np.float32(41 * h)
 
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #03b45d53
-TUBES = ( # HU, radii in mm, points (z,y,x) in mm
-    (44, (16,16,15,14,13.5,13,12.5), ((-8,-22,2),(22,-30,-10),(44,-26,-14),(56,-12,-4),(57,8,9),(52,28,17),(36,40,21))), # ascending aorta and arch
-    (44, (12.5,12,11.5,11,10.5), ((36,40,21),(0,42,24),(-60,40,20),(-110,42,14),(-160,44,6))), # descending aorta
-    (42, (15,14,13,9), ((4,-36,16),(24,-24,18),(32,-4,18),(32,2,44))), # trunk of the lung artery, left
-    (42, (12,10,8), ((24,-8,6),(18,-4,-24),(14,2,-46))), # right
-    (41, (9,9,8), ((-2,14,-40),(-6,10,0),(-2,14,42))), # lung veins
-    (40, (8,9,10), ((100,-8,-22),(60,-20,-25),(8,-14,-28))), # upper hollow vein
-    (40, (6,6,6), ((84,-28,32),(72,-30,4),(60,-21,-22))), # its branch
-    (44, (6,5.5,5), ((56,-14,-4),(90,-8,-18),(160,10,-32))), (44, (5,4.5,4), ((57,-2,3),(90,2,10),(160,12,28))), (44, (5,5,4), ((57,10,11),(92,16,24),(120,20,46))), # arteries to head and arms
-    (34, (6.5,6.5,6.5,6.5,6.5), ((160,30,0),(60,28,4),(0,26,5),(-60,24,12),(-88,10,24)))) # oesophagus
+TUBES = (  # HU, radii in mm, points (z,y,x) in mm
+    (
+        44,
+        (16, 16, 15, 14, 13.5, 13, 12.5),
+        (
+            (-8, -22, 2),
+            (22, -30, -10),
+            (44, -26, -14),
+            (56, -12, -4),
+            (57, 8, 9),
+            (52, 28, 17),
+            (36, 40, 21),
+        ),
+    ),  # ascending aorta and arch
+    (
+        44,
+        (12.5, 12, 11.5, 11, 10.5),
+        ((36, 40, 21), (0, 42, 24), (-60, 40, 20), (-110, 42, 14), (-160, 44, 6)),
+    ),  # descending aorta
+    (
+        42,
+        (15, 14, 13, 9),
+        ((4, -36, 16), (24, -24, 18), (32, -4, 18), (32, 2, 44)),
+    ),  # trunk of the lung artery, left
+    (42, (12, 10, 8), ((24, -8, 6), (18, -4, -24), (14, 2, -46))),  # right
+    (41, (9, 9, 8), ((-2, 14, -40), (-6, 10, 0), (-2, 14, 42))),  # lung veins
+    (40, (8, 9, 10), ((100, -8, -22), (60, -20, -25), (8, -14, -28))),  # upper hollow vein
+    (40, (6, 6, 6), ((84, -28, 32), (72, -30, 4), (60, -21, -22))),  # its branch
+    (44, (6, 5.5, 5), ((56, -14, -4), (90, -8, -18), (160, 10, -32))),
+    (44, (5, 4.5, 4), ((57, -2, 3), (90, 2, 10), (160, 12, 28))),
+    (44, (5, 5, 4), ((57, 10, 11), (92, 16, 24), (120, 20, 46))),  # arteries to head and arms
+    (
+        34,
+        (6.5, 6.5, 6.5, 6.5, 6.5),
+        ((160, 30, 0), (60, 28, 4), (0, 26, 5), (-60, 24, 12), (-88, 10, 24)),
+    ),
+)  # oesophagus
+
 
 def _draw_mediastinum(
-    c:Chest, # sheet with the cavity
-)->None:
+    c: Chest,  # sheet with the cavity
+) -> None:
     "Fat, heart, great vessels and neck"
-    v = c.box((-125,-120,-95),(125,75,120)); core = np.maximum(np.abs(v.x)-mediastinum_width(v.z,v.y), v.y-_spine(v.z)+6)
-    hd = heart_distance(v); low,high = np.maximum(v.at['cage']+1,-v.at['under']), np.maximum(v.at['cage']+3,-v.at['under'])
-    paint(v, -90, np.minimum(core, hd-5), low); paint(v, 42, hd, high)
-    paint(v, 40, ball(v,(6,-10,-8),(30,26,30)), high)
-    draw_tube(c, ((160,14,0),(118,16,0)), 34, 50)
-    for hu,r,p in TUBES: draw_tube(c, np.add(p,(c.body['lift'],0,0)), r, hu)
+    v = c.box((-125, -120, -95), (125, 75, 120))
+    core = np.maximum(np.abs(v.x) - mediastinum_width(v.z, v.y), v.y - _spine(v.z) + 6)
+    hd = heart_distance(v)
+    low, high = (
+        np.maximum(v.at['cage'] + 1, -v.at['under']),
+        np.maximum(v.at['cage'] + 3, -v.at['under']),
+    )
+    paint(v, -90, np.minimum(core, hd - 5), low)
+    paint(v, 42, hd, high)
+    paint(v, 40, ball(v, (6, -10, -8), (30, 26, 30)), high)
+    draw_tube(c, ((160, 14, 0), (118, 16, 0)), 34, 50)
+    for hu, r, p in TUBES:
+        draw_tube(c, np.add(p, (c.body['lift'], 0, 0)), r, hu)
+
 
 def _spine(
-    z, # heights in mm
-)->np.ndarray: # mm
+    z,  # heights in mm
+) -> np.ndarray:  # mm
     "Where the middle of the vertebrae lies, front to back"
-    return np.float32(69)-np.float32(.0012)*(z-5)**2
+    return np.float32(69) - np.float32(0.0012) * (z - 5) ** 2
 
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #77983623
 def _draw_ribs(
-    c:Chest, # sheet with the body
-)->None:
+    c: Chest,  # sheet with the body
+) -> None:
     "Ribs with marrow inside and cartilage in front"
-    v = c.box((-160,-150,-150),(119,130,150)); d = v.at['cage']
-    k = (np.abs(d-6)<5+v.edge)&(v.at['skin']<-4)     # only the shell where ribs can be
-    d,cosine,z = d[k],v.at['cosine'][k],np.broadcast_to(v.z,k.shape)[k]
-    u = (108-52*(1-cosine)+6*cosine-z)/25
-    along = (u-np.clip(np.round(u),0,11))*25
-    r = (np.sqrt((along/6.2)**2+((d-6)/4)**2)-1)*np.float32(4.4)
-    hard = np.clip((cosine+.72)/.06, 0, 1)
-    hu = np.where(r>-2, 620*c.body['bone'], 300)*hard+105*(1-hard)
-    v.hu[k] += _coverage(v,r)*(hu.astype('f4')-v.hu[k])
+    v = c.box((-160, -150, -150), (119, 130, 150))
+    d = v.at['cage']
+    k = (np.abs(d - 6) < 5 + v.edge) & (v.at['skin'] < -4)  # only the shell where ribs can be
+    d, cosine, z = d[k], v.at['cosine'][k], np.broadcast_to(v.z, k.shape)[k]
+    u = (108 - 52 * (1 - cosine) + 6 * cosine - z) / 25
+    along = (u - np.clip(np.round(u), 0, 11)) * 25
+    r = (np.sqrt((along / 6.2) ** 2 + ((d - 6) / 4) ** 2) - 1) * np.float32(4.4)
+    hard = np.clip((cosine + 0.72) / 0.06, 0, 1)
+    hu = np.where(r > -2, 620 * c.body['bone'], 300) * hard + 105 * (1 - hard)
+    v.hu[k] += _coverage(v, r) * (hu.astype('f4') - v.hu[k])
+
 
 def _draw_spine(
-    c:Chest, # sheet with the body
-)->None:
+    c: Chest,  # sheet with the body
+) -> None:
     "Vertebral bodies and discs, canal, arches, spinous and transverse processes"
-    v = c.box((-160,20,-60),(160,125,60)); z,x,b = v.z,np.abs(v.x),v.body['bone']
-    y,dz = v.y-_spine(z), z-23*np.round(z/23)
-    body = (np.sqrt((x/17)**2+(y/14)**2)-1)*14
-    paint(v, 80, body); paint(v, 470*b, body, np.abs(dz)-9.5); paint(v, 200*b, body+2.5, np.abs(dz)-7.5)
-    canal = (np.sqrt((x/9.5)**2+((y-20)/8)**2)-1)*8
-    paint(v, 500*b, np.abs(canal-2.4)-2.4, np.abs(dz+3)-8); paint(v, 25, canal)
-    paint(v, 430*b, x-2.6, np.abs(y-35)-6, np.abs(dz+5+.5*(y-30))-5)
-    paint(v, 420*b, np.abs(y-17-.3*x)-4, np.abs(x-24)-13, np.abs(dz-3)-5)
+    v = c.box((-160, 20, -60), (160, 125, 60))
+    z, x, b = v.z, np.abs(v.x), v.body['bone']
+    y, dz = v.y - _spine(z), z - 23 * np.round(z / 23)
+    body = (np.sqrt((x / 17) ** 2 + (y / 14) ** 2) - 1) * 14
+    paint(v, 80, body)
+    paint(v, 470 * b, body, np.abs(dz) - 9.5)
+    paint(v, 200 * b, body + 2.5, np.abs(dz) - 7.5)
+    canal = (np.sqrt((x / 9.5) ** 2 + ((y - 20) / 8) ** 2) - 1) * 8
+    paint(v, 500 * b, np.abs(canal - 2.4) - 2.4, np.abs(dz + 3) - 8)
+    paint(v, 25, canal)
+    paint(v, 430 * b, x - 2.6, np.abs(y - 35) - 6, np.abs(dz + 5 + 0.5 * (y - 30)) - 5)
+    paint(v, 420 * b, np.abs(y - 17 - 0.3 * x) - 4, np.abs(x - 24) - 13, np.abs(dz - 3) - 5)
 
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #a3ff8084
 def _draw_shoulders(
-    c:Chest, # sheet with the body
-)->None:
+    c: Chest,  # sheet with the body
+) -> None:
     "Breast-bone, shoulder blades, collar-bones and arms"
     b = c.body['bone']
-    v = c.box((-80,-150,-40),(92,0,40)); d,z = v.at['cage'],v.z
-    s = np.maximum(np.abs(v.x)-_profile(z,(-70,6),(-40,14),(30,14),(62,24),(90,26)), np.maximum(np.abs(d-8)-5, np.maximum(z-84,-66-z)))
-    paint(v, 320*b, s); paint(v, 140, s+2.2)
-    v = c.box((-20,-40,-190),(130,120,190)); d,cosine,z,x = v.at['cage'],v.at['cosine'],v.z,np.abs(v.x)
-    deep = v.at['skin']+8
-    paint(v, 470*b, np.abs(d-19)-2.4, (np.abs(cosine-.56)-.2-.0015*(z-20))*100, np.abs(z-50)-52, deep)
-    paint(v, 430*b, np.abs(d-28)-9, (np.abs(cosine-.5)-.22)*100, np.abs(z-78-.25*(x-100))-3.5, deep)
-    for s in (-1,1):
-        draw_tube(c, [(80,-34,s*20),(97,-30,s*60),(108,-6,s*100),(112,8,s*128)], 6, 480*b)
-        draw_tube(c, [(102,24,s*142),(114,16,s*148)], 21, 430*b); draw_tube(c, [(102,24,s*142),(114,16,s*148)], 17.5, 190)
-        arm = [(118,14,s*150),(200,-10,s*170)]
-        if c.body['arms']=='down': arm = [(z,16,s*x) for z,x in _ARM]
-        draw_tube(c, arm, 11, 850*b)
+    v = c.box((-80, -150, -40), (92, 0, 40))
+    d, z = v.at['cage'], v.z
+    s = np.maximum(
+        np.abs(v.x) - _profile(z, (-70, 6), (-40, 14), (30, 14), (62, 24), (90, 26)),
+        np.maximum(np.abs(d - 8) - 5, np.maximum(z - 84, -66 - z)),
+    )
+    paint(v, 320 * b, s)
+    paint(v, 140, s + 2.2)
+    v = c.box((-20, -40, -190), (130, 120, 190))
+    d, cosine, z, x = v.at['cage'], v.at['cosine'], v.z, np.abs(v.x)
+    deep = v.at['skin'] + 8
+    paint(
+        v,
+        470 * b,
+        np.abs(d - 19) - 2.4,
+        (np.abs(cosine - 0.56) - 0.2 - 0.0015 * (z - 20)) * 100,
+        np.abs(z - 50) - 52,
+        deep,
+    )
+    paint(
+        v,
+        430 * b,
+        np.abs(d - 28) - 9,
+        (np.abs(cosine - 0.5) - 0.22) * 100,
+        np.abs(z - 78 - 0.25 * (x - 100)) - 3.5,
+        deep,
+    )
+    for s in (-1, 1):
+        draw_tube(
+            c,
+            [(80, -34, s * 20), (97, -30, s * 60), (108, -6, s * 100), (112, 8, s * 128)],
+            6,
+            480 * b,
+        )
+        draw_tube(c, [(102, 24, s * 142), (114, 16, s * 148)], 21, 430 * b)
+        draw_tube(c, [(102, 24, s * 142), (114, 16, s * 148)], 17.5, 190)
+        arm = [(118, 14, s * 150), (200, -10, s * 170)]
+        if c.body['arms'] == 'down':
+            arm = [(z, 16, s * x) for z, x in _ARM]
+        draw_tube(c, arm, 11, 850 * b)
         draw_tube(c, arm, 5.5, 40)
 
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #aebd97f4
-BRONCHI = ( # radii in mm, points (z,y,x) in mm
-    ((9,9,9,8.5), ((170,6,0),(120,8,0),(60,14,-1),(24,18,-2))),
-    ((7.5,7,5.5,4), ((24,18,-2),(8,18,-24),(-20,22,-38),(-46,32,-50))), ((5,3.5), ((8,18,-24),(14,14,-52))),
-    ((7,6,5,3.5), ((24,18,-2),(6,22,28),(-12,28,46),(-42,38,58))), ((4.5,3.2), ((-2,24,38),(10,14,62))))
+BRONCHI = (  # radii in mm, points (z,y,x) in mm
+    ((9, 9, 9, 8.5), ((170, 6, 0), (120, 8, 0), (60, 14, -1), (24, 18, -2))),
+    ((7.5, 7, 5.5, 4), ((24, 18, -2), (8, 18, -24), (-20, 22, -38), (-46, 32, -50))),
+    ((5, 3.5), ((8, 18, -24), (14, 14, -52))),
+    ((7, 6, 5, 3.5), ((24, 18, -2), (6, 22, 28), (-12, 28, 46), (-42, 38, 58))),
+    ((4.5, 3.2), ((-2, 24, 38), (10, 14, 62))),
+)
+
 
 def fissures(
-    z, # height in mm, broadcastable with the others
-    y, # mm to the back
-    x, # mm to the patient's left
-)->tuple: # mm above the oblique and above the horizontal fissure
+    z,  # height in mm, broadcastable with the others
+    y,  # mm to the back
+    x,  # mm to the patient's left
+) -> tuple:  # mm above the oblique and above the horizontal fissure
     "The folds between the lobes: oblique on both sides, horizontal on the right only"
-    oblique = z-y-(np.float32(10)*(x>0)-11-.0022*(np.abs(x)-70)**2)
-    return oblique, z-(6+.06*y-.0016*(np.abs(x)-60)**2)
+    oblique = z - y - (np.float32(10) * (x > 0) - 11 - 0.0022 * (np.abs(x) - 70) ** 2)
+    return oblique, z - (6 + 0.06 * y - 0.0016 * (np.abs(x) - 60) ** 2)
+
 
 def lobe_at(
-    z, # height in mm, broadcastable with the others
-    y, # mm to the back
-    x, # mm to the patient's left
-)->np.ndarray: # 1 … 5 in the order of `LOBES`
+    z,  # height in mm, broadcastable with the others
+    y,  # mm to the back
+    x,  # mm to the patient's left
+) -> np.ndarray:  # 1 … 5 in the order of `LOBES`
     "Which lobe a place of the lung belongs to"
-    oblique,horizontal = fissures(z,y,x)
-    return np.where(x<0, np.where(oblique>0, np.where(horizontal>0,3,4), 5), np.where(oblique>0,1,2)).astype('u1')
+    oblique, horizontal = fissures(z, y, x)
+    return np.where(
+        x < 0, np.where(oblique > 0, np.where(horizontal > 0, 3, 4), 5), np.where(oblique > 0, 1, 2)
+    ).astype('u1')
+
 
 def _draw_airways(
-    c:Chest, # sheet with the mediastinum; gets the masks `lungs`, `lobes`, `airways`
-)->None:
+    c: Chest,  # sheet with the mediastinum; gets the masks `lungs`, `lobes`, `airways`
+) -> None:
     "Trachea and bronchi with their walls; what is left of the cavity is lung"
     air = np.zeros_like(c.hu)
-    twigs = [(np.array(r), np.add(p,(c.body['lift'],0,0))) for r,p in BRONCHI]
-    for r,p in twigs: draw_tube(c, p, r+1.7, 10)              # all walls first: they must not cross the air
-    for r,p in twigs: draw_tube(c, p, r, -1000, air)
-    lungs = (c.at['cage']<0)&(c.at['under']>0)&(c.hu<-450)&(air<.3)
-    c.at.update(airways=air>.5, lungs=lungs, lobes=lobe_at(c.z,c.y,c.x)*lungs,
-                rim=-np.maximum(c.at['cage'],-c.at['under'])) # mm from chest wall and diaphragm
+    twigs = [(np.array(r), np.add(p, (c.body['lift'], 0, 0))) for r, p in BRONCHI]
+    for r, p in twigs:
+        draw_tube(c, p, r + 1.7, 10)  # all walls first: they must not cross the air
+    for r, p in twigs:
+        draw_tube(c, p, r, -1000, air)
+    lungs = (c.at['cage'] < 0) & (c.at['under'] > 0) & (c.hu < -450) & (air < 0.3)
+    c.at.update(
+        airways=air > 0.5,
+        lungs=lungs,
+        lobes=lobe_at(c.z, c.y, c.x) * lungs,
+        rim=-np.maximum(c.at['cage'], -c.at['under']),
+    )  # mm from chest wall and diaphragm
 
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #4a43703d
-SEGMENTS = np.array(((92,18,48),(48,-38,62),(58,46,70),(-6,-50,88),(-18,-58,56),(22,62,66),(-58,-14,96),(-66,32,92),(-88,56,62),(-52,8,54))) # mm, left side
+SEGMENTS = np.array(
+    (
+        (92, 18, 48),
+        (48, -38, 62),
+        (58, 46, 70),
+        (-6, -50, 88),
+        (-18, -58, 56),
+        (22, 62, 66),
+        (-58, -14, 96),
+        (-66, 32, 92),
+        (-88, 56, 62),
+        (-52, 8, 54),
+    )
+)  # mm, left side
+
 
 def pleura_distance(
-    c, # anything with `body`
-    z, # height in mm, broadcastable with the others
-    y, # mm to the back
-    x, # mm to the patient's left
-)->np.ndarray: # mm, negative inside a lung
+    c,  # anything with `body`
+    z,  # height in mm, broadcastable with the others
+    y,  # mm to the back
+    x,  # mm to the patient's left
+) -> np.ndarray:  # mm, negative inside a lung
     "Distance to the surface of the lungs"
-    return np.maximum.reduce([chest_wall(z,y,x,c.body['depth'])[0], diaphragm(y,x,c.body['dome'])-z, mediastinum_width(z,y)-np.abs(x)])
+    return np.maximum.reduce(
+        [
+            chest_wall(z, y, x, c.body['depth'])[0],
+            diaphragm(y, x, c.body['dome']) - z,
+            mediastinum_width(z, y) - np.abs(x),
+        ]
+    )
+
 
 def grow_tree(
-    c:Chest, # sheet of the patient
-    rng, # stream of the tree
-    generations:int=7, # how often a branch can split
-)->tuple: # starts, ends `(n,3)` and radii `(n,)` in mm
+    c: Chest,  # sheet of the patient
+    rng,  # stream of the tree
+    generations: int = 7,  # how often a branch can split
+) -> tuple:  # starts, ends `(n,3)` and radii `(n,)` in mm
     "A tree that fills the lungs and thins towards the pleura"
-    goal = np.concatenate([np.repeat(SEGMENTS*(1,1,s),2,0) for s in (-1,1)])
-    a = np.stack([(2+c.body['lift'],12,s*36.) for s in np.sign(goal[:,2])])+rng.normal(0,4,goal.shape)
-    go = goal+rng.normal(0,11,goal.shape)-a; length = np.linalg.norm(go,axis=1,keepdims=True)
-    d,length,r,out = go/length, length*.36, np.full((len(a),1),4.), []
+    goal = np.concatenate([np.repeat(SEGMENTS * (1, 1, s), 2, 0) for s in (-1, 1)])
+    a = np.stack([(2 + c.body['lift'], 12, s * 36.0) for s in np.sign(goal[:, 2])]) + rng.normal(
+        0, 4, goal.shape
+    )
+    go = goal + rng.normal(0, 11, goal.shape) - a
+    length = np.linalg.norm(go, axis=1, keepdims=True)
+    d, length, r, out = go / length, length * 0.36, np.full((len(a), 1), 4.0), []
     for g in range(generations):
-        n = len(a); turn = rng.normal(0,1,(2*n,3)); bend = rng.uniform(.25,.75,(2*n,1)); shrink = rng.uniform((.62,.7),(.95,.84),(2*n,2))
-        live = np.flatnonzero((pleura_distance(c,*(a+.9*d*length).T)<-3)|(g==0))
-        out.append((a[live],(a+d*length)[live],r[live,0]))
-        k = np.repeat(live,2); j = np.stack([2*live,2*live+1],1).ravel()
-        turn = turn[j]-(turn[j]*d[k]).sum(1,keepdims=True)*d[k]; turn /= np.linalg.norm(turn,axis=1,keepdims=True)
+        n = len(a)
+        turn = rng.normal(0, 1, (2 * n, 3))
+        bend = rng.uniform(0.25, 0.75, (2 * n, 1))
+        shrink = rng.uniform((0.62, 0.7), (0.95, 0.84), (2 * n, 2))
+        live = np.flatnonzero((pleura_distance(c, *(a + 0.9 * d * length).T) < -3) | (g == 0))
+        out.append((a[live], (a + d * length)[live], r[live, 0]))
+        k = np.repeat(live, 2)
+        j = np.stack([2 * live, 2 * live + 1], 1).ravel()
+        turn = turn[j] - (turn[j] * d[k]).sum(1, keepdims=True) * d[k]
+        turn /= np.linalg.norm(turn, axis=1, keepdims=True)
         turn[1::2] = -turn[::2]
-        a,d = (a+d*length)[k], np.cos(bend[j])*d[k]+np.sin(bend[j])*turn
-        length,r = length[k]*shrink[j,:1], r[k]*shrink[j,1:]
-    return tuple(np.concatenate(q) for q in zip(*out))
+        a, d = (a + d * length)[k], np.cos(bend[j]) * d[k] + np.sin(bend[j]) * turn
+        length, r = length[k] * shrink[j, :1], r[k] * shrink[j, 1:]
+    return tuple(np.concatenate(q) for q in zip(*out, strict=False))
 
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #9141c8c2
 def spread_tubes(
-    c:Chest, # sheet that gives the voxels
-    starts, # `(n,3)` mm, one row a segment
-    ends, # `(n,3)` mm
-    radii, # `(n,)` mm
-)->np.ndarray: # share of each voxel that is filled, in [0,1]
+    c: Chest,  # sheet that gives the voxels
+    starts,  # `(n,3)` mm, one row a segment
+    ends,  # `(n,3)` mm
+    radii,  # `(n,)` mm
+) -> np.ndarray:  # share of each voxel that is filled, in [0,1]
     "Fill voxels with thin tubes by their volume"
-    step = np.array([f/k for f,k in zip(c.body['view'],c.hu.shape)]); n,m = (8,4) if step.min()<4 else (4,3) # points along and around
-    k = np.arange(n*m); h,f = 1-2*((k*.618034)%1), k*2.399963 # a spiral of points around the axis
-    round_ = (np.stack([h, np.sqrt(1-h*h)*np.cos(f), np.sqrt(1-h*h)*np.sin(f)],-1)*.6).reshape(n,m,3)
-    t = ((np.arange(n)+.5)/n)[None,:,None]; r = radii[:,None,None]*(1-.2*t)
-    p = (starts[:,None]+t*(ends-starts)[:,None])[:,:,None]+round_*r[...,None]
-    volume = np.repeat(np.pi*r**2*np.linalg.norm(ends-starts,axis=1)[:,None,None]/(n*m*step.prod()), m, 2).ravel()
-    i = (p.reshape(-1,3).T-np.array([[c.z.flat[0]],[c.y.flat[0]],[c.x.flat[0]]]))/step[:,None]
-    j = np.floor(i).astype(int); ok = ((j>=0)&(j<np.array(c.hu.shape)[:,None]-1)).all(0)
-    f,j,volume = (i-j)[:,ok],j[:,ok],volume[ok]
-    w = [(1-q,q) for q in f]; corners = list(np.ndindex(2,2,2))  # each point shared by its eight voxels
-    where = np.concatenate([np.ravel_multi_index((j[0]+a,j[1]+b,j[2]+e), c.hu.shape) for a,b,e in corners])
-    share = np.concatenate([w[0][a]*w[1][b]*w[2][e]*volume for a,b,e in corners])
-    return np.minimum(np.bincount(where, share, c.hu.size),1).reshape(c.hu.shape).astype('f4')
+    step = np.array([f / k for f, k in zip(c.body['view'], c.hu.shape, strict=False)])
+    n, m = (8, 4) if step.min() < 4 else (4, 3)  # points along and around
+    k = np.arange(n * m)
+    h, f = 1 - 2 * ((k * 0.618034) % 1), k * 2.399963  # a spiral of points around the axis
+    round_ = (
+        np.stack([h, np.sqrt(1 - h * h) * np.cos(f), np.sqrt(1 - h * h) * np.sin(f)], -1) * 0.6
+    ).reshape(n, m, 3)
+    t = ((np.arange(n) + 0.5) / n)[None, :, None]
+    r = radii[:, None, None] * (1 - 0.2 * t)
+    p = (starts[:, None] + t * (ends - starts)[:, None])[:, :, None] + round_ * r[..., None]
+    volume = np.repeat(
+        np.pi * r**2 * np.linalg.norm(ends - starts, axis=1)[:, None, None] / (n * m * step.prod()),
+        m,
+        2,
+    ).ravel()
+    i = (p.reshape(-1, 3).T - np.array([[c.z.flat[0]], [c.y.flat[0]], [c.x.flat[0]]])) / step[
+        :, None
+    ]
+    j = np.floor(i).astype(int)
+    ok = ((j >= 0) & (j < np.array(c.hu.shape)[:, None] - 1)).all(0)
+    f, j, volume = (i - j)[:, ok], j[:, ok], volume[ok]
+    w = [(1 - q, q) for q in f]
+    corners = list(np.ndindex(2, 2, 2))  # each point shared by its eight voxels
+    where = np.concatenate(
+        [np.ravel_multi_index((j[0] + a, j[1] + b, j[2] + e), c.hu.shape) for a, b, e in corners]
+    )
+    share = np.concatenate([w[0][a] * w[1][b] * w[2][e] * volume for a, b, e in corners])
+    return np.minimum(np.bincount(where, share, c.hu.size), 1).reshape(c.hu.shape).astype('f4')
 
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #d3d3c45d
 def draw_anatomy(
-    shape, # voxels `(D,H,W)`
-    patient:int, # seed of the anatomy
-    view:float=1., # width and depth of the field of view over the usual ones, positive
-    arms:str='raised', # 'raised' above the head or 'down' beside the body
-)->Chest: # sheet with all organs, `lungs`, `lobes`, `airways`, `tree`
+    shape,  # voxels `(D,H,W)`
+    patient: int,  # seed of the anatomy
+    view: float = 1.0,  # width and depth of the field of view over the usual ones, positive
+    arms: str = 'raised',  # 'raised' above the head or 'down' beside the body
+) -> Chest:  # sheet with all organs, `lungs`, `lobes`, `airways`, `tree`
     "Everything that belongs to the patient and not to the scan"
     c = new_chest(shape, patient, view, arms)
-    _draw_body(c, random_stream(patient,2)); _draw_cavity(c); _draw_mediastinum(c)
-    _draw_ribs(c); _draw_spine(c); _draw_shoulders(c); _draw_airways(c)
-    c.at['tree'] = spread_tubes(c, *grow_tree(c,random_stream(patient,3)))*c.at['lungs']
+    _draw_body(c, random_stream(patient, 2))
+    _draw_cavity(c)
+    _draw_mediastinum(c)
+    _draw_ribs(c)
+    _draw_spine(c)
+    _draw_shoulders(c)
+    _draw_airways(c)
+    c.at['tree'] = spread_tubes(c, *grow_tree(c, random_stream(patient, 3))) * c.at['lungs']
     return c

@@ -9,282 +9,504 @@ __all__ = ['PHANTOM_LABELS', 'LESIONS', 'RATIOS', 'PHANTOM_MASKS', 'SWITCHES', '
 # %% ../../nbs/01_phantom/04_chest.ipynb #7a98d8ab
 import math
 from dataclasses import dataclass, replace
+
 import numpy as np
 import pandas as pd
 from scipy import ndimage as ndi
-from ..scan import DataError, Scan
+
+from covid_ct.phantom.anatomy import (
+    FOV,
+    Chest,
+    chest_wall,
+    draw_anatomy,
+    draw_tube,
+    fissures,
+    grow_tree,
+    heart_distance,
+    lobe_at,
+    mediastinum_width,
+    new_chest,
+    noise_field,
+    paint,
+    pleura_distance,
+    random_stream,
+    spread_tubes,
+)
 from .states import check_states, draw_states, view_of
-from .anatomy import FOV, Chest, chest_wall, draw_anatomy, noise_field, fissures, grow_tree, heart_distance, lobe_at, mediastinum_width, new_chest, paint, pleura_distance, spread_tubes, random_stream, draw_tube
+from ..scan import DataError, Scan
 
 # %% ../../nbs/01_phantom/04_chest.ipynb #a7423c2a
-PHANTOM_LABELS = ('healthy','cap','covid','ild') # what a phantom can be
-LESIONS = ('ggo','consolidation','crazy paving','effusion','reticulation') # value k+1 in `Phantom.lesions`
+PHANTOM_LABELS = ('healthy', 'cap', 'covid', 'ild')  # what a phantom can be
+LESIONS = (
+    'ggo',
+    'consolidation',
+    'crazy paving',
+    'effusion',
+    'reticulation',
+)  # value k+1 in `Phantom.lesions`
 
 # %% ../../nbs/01_phantom/04_chest.ipynb #acf84e99
 def draw_tissue(
-    c:Chest, # sheet with `lungs`
-    rng, # stream of this scan
-)->None:
+    c: Chest,  # sheet with `lungs`
+    rng,  # stream of this scan
+) -> None:
     "Depth of the breath, gravity, grain, collapsed back, fissures, scars and nodules"
-    y,z,rim = c.y,c.z,c.at['rim']
-    breath = rng.normal(0,18)+24*(y/80)-.06*z+10*noise_field(c,rng,14)+12*noise_field(c,rng,45)
-    collapse = rng.uniform(0,450)*np.clip(1.3-rim/rng.uniform(6,22),0,1)*np.clip((y-25)/50,0,1)*np.clip(.5+.6*noise_field(c,rng,24),0,1.5)
-    oblique,horizontal = fissures(z,y,c.x)
-    fold = np.maximum(1-(oblique/3.5)**2,0)+np.maximum(1-(horizontal/3.5)**2,0)*((c.x<0)&(oblique>0))
-    c.hu += (breath+collapse+np.float32(110)*fold).astype('f4')*c.at['lungs']
-    for p in _scatter(c, rng, int(rng.integers(0,5))):
-        if rng.random()<.5: draw_tube(c, [p, p+rng.normal(0,10,3)], 1.2, -200)
-        else: draw_tube(c, [p, p+.1], rng.uniform(1.5,3.5), 20)
+    y, z, rim = c.y, c.z, c.at['rim']
+    breath = (
+        rng.normal(0, 18)
+        + 24 * (y / 80)
+        - 0.06 * z
+        + 10 * noise_field(c, rng, 14)
+        + 12 * noise_field(c, rng, 45)
+    )
+    collapse = (
+        rng.uniform(0, 450)
+        * np.clip(1.3 - rim / rng.uniform(6, 22), 0, 1)
+        * np.clip((y - 25) / 50, 0, 1)
+        * np.clip(0.5 + 0.6 * noise_field(c, rng, 24), 0, 1.5)
+    )
+    oblique, horizontal = fissures(z, y, c.x)
+    fold = np.maximum(1 - (oblique / 3.5) ** 2, 0) + np.maximum(1 - (horizontal / 3.5) ** 2, 0) * (
+        (c.x < 0) & (oblique > 0)
+    )
+    c.hu += (breath + collapse + np.float32(110) * fold).astype('f4') * c.at['lungs']
+    for p in _scatter(c, rng, int(rng.integers(0, 5))):
+        if rng.random() < 0.5:
+            draw_tube(c, [p, p + rng.normal(0, 10, 3)], 1.2, -200)
+        else:
+            draw_tube(c, [p, p + 0.1], rng.uniform(1.5, 3.5), 20)
+
 
 def _scatter(
-    c, # sheet of the patient
-    rng, # stream
-    n:int, # places wanted
-    lobe:int=0, # only in this lobe; 0 for all
-    edge:bool=False, # prefer the periphery, the bases and the back
-)->np.ndarray: # `(n,3)` mm
+    c,  # sheet of the patient
+    rng,  # stream
+    n: int,  # places wanted
+    lobe: int = 0,  # only in this lobe; 0 for all
+    edge: bool = False,  # prefer the periphery, the bases and the back
+) -> np.ndarray:  # `(n,3)` mm
     "Places inside the lungs"
-    p = rng.uniform((-120,-90,-125), (110,95,125), (6000,3)); chance = rng.random(len(p))
-    ok = (pleura_distance(c,*p.T)<-6)&(heart_distance(replace(c,z=p[:,0],y=p[:,1],x=p[:,2]))>8)
-    if lobe: ok &= lobe_at(*p.T)==lobe
-    if edge: ok &= chance<np.exp(-np.maximum(-chest_wall(*p.T,c.body['depth'])[0]-9,0)/9-np.maximum(p[:,0]+25,0)/70+np.minimum(p[:,1]-60,0)/110)
+    p = rng.uniform((-120, -90, -125), (110, 95, 125), (6000, 3))
+    chance = rng.random(len(p))
+    ok = (pleura_distance(c, *p.T) < -6) & (
+        heart_distance(replace(c, z=p[:, 0], y=p[:, 1], x=p[:, 2])) > 8
+    )
+    if lobe:
+        ok &= lobe_at(*p.T) == lobe
+    if edge:
+        ok &= chance < np.exp(
+            -np.maximum(-chest_wall(*p.T, c.body['depth'])[0] - 9, 0) / 9
+            - np.maximum(p[:, 0] + 25, 0) / 70
+            + np.minimum(p[:, 1] - 60, 0) / 110
+        )
     return p[ok][:n]
 
 # %% ../../nbs/01_phantom/04_chest.ipynb #c081e4c2
 def _landscape(
-    c:Chest, # sheet with `lungs`, `lobes` and `rim`
-    rng, # stream of the disease
-    label:str, # one of `PHANTOM_LABELS`, not healthy
-)->np.ndarray: # `(D,H,W)`: high where the disease is
+    c: Chest,  # sheet with `lungs`, `lobes` and `rim`
+    rng,  # stream of the disease
+    label: str,  # one of `PHANTOM_LABELS`, not healthy
+) -> np.ndarray:  # `(D,H,W)`: high where the disease is
     "Where a disease likes to be"
-    if label=='ild': return np.exp(-c.at['rim']/16)-.009*np.maximum(c.z+40,-50)+.003*c.y+.16*noise_field(c,rng,22)
-    if label=='cap':
-        lobe = int(rng.choice(5, p=(.15,.25,.2,.12,.28)))+1; c.at['side'] = 1 if lobe<3 else -1
-        centres,radii,grain = _scatter(c,rng,1,lobe), (60,), .2*noise_field(c,rng,18)-4*(c.at['lobes']!=lobe)
+    if label == 'ild':
+        return (
+            np.exp(-c.at['rim'] / 16)
+            - 0.009 * np.maximum(c.z + 40, -50)
+            + 0.003 * c.y
+            + 0.16 * noise_field(c, rng, 22)
+        )
+    if label == 'cap':
+        lobe = int(rng.choice(5, p=(0.15, 0.25, 0.2, 0.12, 0.28))) + 1
+        c.at['side'] = 1 if lobe < 3 else -1
+        centres, radii, grain = (
+            _scatter(c, rng, 1, lobe),
+            (60,),
+            0.2 * noise_field(c, rng, 18) - 4 * (c.at['lobes'] != lobe),
+        )
     else:
-        p = _scatter(c,rng,60,edge=True); n = rng.integers(4,9,2)
-        centres = np.concatenate([p[p[:,2]<0][:n[0]], p[p[:,2]>0][:n[1]]])
-        radii,grain = rng.uniform(16,40,len(centres)), .28*noise_field(c,rng,16)-.02*np.maximum(c.at['rim']-14,0)
+        p = _scatter(c, rng, 60, edge=True)
+        n = rng.integers(4, 9, 2)
+        centres = np.concatenate([p[p[:, 2] < 0][: n[0]], p[p[:, 2] > 0][: n[1]]])
+        radii, grain = (
+            rng.uniform(16, 40, len(centres)),
+            0.28 * noise_field(c, rng, 16) - 0.02 * np.maximum(c.at['rim'] - 14, 0),
+        )
     p = np.full(c.hu.shape, -3, 'f4')
-    for m,r in zip(centres.astype('f4'), radii):
-        v = replace(c,at={'p':p}).box(m-4*r,m+4*r)
-        np.maximum(v.at['p'], 1-np.sqrt((v.z-m[0])**2+(v.y-m[1])**2+((v.x-m[2])*1.1)**2)/np.float32(r), out=v.at['p'])
-    return p+grain
+    for m, r in zip(centres.astype('f4'), radii, strict=False):
+        v = replace(c, at={'p': p}).box(m - 4 * r, m + 4 * r)
+        np.maximum(
+            v.at['p'],
+            1
+            - np.sqrt((v.z - m[0]) ** 2 + (v.y - m[1]) ** 2 + ((v.x - m[2]) * 1.1) ** 2)
+            / np.float32(r),
+            out=v.at['p'],
+        )
+    return p + grain
+
 
 def _above(
-    p:np.ndarray, # landscape
-    lungs:np.ndarray, # bool
-    share:float, # of the lung volume, in [0,1]
-)->float: # level of the water
+    p: np.ndarray,  # landscape
+    lungs: np.ndarray,  # bool
+    share: float,  # of the lung volume, in [0,1]
+) -> float:  # level of the water
     "The level above which a share of the lung lies"
     v = np.sort(p[lungs])[::-1]
-    return v[min(len(v)-1, round(share*len(v)))]
+    return v[min(len(v) - 1, round(share * len(v)))]
 
 # %% ../../nbs/01_phantom/04_chest.ipynb #462da930
 def _mesh(
-    c:Chest, # sheet
-    rng, # stream
-    mm:float, # width of a cell
-)->np.ndarray: # walls, 0 … 1
+    c: Chest,  # sheet
+    rng,  # stream
+    mm: float,  # width of a cell
+) -> np.ndarray:  # walls, 0 … 1
     "The walls of a warped honeycomb"
-    s = np.float32(2*np.pi/mm); w = .7*noise_field(c,rng,2.2*mm)
-    g = np.sin(s*c.z+w)*np.cos(s*c.y)+np.sin(s*c.y)*np.cos(s*c.x)+np.sin(s*c.x)*np.cos(s*c.z)
-    return np.clip(1-np.abs(g)/.6, 0, 1)
+    s = np.float32(2 * np.pi / mm)
+    w = 0.7 * noise_field(c, rng, 2.2 * mm)
+    g = (
+        np.sin(s * c.z + w) * np.cos(s * c.y)
+        + np.sin(s * c.y) * np.cos(s * c.x)
+        + np.sin(s * c.x) * np.cos(s * c.z)
+    )
+    return np.clip(1 - np.abs(g) / 0.6, 0, 1)
+
 
 def draw_lesions(
-    c:Chest, # sheet with `lungs`; gets `lesions`
-    rng, # stream of the disease
-    label:str, # one of `PHANTOM_LABELS`
-    ratio:float, # infected share of the lungs, in [0,1]
-)->None:
+    c: Chest,  # sheet with `lungs`; gets `lesions`
+    rng,  # stream of the disease
+    label: str,  # one of `PHANTOM_LABELS`
+    ratio: float,  # infected share of the lungs, in [0,1]
+) -> None:
     "Ground glass, crazy paving, consolidation or reticulation, with exact masks"
-    lungs,kind = c.at['lungs'],np.zeros(c.hu.shape,'u1'); c.at['lesions'] = kind
-    if not ratio>0 or label=='healthy': return
-    p = _landscape(c,rng,label); level = _above(p,lungs,ratio)
-    glass = np.clip(.5+(p-level)/{'covid':.16,'cap':.12,'ild':.2}[label],0,1)*lungs
-    kind[(p>level)&lungs] = 5 if label=='ild' else 1
-    if label=='ild':
-        c.hu += .9*glass*(-900+rng.uniform(480,640)*_mesh(c,rng,13)-c.hu); return
-    target = rng.uniform(-640,-450)+45*noise_field(c,rng,9)
-    if label=='covid' and rng.random()<.5:
-        zone = noise_field(c,rng,40)>0; target += np.where(zone, 240*_mesh(c,rng,12)-50, 0); kind[zone&(kind>0)] = 3
-    c.hu += (glass*np.maximum(target-c.hu,0)).astype('f4')
-    level = _above(p,lungs,ratio*(rng.uniform(0,.5) if label=='covid' else rng.uniform(.45,.9)))
-    solid = np.clip(.5+(p-level)/.09,0,1)*lungs; kind[(p>level)&lungs] = 2
-    twigs = label=='cap' or rng.random()<.4                   # bronchi keep their air and show as black twigs
-    air = np.minimum(1, 1.6*spread_tubes(c,*grow_tree(c,random_stream(c.body['patient'],8),5))) if twigs else 0
-    c.hu += (solid*(rng.uniform(-10,45)+15*noise_field(c,rng,9)-900*air-c.hu)).astype('f4')
+    lungs, kind = c.at['lungs'], np.zeros(c.hu.shape, 'u1')
+    c.at['lesions'] = kind
+    if not ratio > 0 or label == 'healthy':
+        return
+    p = _landscape(c, rng, label)
+    level = _above(p, lungs, ratio)
+    glass = (
+        np.clip(0.5 + (p - level) / {'covid': 0.16, 'cap': 0.12, 'ild': 0.2}[label], 0, 1) * lungs
+    )
+    kind[(p > level) & lungs] = 5 if label == 'ild' else 1
+    if label == 'ild':
+        c.hu += 0.9 * glass * (-900 + rng.uniform(480, 640) * _mesh(c, rng, 13) - c.hu)
+        return
+    target = rng.uniform(-640, -450) + 45 * noise_field(c, rng, 9)
+    if label == 'covid' and rng.random() < 0.5:
+        zone = noise_field(c, rng, 40) > 0
+        target += np.where(zone, 240 * _mesh(c, rng, 12) - 50, 0)
+        kind[zone & (kind > 0)] = 3
+    c.hu += (glass * np.maximum(target - c.hu, 0)).astype('f4')
+    level = _above(
+        p, lungs, ratio * (rng.uniform(0, 0.5) if label == 'covid' else rng.uniform(0.45, 0.9))
+    )
+    solid = np.clip(0.5 + (p - level) / 0.09, 0, 1) * lungs
+    kind[(p > level) & lungs] = 2
+    twigs = label == 'cap' or rng.random() < 0.4  # bronchi keep their air and show as black twigs
+    air = (
+        np.minimum(1, 1.6 * spread_tubes(c, *grow_tree(c, random_stream(c.body['patient'], 8), 5)))
+        if twigs
+        else 0
+    )
+    c.hu += (
+        solid * (rng.uniform(-10, 45) + 15 * noise_field(c, rng, 9) - 900 * air - c.hu)
+    ).astype('f4')
+
 
 def draw_effusion(
-    c:Chest, # sheet with `lungs` and `lesions`
-    rng, # stream of the disease
-    side:int, # 1 left, -1 right
-    deep:float, # mm of fluid at the back
-)->None:
+    c: Chest,  # sheet with `lungs` and `lesions`
+    rng,  # stream of the disease
+    side: int,  # 1 left, -1 right
+    deep: float,  # mm of fluid at the back
+) -> None:
     "Fluid between lung and wall, which runs to the back; it is no longer lung"
-    level = 84*c.body['depth']-deep+.1*np.abs(c.z+70)-.0012*(c.x*side-60)**2-c.y
-    w = paint(c, rng.uniform(2,18), np.maximum(c.at['cage'],-c.at['under']), level, mediastinum_width(c.z,c.y)-side*c.x, where=c.at['lungs']|(c.at['rim']<6)&(c.at['cage']<1))
-    fluid = (w>.5)&c.at['lungs']
-    c.at['lungs'] = c.at['lungs']&~fluid; c.at['lobes'][fluid] = 0; c.at['lesions'][fluid] = 4
+    level = (
+        84 * c.body['depth'] - deep + 0.1 * np.abs(c.z + 70) - 0.0012 * (c.x * side - 60) ** 2 - c.y
+    )
+    w = paint(
+        c,
+        rng.uniform(2, 18),
+        np.maximum(c.at['cage'], -c.at['under']),
+        level,
+        mediastinum_width(c.z, c.y) - side * c.x,
+        where=c.at['lungs'] | (c.at['rim'] < 6) & (c.at['cage'] < 1),
+    )
+    fluid = (w > 0.5) & c.at['lungs']
+    c.at['lungs'] = c.at['lungs'] & ~fluid
+    c.at['lobes'][fluid] = 0
+    c.at['lesions'][fluid] = 4
 
 # %% ../../nbs/01_phantom/04_chest.ipynb #5298a0b9
 def scan_chest(
-    c:Chest, # finished sheet
-    rng, # stream of this scan
-    kernel:str, # 'soft' or 'sharp'
-    noise:float, # standard deviation in HU with the soft kernel; 1.8 times as much with the sharp one
-    table:bool, # draw the table
-)->np.ndarray: # `(D,H,W)` float32 HU
+    c: Chest,  # finished sheet
+    rng,  # stream of this scan
+    kernel: str,  # 'soft' or 'sharp'
+    noise: float,  # standard deviation in HU with the soft kernel; 1.8 times as much with the sharp one
+    table: bool,  # draw the table
+) -> np.ndarray:  # `(D,H,W)` float32 HU
     "What the machine adds: table, kernel and noise"
     if table:
-        v = c.box((-300,60,-178),(300,200,178)); top = 121+.4*c.body['fat']-.0008*v.x**2+0*v.z+0*v.y
-        paint(v, -930, top+2-v.y, v.y-top-22); paint(v, -300, np.abs(np.abs(v.y-top-12)-10)-1.2)
-    blur = lambda a: ndi.correlate1d(ndi.correlate1d(a,(.25,.5,.25),1),(.25,.5,.25),2)
-    w,smooth = rng.standard_normal(c.hu.shape,'f4'), blur(c.hu)
-    if kernel=='soft': return .65*c.hu+.35*smooth+np.float32(noise/.375)*blur(w)
-    return c.hu+.35*(c.hu-smooth)+np.float32(1.8*noise/.886)*(w-.5*blur(w))
+        v = c.box((-300, 60, -178), (300, 200, 178))
+        top = 121 + 0.4 * c.body['fat'] - 0.0008 * v.x**2 + 0 * v.z + 0 * v.y
+        paint(v, -930, top + 2 - v.y, v.y - top - 22)
+        paint(v, -300, np.abs(np.abs(v.y - top - 12) - 10) - 1.2)
+
+    def blur(a):
+        return ndi.correlate1d(ndi.correlate1d(a, (0.25, 0.5, 0.25), 1), (0.25, 0.5, 0.25), 2)
+
+    w, smooth = rng.standard_normal(c.hu.shape, 'f4'), blur(c.hu)
+    if kernel == 'soft':
+        return 0.65 * c.hu + 0.35 * smooth + np.float32(noise / 0.375) * blur(w)
+    return c.hu + 0.35 * (c.hu - smooth) + np.float32(1.8 * noise / 0.886) * (w - 0.5 * blur(w))
 
 # %% ../../nbs/01_phantom/04_chest.ipynb #f0cd41a0
-RATIOS = { # law: class: median ratio and standard deviation of its logarithm
-    'visible': dict(cap=(.04,.8), covid=(.065,.8), ild=(.09,.5)),
-    'ouyang':  dict(cap=(.00094,2.29), covid=(.0427,1.97), ild=(.09,.5))}
+RATIOS = {  # law: class: median ratio and standard deviation of its logarithm
+    'visible': dict(cap=(0.04, 0.8), covid=(0.065, 0.8), ild=(0.09, 0.5)),
+    'ouyang': dict(cap=(0.00094, 2.29), covid=(0.0427, 1.97), ild=(0.09, 0.5)),
+}
+
 
 def draw_ratio(
-    label:str, # one of `PHANTOM_LABELS`
-    rng, # stream
-    law:str='visible', # a row of `RATIOS`
-)->float: # infected share of the lungs, in [0, 0.6]
+    label: str,  # one of `PHANTOM_LABELS`
+    rng,  # stream
+    law: str = 'visible',  # a row of `RATIOS`
+) -> float:  # infected share of the lungs, in [0, 0.6]
     "Draw how much of the lung is ill (after Ouyang et al. 2020, Table III and Fig. 1)"
     _known([law], RATIOS, 'draw_ratio')
-    if label=='healthy': return 0.
-    m,s = RATIOS[law][label]
-    return float(np.clip(m*math.exp(s*rng.standard_normal()), 1e-4 if law=='ouyang' else .006, .6))
+    if label == 'healthy':
+        return 0.0
+    m, s = RATIOS[law][label]
+    return float(
+        np.clip(m * math.exp(s * rng.standard_normal()), 1e-4 if law == 'ouyang' else 0.006, 0.6)
+    )
+
 
 def _known(
-    names, # names to look up
-    table, # what is allowed
-    source:str, # who asks
-)->None:
+    names,  # names to look up
+    table,  # what is allowed
+    source: str,  # who asks
+) -> None:
     "Raise `DataError` for a name that is not in the table"
     for n in names:
-        if n not in table: raise DataError(source, f'unknown name {n!r}', f'Use one of {", ".join(map(str,table))}.')
+        if n not in table:
+            raise DataError(
+                source, f'unknown name {n!r}', f'Use one of {", ".join(map(str, table))}.'
+            )
 
 # %% ../../nbs/01_phantom/04_chest.ipynb #bfe760e5
-PHANTOM_MASKS = ('lungs','lobes','lesions','airways','vessels','free_air','effusion','bronchi')
+PHANTOM_MASKS = (
+    'lungs',
+    'lobes',
+    'lesions',
+    'airways',
+    'vessels',
+    'free_air',
+    'effusion',
+    'bronchi',
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Phantom:
     "A chest whose truth is known: the scan, and masks on its grid"
-    scan:Scan # HU, int16
-    lungs:np.ndarray # `(D,H,W)` bool: lung with lesions and vessels; no airways, effusion, free air
-    lobes:np.ndarray # `(D,H,W)` uint8: 0 outside, 1 … 5 in the order of `LOBES`
-    lesions:np.ndarray # `(D,H,W)` uint8: 0 none, 1 … 5 in the order of `LESIONS`
-    airways:np.ndarray # `(D,H,W)` bool: air in trachea and bronchi
-    vessels:np.ndarray # `(D,H,W)` bool: at least half filled by a vessel, in the lungs
-    free_air:np.ndarray # `(D,H,W)` bool: air between lung and chest wall, not lung
-    effusion:np.ndarray # `(D,H,W)` bool: fluid between lung and chest wall, not lung
-    bronchi:np.ndarray # `(D,H,W)` bool: air of widened bronchi inside the lungs, lung
-    label:str # one of `PHANTOM_LABELS`
+
+    scan: Scan  # HU, int16
+    lungs: (
+        np.ndarray
+    )  # `(D,H,W)` bool: lung with lesions and vessels; no airways, effusion, free air
+    lobes: np.ndarray  # `(D,H,W)` uint8: 0 outside, 1 … 5 in the order of `LOBES`
+    lesions: np.ndarray  # `(D,H,W)` uint8: 0 none, 1 … 5 in the order of `LESIONS`
+    airways: np.ndarray  # `(D,H,W)` bool: air in trachea and bronchi
+    vessels: np.ndarray  # `(D,H,W)` bool: at least half filled by a vessel, in the lungs
+    free_air: np.ndarray  # `(D,H,W)` bool: air between lung and chest wall, not lung
+    effusion: np.ndarray  # `(D,H,W)` bool: fluid between lung and chest wall, not lung
+    bronchi: np.ndarray  # `(D,H,W)` bool: air of widened bronchi inside the lungs, lung
+    label: str  # one of `PHANTOM_LABELS`
 
     @property
-    def patient_id(self)->str: return self.scan.patient_id
+    def patient_id(self) -> str:
+        return self.scan.patient_id
+
     @property
-    def infection(self)->np.ndarray: return self.lesions>0
+    def infection(self) -> np.ndarray:
+        return self.lesions > 0
+
     @property
-    def infection_ratio(self)->float: return float((self.infection&self.lungs).sum()/max(1,self.lungs.sum()))
-    def __repr__(self)->str: return f'Phantom({self.label}, infection ratio {self.infection_ratio:.3f}, {self.scan})'
+    def infection_ratio(self) -> float:
+        return float((self.infection & self.lungs).sum() / max(1, self.lungs.sum()))
+
+    def __repr__(self) -> str:
+        return f'Phantom({self.label}, infection ratio {self.infection_ratio:.3f}, {self.scan})'
+
 
 def _slices(order):
     "A fault that deals the slices anew: `order(n, rng)` gives their indices"
+
     def fault(p, rng):
         k = order(p.scan.shape[0], rng)
-        return replace(p, scan=p.scan.replace(voxels=p.scan.voxels[k]), **{n:getattr(p,n)[k] for n in PHANTOM_MASKS})
+        return replace(
+            p,
+            scan=p.scan.replace(voxels=p.scan.voxels[k]),
+            **{n: getattr(p, n)[k] for n in PHANTOM_MASKS},
+        )
+
     return fault
 
-SWITCHES = { # name: function of a phantom and a stream
-    'masked':   lambda p,rng: replace(p, scan=p.scan.replace(voxels=np.where(p.lungs, p.scan.voxels, -1024).astype('i2'))),
-    'reversed': _slices(lambda n,rng: np.arange(n)[::-1]),
-    'shuffled': _slices(lambda n,rng: rng.permutation(n)),
-    'repeated': _slices(lambda n,rng: np.sort(np.r_[np.arange(n), rng.choice(n, max(1,n//8), replace=False)])),
-    'missing':  _slices(lambda n,rng: np.delete(np.arange(n), 1+rng.choice(max(1,n-2), max(1,n//8), replace=False)))}
+
+SWITCHES = {  # name: function of a phantom and a stream
+    'masked': lambda p, rng: replace(
+        p, scan=p.scan.replace(voxels=np.where(p.lungs, p.scan.voxels, -1024).astype('i2'))
+    ),
+    'reversed': _slices(lambda n, rng: np.arange(n)[::-1]),
+    'shuffled': _slices(lambda n, rng: rng.permutation(n)),
+    'repeated': _slices(
+        lambda n, rng: np.sort(np.r_[np.arange(n), rng.choice(n, max(1, n // 8), replace=False)])
+    ),
+    'missing': _slices(
+        lambda n, rng: np.delete(
+            np.arange(n), 1 + rng.choice(max(1, n - 2), max(1, n // 8), replace=False)
+        )
+    ),
+}
 
 # %% ../../nbs/01_phantom/04_chest.ipynb #75c7a3b7
 def make_phantom(
-    label:str='covid', # one of `PHANTOM_LABELS`
-    seed:int=0, # of this scan: disease, breath, noise
-    shape=(96,96,96), # voxels `(D,H,W)`; the spacing follows from the patient's size
+    label: str = 'covid',  # one of `PHANTOM_LABELS`
+    seed: int = 0,  # of this scan: disease, breath, noise
+    shape=(96, 96, 96),  # voxels `(D,H,W)`; the spacing follows from the patient's size
     *,
-    patient=None, # seed of the anatomy; `None` takes `seed`
-    severity=None, # infected share of the lungs in [0,1]; `None` draws it from the law of the class
-    law:str='visible', # a row of `RATIOS`
-    kernel:str='soft', # 'soft' or 'sharp'
-    noise:float=20., # HU, with the soft kernel
-    slice_mm=None, # thickness of the slices in mm; `None` takes them from `shape`
-    table:bool=True, # draw the table
-    switches=(), # names of `SWITCHES`, applied in order
-    states=(), # names of `STATES`, in any order
-)->Phantom: # the chest and its truth
+    patient=None,  # seed of the anatomy; `None` takes `seed`
+    severity=None,  # infected share of the lungs in [0,1]; `None` draws it from the law of the class
+    law: str = 'visible',  # a row of `RATIOS`
+    kernel: str = 'soft',  # 'soft' or 'sharp'
+    noise: float = 20.0,  # HU, with the soft kernel
+    slice_mm=None,  # thickness of the slices in mm; `None` takes them from `shape`
+    table: bool = True,  # draw the table
+    switches=(),  # names of `SWITCHES`, applied in order
+    states=(),  # names of `STATES`, in any order
+) -> Phantom:  # the chest and its truth
     "A chest CT with known truth. Raises `DataError` for a name it does not know"
-    _known([label], PHANTOM_LABELS, 'make_phantom'); _known([kernel], ('soft','sharp'), 'make_phantom'); _known(switches, SWITCHES, 'make_phantom')
+    _known([label], PHANTOM_LABELS, 'make_phantom')
+    _known([kernel], ('soft', 'sharp'), 'make_phantom')
+    _known(switches, SWITCHES, 'make_phantom')
     check_states(states, 'make_phantom')
     patient = seed if patient is None else patient
-    size,k,(d,h,w) = new_chest((1,1,1),patient).body['size'], 1, map(int, shape)
-    if min(d,h,w)<16: raise DataError('make_phantom', f'shape {(d,h,w)} is too small for a chest', 'Use at least 16 voxels along each axis.')
-    if slice_mm: n = max(4,round(FOV[0]*size/slice_mm)); k = -(-d//n); d = n*k
-    c = draw_anatomy((d,h,w), patient, **view_of(states))
+    size, k, (d, h, w) = new_chest((1, 1, 1), patient).body['size'], 1, map(int, shape)
+    if min(d, h, w) < 16:
+        raise DataError(
+            'make_phantom',
+            f'shape {(d, h, w)} is too small for a chest',
+            'Use at least 16 voxels along each axis.',
+        )
+    if slice_mm:
+        n = max(4, round(FOV[0] * size / slice_mm))
+        k = -(-d // n)
+        d = n * k
+    c = draw_anatomy((d, h, w), patient, **view_of(states))
     rng = random_stream(seed, 4, PHANTOM_LABELS.index(label))
-    ratio = draw_ratio(label, rng, law) # drawn in any case, so that `severity` changes nothing but the level
-    if severity is not None: ratio = float(severity)
-    draw_tissue(c, random_stream(seed,5)); draw_lesions(c, rng, label, ratio)
-    c.hu += c.at['tree']*np.maximum(45-c.hu,0)
-    if label!='healthy' and rng.random()<{'cap':.3,'covid':.06}.get(label,0): draw_effusion(c, rng, c.at.get('side',1), rng.uniform(4,26))
+    ratio = draw_ratio(
+        label, rng, law
+    )  # drawn in any case, so that `severity` changes nothing but the level
+    if severity is not None:
+        ratio = float(severity)
+    draw_tissue(c, random_stream(seed, 5))
+    draw_lesions(c, rng, label, ratio)
+    c.hu += c.at['tree'] * np.maximum(45 - c.hu, 0)
+    if label != 'healthy' and rng.random() < {'cap': 0.3, 'covid': 0.06}.get(label, 0):
+        draw_effusion(c, rng, c.at.get('side', 1), rng.uniform(4, 26))
     draw_states(c, states, seed)
-    hu = scan_chest(c, random_stream(seed,6), kernel, noise, table).reshape(-1,k,h,w).mean(1)
-    hu = np.clip(np.round(hu), -1024, 3071).astype('i2'); hu.flags.writeable = False
-    c.at['vessels'] = (c.at['tree']>.5)&c.at['lungs']
-    spacing = tuple(f*size/n for f,n in zip(c.body['view'],hu.shape))
-    scan = Scan(hu, spacing, tuple(-(n-1)/2*s for n,s in zip(hu.shape,spacing)), patient_id=f'P{patient}', scan_id=f'P{patient}-{seed}', source=f'phantom {label} {seed}')
-    p = Phantom(scan, **{n:c.at[n][k//2::k] for n in PHANTOM_MASKS}, label=label)
-    for i,name in enumerate(switches): p = SWITCHES[name](p, random_stream(seed,7,i))
+    hu = scan_chest(c, random_stream(seed, 6), kernel, noise, table).reshape(-1, k, h, w).mean(1)
+    hu = np.clip(np.round(hu), -1024, 3071).astype('i2')
+    hu.flags.writeable = False
+    c.at['vessels'] = (c.at['tree'] > 0.5) & c.at['lungs']
+    spacing = tuple(f * size / n for f, n in zip(c.body['view'], hu.shape, strict=False))
+    scan = Scan(
+        hu,
+        spacing,
+        tuple(-(n - 1) / 2 * s for n, s in zip(hu.shape, spacing, strict=False)),
+        patient_id=f'P{patient}',
+        scan_id=f'P{patient}-{seed}',
+        source=f'phantom {label} {seed}',
+    )
+    p = Phantom(scan, **{n: c.at[n][k // 2 :: k] for n in PHANTOM_MASKS}, label=label)
+    for i, name in enumerate(switches):
+        p = SWITCHES[name](p, random_stream(seed, 7, i))
     return p
 
 # %% ../../nbs/01_phantom/04_chest.ipynb #e5937dfb
-_SHORTCUTS = { # name: function of a row; what the machine tells about the class
-    'kernel': lambda row: dict(kernel='sharp' if row['label']=='covid' else 'soft'),
-    'masked': lambda row: dict(switches=' '.join([*row['switches'].split(), *(['masked'] if row['label']=='healthy' else [])])),
-    'slices': lambda row: dict(slice_mm={'covid':8.,'cap':6.5}.get(row['label'],5.)),
-    'table':  lambda row: dict(table=row['label']!='covid')}
+_SHORTCUTS = {  # name: function of a row; what the machine tells about the class
+    'kernel': lambda row: dict(kernel='sharp' if row['label'] == 'covid' else 'soft'),
+    'masked': lambda row: dict(
+        switches=' '.join(
+            [*row['switches'].split(), *(['masked'] if row['label'] == 'healthy' else [])]
+        )
+    ),
+    'slices': lambda row: dict(slice_mm={'covid': 8.0, 'cap': 6.5}.get(row['label'], 5.0)),
+    'table': lambda row: dict(table=row['label'] != 'covid'),
+}
+
 
 def phantom_cohort(
-    n_patients:int, # patients, dealt to the labels in turn
-    seed:int=0, # of the cohort
-    labels=('healthy','cap','covid'), # classes
-    second_scan:float=.25, # share of patients with two scans, in [0,1]
-    shortcuts=(), # names of `_SHORTCUTS`
-    faults=None, # {name of `SWITCHES`: share of the scans, in [0,1]}
-    leaked:int=0, # patients that come back under a second id
-    law:str='visible', # a row of `RATIOS`
-)->pd.DataFrame: # one row a scan: ids, label, seeds and knobs
+    n_patients: int,  # patients, dealt to the labels in turn
+    seed: int = 0,  # of the cohort
+    labels=('healthy', 'cap', 'covid'),  # classes
+    second_scan: float = 0.25,  # share of patients with two scans, in [0,1]
+    shortcuts=(),  # names of `_SHORTCUTS`
+    faults=None,  # {name of `SWITCHES`: share of the scans, in [0,1]}
+    leaked: int = 0,  # patients that come back under a second id
+    law: str = 'visible',  # a row of `RATIOS`
+) -> pd.DataFrame:  # one row a scan: ids, label, seeds and knobs
     "A table of phantoms. Raises `DataError` for a name it does not know"
-    for names,table in ((labels,PHANTOM_LABELS),(shortcuts,_SHORTCUTS),(faults or {},SWITCHES),([law],RATIOS)): _known(names, table, 'phantom_cohort')
-    rows,tag = [], f'{seed%1000:03d}'
-    for i in range(n_patients+leaked):
-        rng,twin = random_stream(seed,i%n_patients), i>=n_patients
-        label,patient = labels[i%n_patients%len(labels)], int(rng.integers(2**31))
-        for k in range(1 if twin else 1+int(rng.random()<second_scan)):
-            row = dict(patient_id=f'P{tag}{i:04d}', scan_id=f'P{tag}{i:04d}-{k+1}', label=label, patient=patient, seed=int(rng.integers(2**31))+twin,
-                       kernel=('soft','sharp')[int(rng.integers(2))], noise=round(rng.uniform(12,30),1), slice_mm=math.nan, table=bool(rng.random()<.9), law=law)
-            row['switches'] = ' '.join(f for f,share in (faults or {}).items() if rng.random()<share)
-            for s in shortcuts: row.update(_SHORTCUTS[s](row))
+    for names, table in (
+        (labels, PHANTOM_LABELS),
+        (shortcuts, _SHORTCUTS),
+        (faults or {}, SWITCHES),
+        ([law], RATIOS),
+    ):
+        _known(names, table, 'phantom_cohort')
+    rows, tag = [], f'{seed % 1000:03d}'
+    for i in range(n_patients + leaked):
+        rng, twin = random_stream(seed, i % n_patients), i >= n_patients
+        label, patient = labels[i % n_patients % len(labels)], int(rng.integers(2**31))
+        for k in range(1 if twin else 1 + int(rng.random() < second_scan)):
+            row = dict(
+                patient_id=f'P{tag}{i:04d}',
+                scan_id=f'P{tag}{i:04d}-{k + 1}',
+                label=label,
+                patient=patient,
+                seed=int(rng.integers(2**31)) + twin,
+                kernel=('soft', 'sharp')[int(rng.integers(2))],
+                noise=round(rng.uniform(12, 30), 1),
+                slice_mm=math.nan,
+                table=bool(rng.random() < 0.9),
+                law=law,
+            )
+            row['switches'] = ' '.join(
+                f for f, share in (faults or {}).items() if rng.random() < share
+            )
+            for s in shortcuts:
+                row.update(_SHORTCUTS[s](row))
             rows.append(row)
     return pd.DataFrame(rows)
 
+
 def phantom_of(
-    row, # a row of `phantom_cohort`, Series or dict
-    shape=(96,96,96), # voxels `(D,H,W)`
-)->Phantom: # with the ids of the row
+    row,  # a row of `phantom_cohort`, Series or dict
+    shape=(96, 96, 96),  # voxels `(D,H,W)`
+) -> Phantom:  # with the ids of the row
     "Make the scan of a row"
-    r = dict(row); mm = r.get('slice_mm')
-    p = make_phantom(r['label'], int(r['seed']), shape, patient=int(r['patient']), law=r.get('law','visible'), kernel=r.get('kernel','soft'), noise=float(r.get('noise',20)),
-                     slice_mm=None if mm is None or mm!=mm else float(mm), table=bool(r.get('table',True)), switches=tuple(str(r.get('switches') or '').split()))
-    return replace(p, scan=p.scan.replace(patient_id=str(r['patient_id']), scan_id=str(r['scan_id'])))
+    r = dict(row)
+    mm = r.get('slice_mm')
+    p = make_phantom(
+        r['label'],
+        int(r['seed']),
+        shape,
+        patient=int(r['patient']),
+        law=r.get('law', 'visible'),
+        kernel=r.get('kernel', 'soft'),
+        noise=float(r.get('noise', 20)),
+        slice_mm=None if mm is None or mm != mm else float(mm),
+        table=bool(r.get('table', True)),
+        switches=tuple(str(r.get('switches') or '').split()),
+    )
+    return replace(
+        p, scan=p.scan.replace(patient_id=str(r['patient_id']), scan_id=str(r['scan_id']))
+    )

@@ -6,210 +6,384 @@
 __all__ = ['LAYOUTS', 'to_grey', 'phantom_with_faults', 'write_layout']
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #eecd664a
-import os, shutil, uuid, zipfile
+import os
+import shutil
+import uuid
+import zipfile
 from dataclasses import replace
 from pathlib import Path
-import numpy as np, pandas as pd, SimpleITK as sitk
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
 from PIL import Image
-from ..scan import CohortError
-from .chest import SWITCHES, Phantom, phantom_of, random_stream
+
 from ..io.read import to_image, write_mask, write_scan
+from .chest import SWITCHES, Phantom, phantom_of, random_stream
+from ..scan import CohortError
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #a448becb
-def to_grey(voxels:np.ndarray, # HU, any shape
-         low=-1250, # HU that becomes 0
-         high=250, # HU that becomes 255
-        )->np.ndarray: # uint8, same shape
+def to_grey(
+    voxels: np.ndarray,  # HU, any shape
+    low=-1250,  # HU that becomes 0
+    high=250,  # HU that becomes 255
+) -> np.ndarray:  # uint8, same shape
     "Grey values of a window (@eq-grey)"
-    return np.rint((np.asarray(voxels,'f4').clip(low,high)-low)*(255/(high-low))).astype('u1')
+    return np.rint((np.asarray(voxels, 'f4').clip(low, high) - low) * (255 / (high - low))).astype(
+        'u1'
+    )
 
-def _picture(v, path, mode='L')->None:
+
+def _picture(v, path, mode='L') -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(v).convert(mode).save(path, quality=95)
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #cea87f6c
-_FAULTS = (*SWITCHES,'mixed','codes','grid','lost','cut')
+_FAULTS = (*SWITCHES, 'mixed', 'codes', 'grid', 'lost', 'cut')
 
-def _spoil(mask, faults)->np.ndarray:
+
+def _spoil(mask, faults) -> np.ndarray:
     "A mask with its own faults, before it is written"
-    m = np.array(mask); m = m.astype('u1') if m.dtype==bool else m
-    if 'codes' in faults: m[(m.shape[0]//2,)*(m.ndim-2)+(0,0)] = 99
+    m = np.array(mask)
+    m = m.astype('u1') if m.dtype == bool else m
+    if 'codes' in faults:
+        m[(m.shape[0] // 2,) * (m.ndim - 2) + (0, 0)] = 99
     return m
 
-def _cut(path, faults)->None:
-    if 'cut' in faults: os.truncate(path, path.stat().st_size//2)
 
-def _volume(p, path, faults, **masks)->None:
+def _cut(path, faults) -> None:
+    if 'cut' in faults:
+        os.truncate(path, path.stat().st_size // 2)
+
+
+def _volume(p, path, faults, **masks) -> None:
     "A scan and its masks, `{path: numbers}`, as NIfTI in the axes that the scan is stored in"
-    write_scan(p.scan, path); _cut(path, faults)
-    for to,m in masks.items():
-        if 'lost' in faults: continue
-        s = p.scan; m = _spoil(m, faults)
-        if 'grid' in faults: s,m = s.replace(voxels=s.voxels[1:]),m[1:]
+    write_scan(p.scan, path)
+    _cut(path, faults)
+    for to, m in masks.items():
+        if 'lost' in faults:
+            continue
+        s = p.scan
+        m = _spoil(m, faults)
+        if 'grid' in faults:
+            s, m = s.replace(voxels=s.voxels[1:]), m[1:]
         write_mask(m, s, to)
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #74d041ba
-_CLASS,_BLOCK = dict(covid='NCP', cap='CP', healthy='Normal'), dict(covid=1000, cap=3000, healthy=1)
+_CLASS, _BLOCK = (
+    dict(covid='NCP', cap='CP', healthy='Normal'),
+    dict(covid=1000, cap=3000, healthy=1),
+)
 
-def _cc_ccii(p, i, out, faults)->list:
+
+def _cc_ccii(p, i, out, faults) -> list:
     "Slices as pictures"
-    cls = _CLASS[p.label]; pid,sid = str(i['person']),str(_BLOCK[p.label]+i['row'])
+    cls = _CLASS[p.label]
+    pid, sid = str(i['person']), str(_BLOCK[p.label] + i['row'])
     n = p.scan.shape[0]
-    for k,v in enumerate(to_grey(p.scan.voxels)):
-        late = 'mixed' in faults and k>=n//2
-        _picture(v, out/cls/pid/sid/(f'{k}.jpg' if late else f'{k:04d}.png' if 'mixed' not in faults else f'{k}.png'))
-    if 'cut' in faults: _cut(out/cls/pid/sid/('0.png' if 'mixed' in faults else '0000.png'), faults)
-    return [dict(patient_id=pid, scan_id=sid, cls=cls, n_slice=n, zip_file=f'{cls}-{1+i["row"]//8}.zip',
-                 lesion=np.flatnonzero(p.infection.any((1,2))).tolist())]
+    for k, v in enumerate(to_grey(p.scan.voxels)):
+        late = 'mixed' in faults and k >= n // 2
+        _picture(
+            v,
+            out
+            / cls
+            / pid
+            / sid
+            / (f'{k}.jpg' if late else f'{k:04d}.png' if 'mixed' not in faults else f'{k}.png'),
+        )
+    if 'cut' in faults:
+        _cut(out / cls / pid / sid / ('0.png' if 'mixed' in faults else '0000.png'), faults)
+    return [
+        dict(
+            patient_id=pid,
+            scan_id=sid,
+            cls=cls,
+            n_slice=n,
+            zip_file=f'{cls}-{1 + i["row"] // 8}.zip',
+            lesion=np.flatnonzero(p.infection.any((1, 2))).tolist(),
+        )
+    ]
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #d4550bf3
-def _cc_tables(out, truth)->None:
+def _cc_tables(out, truth) -> None:
     t = truth.rename(columns=dict(cls='label_'))
-    listed = t[['zip_file','label_','patient_id','scan_id','n_slice']].rename(columns=dict(label_='label'))
-    listed.to_csv(out/'unzip_filenames.csv', index=False)
-    has = lambda f: t.faults.str.split().map(lambda s: f in s)
-    pd.DataFrame(dict(cls=t.label_, pid=t.patient_id, scan_id=t.scan_id, is_seg=has('masked').astype(int), is_repeat=has('repeated').astype(int),
-                      repeat_ids='', re_order=np.where(has('reversed'),'reverse',''))).to_csv(out/'CT_cleaned_v2.csv', index=False)
-    lines = [f'{r.label_}/{r.patient_id}/{r.scan_id}/{k:04d}.png' for r in t.itertuples() for k in r.lesion]
-    pd.DataFrame(dict(imgpath=lines)).to_csv(out/'lesions_slices.csv', index=False)
+    listed = t[['zip_file', 'label_', 'patient_id', 'scan_id', 'n_slice']].rename(
+        columns=dict(label_='label')
+    )
+    listed.to_csv(out / 'unzip_filenames.csv', index=False)
 
-def _cc_zip(out, truth)->None:
+    def has(f):
+        return t.faults.str.split().map(lambda s: f in s)
+
+    pd.DataFrame(
+        dict(
+            cls=t.label_,
+            pid=t.patient_id,
+            scan_id=t.scan_id,
+            is_seg=has('masked').astype(int),
+            is_repeat=has('repeated').astype(int),
+            repeat_ids='',
+            re_order=np.where(has('reversed'), 'reverse', ''),
+        )
+    ).to_csv(out / 'CT_cleaned_v2.csv', index=False)
+    lines = [
+        f'{r.label_}/{r.patient_id}/{r.scan_id}/{k:04d}.png'
+        for r in t.itertuples()
+        for k in r.lesion
+    ]
+    pd.DataFrame(dict(imgpath=lines)).to_csv(out / 'lesions_slices.csv', index=False)
+
+
+def _cc_zip(out, truth) -> None:
     "The same, packed as it is downloaded"
     _cc_tables(out, truth)
-    for name,rows in truth.groupby('zip_file'):
-        with zipfile.ZipFile(out/name, 'w') as z:
+    for name, rows in truth.groupby('zip_file'):
+        with zipfile.ZipFile(out / name, 'w') as z:
             for r in rows.itertuples():
-                for f in sorted((out/r.cls/r.patient_id/r.scan_id).iterdir()): z.write(f, f.relative_to(out).as_posix())
-    for c in set(truth.cls): shutil.rmtree(out/c)
+                for f in sorted((out / r.cls / r.patient_id / r.scan_id).iterdir()):
+                    z.write(f, f.relative_to(out).as_posix())
+    for c in set(truth.cls):
+        shutil.rmtree(out / c)
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #4c511777
-def _best(p, n=2)->list:
-    area = p.infection.sum((1,2)) if p.infection.any() else p.lungs.sum((1,2))
+def _best(p, n=2) -> list:
+    area = p.infection.sum((1, 2)) if p.infection.any() else p.lungs.sum((1, 2))
     return sorted(int(k) for k in np.argsort(-area, kind='stable')[:n])
 
-def _three(lesions)->np.ndarray: return np.array([0,1,2,1,3,1],'u1')[lesions] # what the sets tell apart: GGO, consolidation, effusion
 
-def _pair(image, mask, to_image, to_mask, faults)->None:
-    _picture(image, to_image); _cut(to_image, faults)
+def _three(lesions) -> np.ndarray:
+    return np.array([0, 1, 2, 1, 3, 1], 'u1')[
+        lesions
+    ]  # what the sets tell apart: GGO, consolidation, effusion
+
+
+def _pair(image, mask, to_image, to_mask, faults) -> None:
+    _picture(image, to_image)
+    _cut(to_image, faults)
     m = _spoil(mask, faults)
-    if 'lost' not in faults: _picture(m[1:] if 'grid' in faults else m, to_mask)
+    if 'lost' not in faults:
+        _picture(m[1:] if 'grid' in faults else m, to_mask)
 
-def _cc_lesions(p, i, out, faults)->list:
+
+def _cc_lesions(p, i, out, faults) -> list:
     "Slices with lung 1, ground glass 2, consolidation 3"
-    pid,home,rows = str(i['person']),out/'ct_lesion_seg',[]
+    pid, home, rows = str(i['person']), out / 'ct_lesion_seg', []
     for k in _best(p):
-        kind = np.where(_three(p.lesions[k])==2, 3, 2); m = np.where(p.infection[k]&p.lungs[k], kind, p.lungs[k]).astype('u1'); n = i['row']*100+k
-        _pair(to_grey(p.scan.voxels[k]), m, home/'image'/pid/f'{n}.jpg', home/'mask'/pid/f'{n}.png', faults)
+        kind = np.where(_three(p.lesions[k]) == 2, 3, 2)
+        m = np.where(p.infection[k] & p.lungs[k], kind, p.lungs[k]).astype('u1')
+        n = i['row'] * 100 + k
+        _pair(
+            to_grey(p.scan.voxels[k]),
+            m,
+            home / 'image' / pid / f'{n}.jpg',
+            home / 'mask' / pid / f'{n}.png',
+            faults,
+        )
         rows.append(dict(patient_id=pid, scan_id=f'{pid}-{n}', k=k))
     return rows
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #95cacc53
-def _medseg_png(p, i, out, faults)->list:
+def _medseg_png(p, i, out, faults) -> list:
     "Transposed pairs, lungs only"
     rows = []
-    for j,k in enumerate(_best(p)):
-        n = 2*i['row']+j+1; m = _three(p.lesions[k])*85
-        only = np.where(p.lungs[k]|p.infection[k], to_grey(p.scan.voxels[k]), 0).astype('u1')
-        _pair(only.T, m.T, out/f'im/256/i{n:03d}.png', out/f'mask/multi/256/tr_mask_z{n:03d}.png', faults)
+    for j, k in enumerate(_best(p)):
+        n = 2 * i['row'] + j + 1
+        m = _three(p.lesions[k]) * 85
+        only = np.where(p.lungs[k] | p.infection[k], to_grey(p.scan.voxels[k]), 0).astype('u1')
+        _pair(
+            only.T,
+            m.T,
+            out / f'im/256/i{n:03d}.png',
+            out / f'mask/multi/256/tr_mask_z{n:03d}.png',
+            faults,
+        )
         rows.append(dict(patient_id='unknown', scan_id=f'{n:03d}', k=k))
     return rows
 
-def _sars(p, i, out, faults)->list:
+
+def _sars(p, i, out, faults) -> list:
     "Slices by class, colour pictures in one of them"
-    cls,rows = 'COVID' if p.label=='covid' else 'non-COVID',[]
-    for j,k in enumerate(_best(p)):
-        n = 2*i['row']+j+1; name = f'Covid ({n})' if p.label=='covid' else f'Non-Covid ({n})'
-        _picture(to_grey(p.scan.voxels[k]), out/cls/f'{name}.png', 'RGB' if p.label=='covid' and j else 'L')
+    cls, rows = 'COVID' if p.label == 'covid' else 'non-COVID', []
+    for j, k in enumerate(_best(p)):
+        n = 2 * i['row'] + j + 1
+        name = f'Covid ({n})' if p.label == 'covid' else f'Non-Covid ({n})'
+        _picture(
+            to_grey(p.scan.voxels[k]),
+            out / cls / f'{name}.png',
+            'RGB' if p.label == 'covid' and j else 'L',
+        )
         rows.append(dict(patient_id='unknown', scan_id=name, k=k))
     return rows
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #87806761
-def _medseg(p, i, out, faults)->list:
+def _medseg(p, i, out, faults) -> list:
     "Slices kept for the stack"
     m = _spoil(np.stack([_three(p.lesions[k]) for k in _best(p)]), faults)
-    return [dict(patient_id='unknown', scan_id=f'tr-{2*i["row"]+j+1:03d}', k=k, stack=(p.scan.voxels[k],m[j],p.lungs[k]))
-            for j,k in enumerate(_best(p))]
+    return [
+        dict(
+            patient_id='unknown',
+            scan_id=f'tr-{2 * i["row"] + j + 1:03d}',
+            k=k,
+            stack=(p.scan.voxels[k], m[j], p.lungs[k]),
+        )
+        for j, k in enumerate(_best(p))
+    ]
 
-def _medseg_stack(out, truth)->None:
-    for name,j in dict(tr_im=0, tr_mask=1, tr_lungmasks_updated=2).items():
-        v = np.stack([s[j] for s in truth['stack']]); v = v[1:] if name=='tr_mask' and truth['faults'].str.contains('grid').any() else v
-        image = sitk.GetImageFromArray(v.astype('i2' if j==0 else 'u1')); image.SetDirection((-1,0,0,0,-1,0,0,0,1))
-        sitk.WriteImage(image, str(out/f'{name}.nii.gz'))
+
+def _medseg_stack(out, truth) -> None:
+    for name, j in dict(tr_im=0, tr_mask=1, tr_lungmasks_updated=2).items():
+        v = np.stack([s[j] for s in truth['stack']])
+        v = v[1:] if name == 'tr_mask' and truth['faults'].str.contains('grid').any() else v
+        image = sitk.GetImageFromArray(v.astype('i2' if j == 0 else 'u1'))
+        image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
+        sitk.WriteImage(image, str(out / f'{name}.nii.gz'))
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #763bff31
-def _mosmed(p, i, out, faults)->list:
+def _mosmed(p, i, out, faults) -> list:
     "A grade for a folder"
-    grade = 0 if p.label=='healthy' else 1+min(3, int(p.infection_ratio*4)); sid = f'study_{i["row"]+1:04d}'
-    masks = {out/f'masks/{sid}_mask.nii.gz':p.infection} if p.infection.any() else {}
-    _volume(p, out/f'studies/CT-{grade}/{sid}.nii.gz', faults, **{str(k):v for k,v in masks.items()})
+    grade = 0 if p.label == 'healthy' else 1 + min(3, int(p.infection_ratio * 4))
+    sid = f'study_{i["row"] + 1:04d}'
+    masks = {out / f'masks/{sid}_mask.nii.gz': p.infection} if p.infection.any() else {}
+    _volume(
+        p, out / f'studies/CT-{grade}/{sid}.nii.gz', faults, **{str(k): v for k, v in masks.items()}
+    )
     return [dict(patient_id=sid, scan_id=sid, severity=grade)]
 
-def _ct_seg(p, i, out, faults)->list:
+
+def _ct_seg(p, i, out, faults) -> list:
     "Two halves on two scales along two sets of axes"
-    hu = i['row']%2==0; n = i['row']//2+1; sid = f'coronacases_{n:03d}' if hu else f'radiopaedia_{n}_{85500+n}_0'
-    s = p.scan.replace(stored_as='LAS') if hu else p.scan.replace(voxels=to_grey(p.scan.voxels), units='uint8')
-    lungs = p.lungs*np.where(p.lobes>2, 2, 1); both = np.where(p.infection, 3, lungs)
-    _volume(replace(p, scan=s), out/f'COVID-19-CT-Seg_20cases/{sid}.nii.gz', faults, **{str(out/f'{f}/{sid}.nii.gz'):m for f,m in
-            dict(Lung_Mask=lungs, Infection_Mask=p.infection, Lung_and_Infection_Mask=both).items()})
+    hu = i['row'] % 2 == 0
+    n = i['row'] // 2 + 1
+    sid = f'coronacases_{n:03d}' if hu else f'radiopaedia_{n}_{85500 + n}_0'
+    s = (
+        p.scan.replace(stored_as='LAS')
+        if hu
+        else p.scan.replace(voxels=to_grey(p.scan.voxels), units='uint8')
+    )
+    lungs = p.lungs * np.where(p.lobes > 2, 2, 1)
+    both = np.where(p.infection, 3, lungs)
+    _volume(
+        replace(p, scan=s),
+        out / f'COVID-19-CT-Seg_20cases/{sid}.nii.gz',
+        faults,
+        **{
+            str(out / f'{f}/{sid}.nii.gz'): m
+            for f, m in dict(
+                Lung_Mask=lungs, Infection_Mask=p.infection, Lung_and_Infection_Mask=both
+            ).items()
+        },
+    )
     return [dict(patient_id='_'.join(sid.split('_')[:2]), scan_id=sid)]
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #0e654bf9
-def _medseg9(p, i, out, faults)->list:
+def _medseg9(p, i, out, faults) -> list:
     "Three folders of the same names"
-    n = str(i['row']+1)
-    _volume(p, out/f'rp_im/{n}.nii.gz', faults, **{str(out/f'rp_msk/{n}.nii.gz'):_three(p.lesions), str(out/f'rp_lung_msk/{n}.nii.gz'):p.lungs})
+    n = str(i['row'] + 1)
+    _volume(
+        p,
+        out / f'rp_im/{n}.nii.gz',
+        faults,
+        **{
+            str(out / f'rp_msk/{n}.nii.gz'): _three(p.lesions),
+            str(out / f'rp_lung_msk/{n}.nii.gz'): p.lungs,
+        },
+    )
     return [dict(patient_id=f'rp-{n}', scan_id=f'rp-{n}')]
 
-def _luna16(p, i, out, faults)->list:
+
+def _luna16(p, i, out, faults) -> list:
     "MetaImage with raw voxels, lobes as NRRD"
-    uid = f'2.25.{10**6+i["row"]}'; s = p.scan.replace(stored_as='RAS' if i['row']%2 else 'LPS')
-    to,lobes = out/f'subset{i["row"]%10}'/f'{uid}.mhd', out/f'annotations/{uid}_LobeSegmentation.nrrd'
-    for f in (to,lobes): f.parent.mkdir(parents=True, exist_ok=True)
-    sitk.WriteImage(to_image(s.voxels, s), str(to)); _cut(to.with_suffix('.raw'), faults)
-    m = _spoil(np.where(p.airways&(p.lobes==0), 512, np.array([0,7,8,4,5,6])[p.lobes]).astype('i2'), faults)
-    if 'grid' in faults: s,m = s.replace(voxels=s.voxels[1:]),m[1:]
-    if 'lost' not in faults: sitk.WriteImage(to_image(m, s), str(lobes), True)
+    uid = f'2.25.{10**6 + i["row"]}'
+    s = p.scan.replace(stored_as='RAS' if i['row'] % 2 else 'LPS')
+    to, lobes = (
+        out / f'subset{i["row"] % 10}' / f'{uid}.mhd',
+        out / f'annotations/{uid}_LobeSegmentation.nrrd',
+    )
+    for f in (to, lobes):
+        f.parent.mkdir(parents=True, exist_ok=True)
+    sitk.WriteImage(to_image(s.voxels, s), str(to))
+    _cut(to.with_suffix('.raw'), faults)
+    m = _spoil(
+        np.where(p.airways & (p.lobes == 0), 512, np.array([0, 7, 8, 4, 5, 6])[p.lobes]).astype(
+            'i2'
+        ),
+        faults,
+    )
+    if 'grid' in faults:
+        s, m = s.replace(voxels=s.voxels[1:]), m[1:]
+    if 'lost' not in faults:
+        sitk.WriteImage(to_image(m, s), str(lobes), True)
     return [dict(patient_id=uid, scan_id=uid)]
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #b354de7d
-LAYOUTS = { # name: (one phantom, the end of it or None, labels that the set has)
-    'cc_ccii':(_cc_ccii,_cc_tables,tuple(_CLASS)), 'cc_ccii_zip':(_cc_ccii,_cc_zip,tuple(_CLASS)),
-    'cc_ccii_lesions':(_cc_lesions,None,('covid',)), 'sars_cov_2':(_sars,None,('covid','cap','ild')),
-    'mosmed':(_mosmed,None,('healthy','covid')), 'ct_seg':(_ct_seg,None,('covid',)), 'luna16':(_luna16,None,('healthy',)),
-    'medseg100':(_medseg,_medseg_stack,('covid',)), 'medseg100_png':(_medseg_png,None,('covid',)), 'medseg9':(_medseg9,None,('covid',))}
+LAYOUTS = {  # name: (one phantom, the end of it or None, labels that the set has)
+    'cc_ccii': (_cc_ccii, _cc_tables, tuple(_CLASS)),
+    'cc_ccii_zip': (_cc_ccii, _cc_zip, tuple(_CLASS)),
+    'cc_ccii_lesions': (_cc_lesions, None, ('covid',)),
+    'sars_cov_2': (_sars, None, ('covid', 'cap', 'ild')),
+    'mosmed': (_mosmed, None, ('healthy', 'covid')),
+    'ct_seg': (_ct_seg, None, ('covid',)),
+    'luna16': (_luna16, None, ('healthy',)),
+    'medseg100': (_medseg, _medseg_stack, ('covid',)),
+    'medseg100_png': (_medseg_png, None, ('covid',)),
+    'medseg9': (_medseg9, None, ('covid',)),
+}
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #da9a259d
-def phantom_with_faults(row, # row of `phantom_cohort`
-           shape, # voxels `(D,H,W)`
-           faults=(), # names of `_FAULTS`
-          )->Phantom: # as it will be written
+def phantom_with_faults(
+    row,  # row of `phantom_cohort`
+    shape,  # voxels `(D,H,W)`
+    faults=(),  # names of `_FAULTS`
+) -> Phantom:  # as it will be written
     "Phantom of a row with the faults of a scan in it"
     p = phantom_of(row, shape=shape)
-    for f in faults: p = SWITCHES[f](p, random_stream(7, _FAULTS.index(f))) if f in SWITCHES else p
+    for f in faults:
+        p = SWITCHES[f](p, random_stream(7, _FAULTS.index(f))) if f in SWITCHES else p
     return p
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #e945456a
-def write_layout(cohort:pd.DataFrame, # rows of `phantom_cohort`
-                 out, # folder to make; must not exist yet
-                 layout:str, # row of `LAYOUTS`
-                 shape=(16,64,64), # voxels `(D,H,W)` of each phantom
-                 faults:dict=None, # {name of `_FAULTS`: scan ids of `cohort` that get it, or `'all'`}
-                )->pd.DataFrame: # the truth: `patient_id scan_id label` in the layout, `row` of `cohort`, `faults`, slice `k`
+def write_layout(
+    cohort: pd.DataFrame,  # rows of `phantom_cohort`
+    out,  # folder to make; must not exist yet
+    layout: str,  # row of `LAYOUTS`
+    shape=(16, 64, 64),  # voxels `(D,H,W)` of each phantom
+    faults: dict = None,  # {name of `_FAULTS`: scan ids of `cohort` that get it, or `'all'`}
+) -> (
+    pd.DataFrame
+):  # the truth: `patient_id scan_id label` in the layout, `row` of `cohort`, `faults`, slice `k`
     "Write phantoms as a public set lies on disk; raises `CohortError` for an unknown layout or fault, or a folder that exists"
-    out,faults = Path(out),faults or {}
-    for n,table in ((layout,LAYOUTS), *((f,_FAULTS) for f in faults)):
-        if n not in table: raise CohortError('write_layout', f'unknown name {n!r}', f'Use one of {", ".join(table)}.')
-    if out.exists(): raise CohortError(out, 'exists already', 'Choose another folder.')
-    one,end,labels = LAYOUTS[layout]; tmp = out.with_name(f'.{uuid.uuid4().hex[:8]}'); tmp.mkdir(parents=True); rows = []
-    people = {x:i for i,x in enumerate(dict.fromkeys(cohort.patient_id))}
+    out, faults = Path(out), faults or {}
+    for n, table in ((layout, LAYOUTS), *((f, _FAULTS) for f in faults)):
+        if n not in table:
+            raise CohortError(
+                'write_layout', f'unknown name {n!r}', f'Use one of {", ".join(table)}.'
+            )
+    if out.exists():
+        raise CohortError(out, 'exists already', 'Choose another folder.')
+    one, end, labels = LAYOUTS[layout]
+    tmp = out.with_name(f'.{uuid.uuid4().hex[:8]}')
+    tmp.mkdir(parents=True)
+    rows = []
+    people = {x: i for i, x in enumerate(dict.fromkeys(cohort.patient_id))}
     try:
-        for j,r in enumerate(x for x in cohort.to_dict('records') if x['label'] in labels):
-            mine = tuple(f for f,who in faults.items() if who=='all' or r['scan_id'] in who)
-            p = phantom_with_faults(r, shape, mine); said = ' '.join([*str(r.get('switches') or '').split(), *mine])
-            rows += [dict(label=p.label, row=r['scan_id'], faults=said, **t) for t in one(p, dict(row=j, person=people[r['patient_id']]), tmp, mine)]
-        if not rows: raise CohortError('write_layout', f'no row fits {layout}, which has {", ".join(labels)}', 'Make a cohort with these labels.')
+        for j, r in enumerate(x for x in cohort.to_dict('records') if x['label'] in labels):
+            mine = tuple(f for f, who in faults.items() if who == 'all' or r['scan_id'] in who)
+            p = phantom_with_faults(r, shape, mine)
+            said = ' '.join([*str(r.get('switches') or '').split(), *mine])
+            rows += [
+                dict(label=p.label, row=r['scan_id'], faults=said, **t)
+                for t in one(p, dict(row=j, person=people[r['patient_id']]), tmp, mine)
+            ]
+        if not rows:
+            raise CohortError(
+                'write_layout',
+                f'no row fits {layout}, which has {", ".join(labels)}',
+                'Make a cohort with these labels.',
+            )
         truth = pd.DataFrame(rows)
-        if end: end(tmp, truth)
+        if end:
+            end(tmp, truth)
         os.replace(tmp, out)
-    finally: shutil.rmtree(tmp, ignore_errors=True)
-    return truth.drop(columns=[c for c in ('stack','lesion') if c in truth])
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+    return truth.drop(columns=[c for c in ('stack', 'lesion') if c in truth])

@@ -7,172 +7,210 @@ __all__ = ['fill', 'consolidate_lobe', 'widen_bronchi', 'draw_cavities', 'draw_e
 
 # %% ../../nbs/01_phantom/02_parenchyma.ipynb #b1030004
 from dataclasses import replace
+
 import numpy as np
 from scipy import ndimage as ndi
-from .anatomy import (
-    BRONCHI, SEGMENTS, TUBES, Chest, ball, _coverage, noise_field, grow_tree, heart_distance, paint, pleura_distance, spread_tubes,
-    random_stream, draw_tube)
+
+from covid_ct.phantom.anatomy import (
+    BRONCHI,
+    SEGMENTS,
+    TUBES,
+    Chest,
+    _coverage,
+    ball,
+    draw_tube,
+    grow_tree,
+    heart_distance,
+    noise_field,
+    paint,
+    pleura_distance,
+    random_stream,
+    spread_tubes,
+)
 
 # %% ../../nbs/01_phantom/02_parenchyma.ipynb #b1030007
 def fill(
-    c:Chest, # chest, changed in place
-    w:np.ndarray, # share of each voxel that is filled, in [0,1]
-    hu, # CT number, one or one a voxel
-)->np.ndarray: # bool: at least half filled
+    c: Chest,  # chest, changed in place
+    w: np.ndarray,  # share of each voxel that is filled, in [0,1]
+    hu,  # CT number, one or one a voxel
+) -> np.ndarray:  # bool: at least half filled
     "Fill a region of a lung, and its mixed voxels at the wall, with something dense"
-    region = w>.5
-    c.hu += (w*(hu-c.hu)).astype('f4')
-    air = c.at['lungs']|ndi.binary_dilation(c.at['airways'])|c.at['free_air']
-    rim = ndi.binary_dilation(region, iterations=2)&~air&(c.hu<-130)
+    region = w > 0.5
+    c.hu += (w * (hu - c.hu)).astype('f4')
+    air = c.at['lungs'] | ndi.binary_dilation(c.at['airways']) | c.at['free_air']
+    rim = ndi.binary_dilation(region, iterations=2) & ~air & (c.hu < -130)
     c.hu[rim] = np.broadcast_to(hu, c.hu.shape)[rim]
     return region
 
 # %% ../../nbs/01_phantom/02_parenchyma.ipynb #b1030009
 def consolidate_lobe(
-    c:Chest, # chest
-    rng, # stream of the state
-)->None:
+    c: Chest,  # chest
+    rng,  # stream of the state
+) -> None:
     "One whole lobe without air, except in its bronchi"
     lobes = c.at['lobes']
-    size = np.bincount(lobes.ravel(), minlength=6)[1:]*np.array((1,1.5,1,1,1.5))
-    large = np.flatnonzero(size>.3*size.max())+1
-    lobe = lobes==int(rng.choice(large))
-    air = spread_tubes(c, *grow_tree(c, random_stream(c.body['patient'],8), 5))
-    hu = 35+12*noise_field(c,rng,9)-np.float32(900)*np.minimum(1, 1.4*air)
+    size = np.bincount(lobes.ravel(), minlength=6)[1:] * np.array((1, 1.5, 1, 1, 1.5))
+    large = np.flatnonzero(size > 0.3 * size.max()) + 1
+    lobe = lobes == int(rng.choice(large))
+    air = spread_tubes(c, *grow_tree(c, random_stream(c.body['patient'], 8), 5))
+    hu = 35 + 12 * noise_field(c, rng, 9) - np.float32(900) * np.minimum(1, 1.4 * air)
     fill(c, lobe.astype('f4'), hu)
     c.at['lesions'][lobe] = 2
 
 # %% ../../nbs/01_phantom/02_parenchyma.ipynb #b1030013
 def _open_bronchi(
-    c:Chest, # chest; `bronchi` gains the air in the lungs, `airways` the rest
-    twigs, # pairs: chain of places `(n,3)` in mm, radii in mm
-    wall:float, # mm
-)->None:
+    c: Chest,  # chest; `bronchi` gains the air in the lungs, `airways` the rest
+    twigs,  # pairs: chain of places `(n,3)` in mm, radii in mm
+    wall: float,  # mm
+) -> None:
     "Bronchi with a wall, open to the airways they start from"
-    before,air = c.hu.copy(), np.zeros_like(c.hu)
-    for p,r in twigs: draw_tube(c, p, np.add(r,wall), 15)
+    before, air = c.hu.copy(), np.zeros_like(c.hu)
+    for p, r in twigs:
+        draw_tube(c, p, np.add(r, wall), 15)
     c.hu[c.at['airways']] = before[c.at['airways']]
-    for p,r in twigs: draw_tube(c, p, r, -995, air)
-    lumen = (air>.5)&~c.at['airways']&~c.at['free_air']
-    c.at['bronchi'] |= lumen&c.at['lungs']
-    c.at['airways'] |= lumen&~c.at['lungs']&(c.at['cage']<0)
+    for p, r in twigs:
+        draw_tube(c, p, r, -995, air)
+    lumen = (air > 0.5) & ~c.at['airways'] & ~c.at['free_air']
+    c.at['bronchi'] |= lumen & c.at['lungs']
+    c.at['airways'] |= lumen & ~c.at['lungs'] & (c.at['cage'] < 0)
 
 # %% ../../nbs/01_phantom/02_parenchyma.ipynb #b1030014
 def _hilum(
-    c:Chest, # chest
-    goal:np.ndarray, # `(3,)` mm
-)->np.ndarray: # `(3,)` mm
+    c: Chest,  # chest
+    goal: np.ndarray,  # `(3,)` mm
+) -> np.ndarray:  # `(3,)` mm
     "The place on the main bronchi of this side that is nearest to a goal"
-    t = np.linspace(0, 1, 9)[:,None]
-    chains = [np.array(p) for _,p in BRONCHI[1:]]
-    p = np.concatenate([a+t*(b-a) for p in chains for a,b in zip(p[:-1],p[1:],strict=True)])
-    p = p+(c.body['lift'],0,0)
-    p = p[p[:,2]*np.sign(goal[2])>12]                     # beyond the carina
-    return p[np.argmin(np.linalg.norm(p-goal,axis=1))]
+    t = np.linspace(0, 1, 9)[:, None]
+    chains = [np.array(p) for _, p in BRONCHI[1:]]
+    p = np.concatenate(
+        [a + t * (b - a) for p in chains for a, b in zip(p[:-1], p[1:], strict=True)]
+    )
+    p = p + (c.body['lift'], 0, 0)
+    p = p[p[:, 2] * np.sign(goal[2]) > 12]  # beyond the carina
+    return p[np.argmin(np.linalg.norm(p - goal, axis=1))]
 
 # %% ../../nbs/01_phantom/02_parenchyma.ipynb #b1030015
 def widen_bronchi(
-    c:Chest, # chest
-    rng, # stream of the state
-)->None:
+    c: Chest,  # chest
+    rng,  # stream of the state
+) -> None:
     "Bronchi of 8 to 12 mm that reach the pleura, on both sides, with sacs at their ends"
     twigs = []
-    for side in (-1,1):
-        for goal in SEGMENTS[rng.permutation(len(SEGMENTS))[:7]]*(1,1,side):
+    for side in (-1, 1):
+        for goal in SEGMENTS[rng.permutation(len(SEGMENTS))[:7]] * (1, 1, side):
             start = _hilum(c, goal)
-            goal = goal+rng.normal(0,6,3)
-            ray = start+np.linspace(0,2,80)[:,None]*(goal-start)
-            inside = ray[pleura_distance(c,*ray.T)<-7]
+            goal = goal + rng.normal(0, 6, 3)
+            ray = start + np.linspace(0, 2, 80)[:, None] * (goal - start)
+            inside = ray[pleura_distance(c, *ray.T) < -7]
             end = inside[-1] if len(inside) else goal
-            bend = rng.normal(0,7,3)
-            path = np.stack([start, start+.35*(end-start)+bend, start+.7*(end-start)+bend/2, end])
-            twigs.append((path, np.array((3.8,4.2,3.8,rng.uniform(4.5,6.5)))))
-            fork = path[1]+.5*(end-start)+rng.normal(0,14,3)
-            if pleura_distance(c,*fork)<-7: twigs.append((np.stack([path[1],fork]), np.array((3.6,4.2))))
+            bend = rng.normal(0, 7, 3)
+            path = np.stack(
+                [
+                    start,
+                    start + 0.35 * (end - start) + bend,
+                    start + 0.7 * (end - start) + bend / 2,
+                    end,
+                ]
+            )
+            twigs.append((path, np.array((3.8, 4.2, 3.8, rng.uniform(4.5, 6.5)))))
+            fork = path[1] + 0.5 * (end - start) + rng.normal(0, 14, 3)
+            if pleura_distance(c, *fork) < -7:
+                twigs.append((np.stack([path[1], fork]), np.array((3.6, 4.2))))
     _open_bronchi(c, twigs, 2)
 
 # %% ../../nbs/01_phantom/02_parenchyma.ipynb #b1030019
 def _places(
-    c:Chest, # chest with `lungs`
-    rng, # stream of the state
-    n:int, # places wanted
-    deep:float, # mm to the chest wall, at least
-    apart:float, # mm between two of them, at least
-)->np.ndarray: # `(m,3)` mm, `m` at most `n`
+    c: Chest,  # chest with `lungs`
+    rng,  # stream of the state
+    n: int,  # places wanted
+    deep: float,  # mm to the chest wall, at least
+    apart: float,  # mm between two of them, at least
+) -> np.ndarray:  # `(m,3)` mm, `m` at most `n`
     "Places in the lungs; they do not depend on the size of the voxels"
-    p = rng.uniform((-110,-80,-115), (95,80,115), (3000,3))
-    p = p[(pleura_distance(c,*p.T)<-deep)&_in_mask(c,p,c.at['lungs']&~c.at['airways'])]
+    p = rng.uniform((-110, -80, -115), (95, 80, 115), (3000, 3))
+    p = p[(pleura_distance(c, *p.T) < -deep) & _in_mask(c, p, c.at['lungs'] & ~c.at['airways'])]
     chosen = []
     for q in p:
-        if all(np.linalg.norm(q-o)>apart for o in chosen): chosen.append(q)
-        if len(chosen)==n: break
-    return np.array(chosen).reshape(-1,3)
+        if all(np.linalg.norm(q - o) > apart for o in chosen):
+            chosen.append(q)
+        if len(chosen) == n:
+            break
+    return np.array(chosen).reshape(-1, 3)
+
 
 def _in_mask(
-    c:Chest, # chest
-    p:np.ndarray, # `(n,3)` mm
-    mask:np.ndarray, # `(D,H,W)` bool
-)->np.ndarray: # `(n,)` bool
+    c: Chest,  # chest
+    p: np.ndarray,  # `(n,3)` mm
+    mask: np.ndarray,  # `(D,H,W)` bool
+) -> np.ndarray:  # `(n,)` bool
     "Whether places lie in a mask; `False` outside the chest's voxels"
-    axes = [a.ravel() for a in (c.z,c.y,c.x)]
-    step = [float(a[1]-a[0]) for a in axes]
-    k = np.stack([np.round((q-a[0])/s).astype(int) for q,a,s in zip(p.T, axes, step, strict=True)])
-    ok = ((k>=0)&(k<np.array(mask.shape)[:,None])).all(0)
-    ok[ok] = mask[tuple(k[:,ok])]
+    axes = [a.ravel() for a in (c.z, c.y, c.x)]
+    step = [float(a[1] - a[0]) for a in axes]
+    k = np.stack(
+        [np.round((q - a[0]) / s).astype(int) for q, a, s in zip(p.T, axes, step, strict=True)]
+    )
+    ok = ((k >= 0) & (k < np.array(mask.shape)[:, None])).all(0)
+    ok[ok] = mask[tuple(k[:, ok])]
     return ok
 
 # %% ../../nbs/01_phantom/02_parenchyma.ipynb #b1030020
 def draw_cavities(
-    c:Chest, # chest
-    rng, # stream of the state
-)->None:
+    c: Chest,  # chest
+    rng,  # stream of the state
+) -> None:
     "Two to four holes with dense walls, each in a consolidation; the inmost one drains"
     lungs = c.at['lungs']
-    n = int(rng.integers(2,5))
-    far = {float(np.linalg.norm(m-_hilum(c,m))): m for m in _places(c,rng,12,24,48)}
-    centres = [far[d] for d in sorted([d for d in far if d>30][:n])]
+    n = int(rng.integers(2, 5))
+    far = {float(np.linalg.norm(m - _hilum(c, m))): m for m in _places(c, rng, 12, 24, 48)}
+    centres = [far[d] for d in sorted([d for d in far if d > 30][:n])]
     rough = noise_field(c, rng, 13)
-    for k,m in enumerate(centres):
-        hole = rng.uniform(13,20)
-        wall = hole+rng.uniform(7,14)
-        d = ball(c, m, (wall,wall,wall))
-        solid = _coverage(c, (d+5*rough)/3)*lungs
-        solid = np.maximum(solid, _coverage(c, ball(c,m,(hole+5,)*3))*lungs)
-        c.at['lesions'][fill(c, solid, 35+10*rough)] = 2
-        if k==0: _open_bronchi(c, [(np.stack([_hilum(c,m),m]), (3.5,4))], 2)
-        c.hu += _coverage(c, ball(c, m, (hole,.9*hole,hole))+1.5*rough)*lungs*(-990-c.hu)
+    for k, m in enumerate(centres):
+        hole = rng.uniform(13, 20)
+        wall = hole + rng.uniform(7, 14)
+        d = ball(c, m, (wall, wall, wall))
+        solid = _coverage(c, (d + 5 * rough) / 3) * lungs
+        solid = np.maximum(solid, _coverage(c, ball(c, m, (hole + 5,) * 3)) * lungs)
+        c.at['lesions'][fill(c, solid, 35 + 10 * rough)] = 2
+        if k == 0:
+            _open_bronchi(c, [(np.stack([_hilum(c, m), m]), (3.5, 4))], 2)
+        c.hu += (
+            _coverage(c, ball(c, m, (hole, 0.9 * hole, hole)) + 1.5 * rough) * lungs * (-990 - c.hu)
+        )
 
 # %% ../../nbs/01_phantom/02_parenchyma.ipynb #b1030023
 def draw_emphysema(
-    c:Chest, # chest
-    rng, # stream of the state
-)->None:
+    c: Chest,  # chest
+    rng,  # stream of the state
+) -> None:
     "Lung at -950 HU, pale vessels, and bullae below the pleura"
-    lungs,grain = c.at['lungs'],noise_field(c,rng,11)
-    light = np.clip((-450-c.hu)/150, 0, 1)*lungs
-    c.hu += (light*(-955+9*grain-c.hu)*.92).astype('f4')
-    for m in _places(c, rng, int(rng.integers(6,11)), 8, 30):
-        r = rng.uniform(12,26)*(1+.6*(m[0]>30))
-        d = ball(c, m, (r,r,r))+2*grain
-        open_lung = lungs&(c.hu<-700)
-        paint(c, -560, np.abs(d)-1, where=open_lung)
-        paint(c, -1000, d+1, where=open_lung)
+    lungs, grain = c.at['lungs'], noise_field(c, rng, 11)
+    light = np.clip((-450 - c.hu) / 150, 0, 1) * lungs
+    c.hu += (light * (-955 + 9 * grain - c.hu) * 0.92).astype('f4')
+    for m in _places(c, rng, int(rng.integers(6, 11)), 8, 30):
+        r = rng.uniform(12, 26) * (1 + 0.6 * (m[0] > 30))
+        d = ball(c, m, (r, r, r)) + 2 * grain
+        open_lung = lungs & (c.hu < -700)
+        paint(c, -560, np.abs(d) - 1, where=open_lung)
+        paint(c, -1000, d + 1, where=open_lung)
 
 # %% ../../nbs/01_phantom/02_parenchyma.ipynb #b1030024
-_ENHANCED = (260,250,330,330,280,350,320,250,250,250) # HU of the rows of `TUBES`
+_ENHANCED = (260, 250, 330, 330, 280, 350, 320, 250, 250, 250)  # HU of the rows of `TUBES`
+
 
 def inject_contrast(
-    c:Chest, # chest
-    rng, # stream of the state
-)->None:
+    c: Chest,  # chest
+    rng,  # stream of the state
+) -> None:
     "Bright blood in heart, great vessels and vessels of the lung"
-    shift = rng.uniform(-30,20)
-    blood = ~c.at['lungs']&~c.at['free_air']&(c.hu>-15)&(c.hu<85)
+    shift = rng.uniform(-30, 20)
+    blood = ~c.at['lungs'] & ~c.at['free_air'] & (c.hu > -15) & (c.hu < 85)
     hd = heart_distance(c)
     paint(c, 110, hd, where=blood)
-    paint(c, 265+shift, hd+9, where=blood)
-    for hu,(_,r,p) in zip(_ENHANCED, TUBES[:-1], strict=True): # no oesophagus
+    paint(c, 265 + shift, hd + 9, where=blood)
+    for hu, (_, r, p) in zip(_ENHANCED, TUBES[:-1], strict=True):  # no oesophagus
         share = np.zeros_like(c.hu)
-        draw_tube(replace(c, hu=np.zeros_like(c.hu)), np.add(p,(c.body['lift'],0,0)), r, 0, share)
-        c.hu += share*blood*np.maximum(np.float32(hu+shift)-c.hu, 0)
-    c.hu += c.at['tree']*c.at['lungs']*np.float32(230+shift)
+        draw_tube(
+            replace(c, hu=np.zeros_like(c.hu)), np.add(p, (c.body['lift'], 0, 0)), r, 0, share
+        )
+        c.hu += share * blood * np.maximum(np.float32(hu + shift) - c.hu, 0)
+    c.hu += c.at['tree'] * c.at['lungs'] * np.float32(230 + shift)

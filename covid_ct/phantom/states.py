@@ -7,232 +7,285 @@ __all__ = ['STATES', 'check_states', 'view_of', 'draw_states']
 
 # %% ../../nbs/01_phantom/03_states.ipynb #b2030004
 from dataclasses import dataclass, replace
+
 import numpy as np
 from scipy import ndimage as ndi
-from .anatomy import BRONCHI, Chest, ball, _coverage, diaphragm, noise_field, paint, random_stream, draw_tube
-from .parenchyma import (
-    consolidate_lobe, draw_cavities, draw_emphysema, fill, inject_contrast, widen_bronchi)
+
+from covid_ct.phantom.anatomy import (
+    BRONCHI,
+    Chest,
+    _coverage,
+    ball,
+    diaphragm,
+    draw_tube,
+    noise_field,
+    paint,
+    random_stream,
+)
+from covid_ct.phantom.parenchyma import (
+    consolidate_lobe,
+    draw_cavities,
+    draw_emphysema,
+    fill,
+    inject_contrast,
+    widen_bronchi,
+)
 from ..scan import DataError
 
 # %% ../../nbs/01_phantom/03_states.ipynb #b2030007
 def _pick_side(
-    c:Chest, # chest with `lungs`
-    rng, # stream of the state
-)->int: # 1 left, -1 right
+    c: Chest,  # chest with `lungs`
+    rng,  # stream of the state
+) -> int:  # 1 left, -1 right
     "Draw a side, but not one that has lost its lung"
-    side = int(rng.choice((-1,1)))
-    own,other = (int((c.at['lungs']&(s*c.x>0)).sum()) for s in (side,-side))
-    return side if own>.3*other else -side
+    side = int(rng.choice((-1, 1)))
+    own, other = (int((c.at['lungs'] & (s * c.x > 0)).sum()) for s in (side, -side))
+    return side if own > 0.3 * other else -side
+
 
 def _take_from_lungs(
-    c:Chest, # chest, changed in place
-    region:np.ndarray, # `(D,H,W)` bool
-)->None:
+    c: Chest,  # chest, changed in place
+    region: np.ndarray,  # `(D,H,W)` bool
+) -> None:
     "What is no longer lung is in no lobe and has no lesion"
-    c.at['lungs'] = c.at['lungs']&~region
+    c.at['lungs'] = c.at['lungs'] & ~region
     c.at['lobes'][region] = 0
     c.at['lesions'][region] = 0
 
 # %% ../../nbs/01_phantom/03_states.ipynb #b2030009
 def _draw_crescent(
-    c:Chest, # chest
-    rng, # stream of the state
-)->None:
+    c: Chest,  # chest
+    rng,  # stream of the state
+) -> None:
     "Fluid behind one lung, which is pressed together beside it"
     side = _pick_side(c, rng)
-    base = np.clip(1-(c.z+60)/170, .1, 1.15)
-    angle = np.clip((c.at['cosine']+.3)/1.2, 0, 1)
-    depth = -c.at['cage']-rng.uniform(48,66)*base*angle # mm beyond the surface of the fluid
-    lungs = c.at['lungs']&(side*c.x>0)
-    pressed = np.clip(1.1-depth/rng.uniform(10,16), 0, 1)*lungs*(angle>0)
-    c.hu += (pressed*np.maximum(25-c.hu,0)).astype('f4')
-    fluid = fill(c, _coverage(c,depth)*lungs, 8+4*noise_field(c,rng,20))
+    base = np.clip(1 - (c.z + 60) / 170, 0.1, 1.15)
+    angle = np.clip((c.at['cosine'] + 0.3) / 1.2, 0, 1)
+    depth = -c.at['cage'] - rng.uniform(48, 66) * base * angle  # mm beyond the surface of the fluid
+    lungs = c.at['lungs'] & (side * c.x > 0)
+    pressed = np.clip(1.1 - depth / rng.uniform(10, 16), 0, 1) * lungs * (angle > 0)
+    c.hu += (pressed * np.maximum(25 - c.hu, 0)).astype('f4')
+    fluid = fill(c, _coverage(c, depth) * lungs, 8 + 4 * noise_field(c, rng, 20))
     _take_from_lungs(c, fluid)
     c.at['effusion'] |= fluid
     c.at['lesions'][fluid] = 4
 
 # %% ../../nbs/01_phantom/03_states.ipynb #b2030010
 def _draw_free_air(
-    c:Chest, # chest
-    rng, # stream of the state
-)->None:
+    c: Chest,  # chest
+    rng,  # stream of the state
+) -> None:
     "Air in front of and above one lung, which has lost a part of its volume"
     side = _pick_side(c, rng)
-    front = np.clip((.55-c.at['cosine'])/1.3, 0, 1)
-    gap = rng.uniform(20,34)*(.2+front)+30*np.clip((c.z-25)/80, 0, 1)
-    depth = c.at['rim']-gap             # mm inside the surface of the lung
-    lungs = c.at['lungs']&(side*c.x>0)
-    c.hu += .14*lungs*np.maximum(40-c.hu, 0)
-    _release(c, _coverage(c,depth)*lungs)
-    line = lungs&c.at['lungs']&(depth<c.edge)
+    front = np.clip((0.55 - c.at['cosine']) / 1.3, 0, 1)
+    gap = rng.uniform(20, 34) * (0.2 + front) + 30 * np.clip((c.z - 25) / 80, 0, 1)
+    depth = c.at['rim'] - gap  # mm inside the surface of the lung
+    lungs = c.at['lungs'] & (side * c.x > 0)
+    c.hu += 0.14 * lungs * np.maximum(40 - c.hu, 0)
+    _release(c, _coverage(c, depth) * lungs)
+    line = lungs & c.at['lungs'] & (depth < c.edge)
     c.hu[line] = np.maximum(c.hu[line], -480)
 
+
 def _release(
-    c:Chest, # chest
-    w:np.ndarray, # share of each voxel that is free air
-)->None:
+    c: Chest,  # chest
+    w: np.ndarray,  # share of each voxel that is free air
+) -> None:
     "Replace lung by free air"
-    c.hu += (w*(-1000-c.hu)).astype('f4')
-    region = w>.5
+    c.hu += (w * (-1000 - c.hu)).astype('f4')
+    region = w > 0.5
     _take_from_lungs(c, region)
     c.at['free_air'] |= region
 
 # %% ../../nbs/01_phantom/03_states.ipynb #b2030011
 def _collapse_lung(
-    c:Chest, # chest
-    rng, # stream of the state
-)->None:
+    c: Chest,  # chest
+    rng,  # stream of the state
+) -> None:
     "A total pneumothorax: a dense clump around the main bronchi, free air elsewhere"
     side = _pick_side(c, rng)
-    lungs = c.at['lungs']&(side*c.x>0)
-    clump,paper = np.zeros_like(c.hu), replace(c, hu=np.zeros_like(c.hu))
-    for _,p in BRONCHI[1:]:
-        p = np.array(p)[1:]+(c.body['lift'],0,0)
-        if p[-1,2]*side>0: draw_tube(paper, p, rng.uniform(21,27), 0, clump)
-    fill(c, clump*lungs, 30+12*noise_field(c,rng,10))
-    _release(c, (1-clump)*lungs)
-    c.body['shift'] = -side*rng.uniform(8,18)
+    lungs = c.at['lungs'] & (side * c.x > 0)
+    clump, paper = np.zeros_like(c.hu), replace(c, hu=np.zeros_like(c.hu))
+    for _, p in BRONCHI[1:]:
+        p = np.array(p)[1:] + (c.body['lift'], 0, 0)
+        if p[-1, 2] * side > 0:
+            draw_tube(paper, p, rng.uniform(21, 27), 0, clump)
+    fill(c, clump * lungs, 30 + 12 * noise_field(c, rng, 10))
+    _release(c, (1 - clump) * lungs)
+    c.body['shift'] = -side * rng.uniform(8, 18)
 
 # %% ../../nbs/01_phantom/03_states.ipynb #b2030015
 def _raise_diaphragm(
-    c:Chest, # chest
-    rng, # stream of the state
-)->None:
+    c: Chest,  # chest
+    rng,  # stream of the state
+) -> None:
     "The diaphragm of one side stands 45 to 70 mm higher; the belly follows"
-    _lift_diaphragm(c, rng, _pick_side(c,rng), rng.uniform(45,70))
+    _lift_diaphragm(c, rng, _pick_side(c, rng), rng.uniform(45, 70))
+
 
 def _lift_diaphragm(
-    c:Chest, # chest
-    rng, # stream of the state
-    side:int, # 1 left, -1 right
-    mm:float, # at the top of the dome
-)->None:
+    c: Chest,  # chest
+    rng,  # stream of the state
+    side: int,  # 1 left, -1 right
+    mm: float,  # at the top of the dome
+) -> None:
     "Move one half of the diaphragm up"
-    x,y = side*c.x-60, c.y+12
-    dome = np.clip(1-(x/86)**2,0,1)*np.clip(1-(y/118)**2,0,1)
-    rise = (mm*np.sqrt(dome)*np.clip((side*c.x-4)/22,0,1)).astype('f4')
-    under = c.at['under']-rise
-    wall = np.maximum(under, c.at['cage'])      # negative inside the belly
-    place = (c.at['lungs']|(c.at['under']<0)&(c.at['under']>-9)&(c.at['cage']<0))&(side*c.x>0)
-    moved = c.at['lungs']&(under<0)&(side*c.x>0)
-    fill(c, _coverage(c,wall)*place, 45)
-    if side<0: paint(c, 58, wall+5, where=place)
+    x, y = side * c.x - 60, c.y + 12
+    dome = np.clip(1 - (x / 86) ** 2, 0, 1) * np.clip(1 - (y / 118) ** 2, 0, 1)
+    rise = (mm * np.sqrt(dome) * np.clip((side * c.x - 4) / 22, 0, 1)).astype('f4')
+    under = c.at['under'] - rise
+    wall = np.maximum(under, c.at['cage'])  # negative inside the belly
+    place = (c.at['lungs'] | (c.at['under'] < 0) & (c.at['under'] > -9) & (c.at['cage'] < 0)) & (
+        side * c.x > 0
+    )
+    moved = c.at['lungs'] & (under < 0) & (side * c.x > 0)
+    fill(c, _coverage(c, wall) * place, 45)
+    if side < 0:
+        paint(c, 58, wall + 5, where=place)
     else:
-        paint(c, -95, wall+5, where=place)
-        top = diaphragm(np.float32(-20), np.float32(62), c.body['dome'])+mm
-        stomach = np.maximum(wall+8, ball(c, (float(top)-38,-14,66), (42,52,46)))
-        belly = c.at['under']<0
-        paint(c, 34, stomach, where=place|belly)
-        paint(c, -940, stomach+5, c.y+24, where=place|belly)
-    buried = c.at['airways']&(under<2)&(side*c.x>0)
-    c.hu[ndi.binary_dilation(buried,iterations=2)&(under<2)&(c.hu<30)] = 58 if side<0 else 34
-    c.at['airways'] = c.at['airways']&~buried
+        paint(c, -95, wall + 5, where=place)
+        top = diaphragm(np.float32(-20), np.float32(62), c.body['dome']) + mm
+        stomach = np.maximum(wall + 8, ball(c, (float(top) - 38, -14, 66), (42, 52, 46)))
+        belly = c.at['under'] < 0
+        paint(c, 34, stomach, where=place | belly)
+        paint(c, -940, stomach + 5, c.y + 24, where=place | belly)
+    buried = c.at['airways'] & (under < 2) & (side * c.x > 0)
+    c.hu[ndi.binary_dilation(buried, iterations=2) & (under < 2) & (c.hu < 30)] = (
+        58 if side < 0 else 34
+    )
+    c.at['airways'] = c.at['airways'] & ~buried
     _take_from_lungs(c, moved)
-    c.at.update(under=under, rim=np.minimum(under,-c.at['cage']))
+    c.at.update(under=under, rim=np.minimum(under, -c.at['cage']))
 
 # %% ../../nbs/01_phantom/03_states.ipynb #b2030016
 def _remove_lung(
-    c:Chest, # chest
-    rng, # stream of the state
-)->None:
+    c: Chest,  # chest
+    rng,  # stream of the state
+) -> None:
     "Fluid instead of one lung; the bronchus ends 2 cm beyond the carina"
     side = _pick_side(c, rng)
-    _lift_diaphragm(c, rng, side, rng.uniform(20,35))
-    lungs = c.at['lungs']&(side*c.x>0)
-    stump = c.at['airways']&(side*c.x>18)
-    beyond = ndi.binary_dilation(stump, iterations=2)&(side*c.x>18)&(c.hu<30)
-    c.at['airways'] = c.at['airways']&~stump
-    hu = 12+4*noise_field(c,rng,20)
+    _lift_diaphragm(c, rng, side, rng.uniform(20, 35))
+    lungs = c.at['lungs'] & (side * c.x > 0)
+    stump = c.at['airways'] & (side * c.x > 18)
+    beyond = ndi.binary_dilation(stump, iterations=2) & (side * c.x > 18) & (c.hu < 30)
+    c.at['airways'] = c.at['airways'] & ~stump
+    hu = 12 + 4 * noise_field(c, rng, 20)
     c.hu[beyond] = hu[beyond]
-    fluid = fill(c, (lungs|stump).astype('f4'), hu)
+    fluid = fill(c, (lungs | stump).astype('f4'), hu)
     _take_from_lungs(c, fluid)
     c.at['effusion'] |= fluid
-    c.body['shift'] = side*rng.uniform(22,32)
+    c.body['shift'] = side * rng.uniform(22, 32)
 
 # %% ../../nbs/01_phantom/03_states.ipynb #b2030018
-_MOVED = ('lungs','lobes','lesions','airways','free_air','effusion','bronchi')
+_MOVED = ('lungs', 'lobes', 'lesions', 'airways', 'free_air', 'effusion', 'bronchi')
+
 
 def _shift_mediastinum(
-    c:Chest, # chest with all states, changed in place
-    mm:float, # to the left
-)->None:
+    c: Chest,  # chest with all states, changed in place
+    mm: float,  # to the left
+) -> None:
     "Move heart and great vessels sideways; wall, spine and diaphragm stay"
-    keep = [np.clip(d/np.float32(mm), 0, 1) for d,mm in (
-        (-c.at['cage'],70), (c.at['under']+25,50), (52-c.y,40))]
-    at = np.float32(mm)*keep[0]*keep[1]*keep[2]/np.float32(c.body['view'][2]/c.hu.shape[2])
-    at = np.clip(np.arange(c.hu.shape[2],dtype='f4')-at, 0, c.hu.shape[2]-1.001)
+    keep = [
+        np.clip(d / np.float32(mm), 0, 1)
+        for d, mm in ((-c.at['cage'], 70), (c.at['under'] + 25, 50), (52 - c.y, 40))
+    ]
+    at = (
+        np.float32(mm) * keep[0] * keep[1] * keep[2] / np.float32(c.body['view'][2] / c.hu.shape[2])
+    )
+    at = np.clip(np.arange(c.hu.shape[2], dtype='f4') - at, 0, c.hu.shape[2] - 1.001)
     low = at.astype(int)
-    f = at-low
-    for name in ('hu','tree'):
-        v = c.hu if name=='hu' else c.at[name]
-        a,b = (np.take_along_axis(v, k, 2) for k in (low, low+1))
-        v[:] = a+f*(b-a)
-    near = low+(f>.5)
-    for name in _MOVED: c.at[name] = np.take_along_axis(c.at[name], near, 2)
+    f = at - low
+    for name in ('hu', 'tree'):
+        v = c.hu if name == 'hu' else c.at[name]
+        a, b = (np.take_along_axis(v, k, 2) for k in (low, low + 1))
+        v[:] = a + f * (b - a)
+    near = low + (f > 0.5)
+    for name in _MOVED:
+        c.at[name] = np.take_along_axis(c.at[name], near, 2)
 
 # %% ../../nbs/01_phantom/03_states.ipynb #b2030020
 @dataclass(frozen=True)
 class _State:
     "One row of `STATES`"
-    shows:str # what a reader of the scan sees
-    lung:str # what counts as lung
-    draw:object=None # function of sheet and stream; `None` if the anatomy already shows it
-    view:float=1. # width and depth of the field of view over the usual ones
-    patient:bool=False # belongs to the patient, so a second scan shows it again
 
-STATES = { # in the order of drawing
-    'raised_diaphragm': _State('one half of the diaphragm stands high', 'the lung above it',
-        _raise_diaphragm, patient=True),
-    'one_lung': _State('one lung removed, fluid in its place', 'the other lung alone',
-        _remove_lung, patient=True),
-    'total_pneumothorax': _State('free air on one side, the lung a dense clump', 'with the clump',
-        _collapse_lung),
-    'pneumothorax': _State('free air in front of and above one lung', 'without the free air',
-        _draw_free_air),
-    'effusion': _State('fluid behind one lung, lung pressed together', 'without the fluid',
-        _draw_crescent),
+    shows: str  # what a reader of the scan sees
+    lung: str  # what counts as lung
+    draw: object = None  # function of sheet and stream; `None` if the anatomy already shows it
+    view: float = 1.0  # width and depth of the field of view over the usual ones
+    patient: bool = False  # belongs to the patient, so a second scan shows it again
+
+
+STATES = {  # in the order of drawing
+    'raised_diaphragm': _State(
+        'one half of the diaphragm stands high', 'the lung above it', _raise_diaphragm, patient=True
+    ),
+    'one_lung': _State(
+        'one lung removed, fluid in its place', 'the other lung alone', _remove_lung, patient=True
+    ),
+    'total_pneumothorax': _State(
+        'free air on one side, the lung a dense clump', 'with the clump', _collapse_lung
+    ),
+    'pneumothorax': _State(
+        'free air in front of and above one lung', 'without the free air', _draw_free_air
+    ),
+    'effusion': _State(
+        'fluid behind one lung, lung pressed together', 'without the fluid', _draw_crescent
+    ),
     'emphysema': _State('lung at -950 HU with bullae', 'with the bullae', draw_emphysema),
-    'lobar_consolidation': _State('one lobe dense up to the chest wall', 'with the dense lobe',
-        consolidate_lobe),
+    'lobar_consolidation': _State(
+        'one lobe dense up to the chest wall', 'with the dense lobe', consolidate_lobe
+    ),
     'cavities': _State('air-filled holes with dense walls', 'with walls and holes', draw_cavities),
-    'bronchiectasis': _State('wide bronchi up to the pleura', 'with the wide bronchi',
-        widen_bronchi),
+    'bronchiectasis': _State(
+        'wide bronchi up to the pleura', 'with the wide bronchi', widen_bronchi
+    ),
     'contrast': _State('heart and vessels at 200 to 350 HU', 'as without', inject_contrast),
     'arms': _State('arms beside the body', 'as without', view=1.36, patient=True),
-    'zoomed': _State('a field of view that cuts both lungs', 'what is in the field', view=.6)}
+    'zoomed': _State('a field of view that cuts both lungs', 'what is in the field', view=0.6),
+}
 
 # %% ../../nbs/01_phantom/03_states.ipynb #b2030021
 def check_states(
-    states, # names
-    source:str, # who asks
-)->None:
+    states,  # names
+    source: str,  # who asks
+) -> None:
     "Raise `DataError` for a name that is not in `STATES`, and for a patient without any lung"
     for n in states:
         if n not in STATES:
             raise DataError(source, f'unknown state {n!r}', f'Use names of {", ".join(STATES)}.')
-    if {'one_lung','total_pneumothorax'}<=set(states):
-        raise DataError(source, "'one_lung' and 'total_pneumothorax' leave no lung to breathe",
-                        'Use one of the two.')
+    if {'one_lung', 'total_pneumothorax'} <= set(states):
+        raise DataError(
+            source,
+            "'one_lung' and 'total_pneumothorax' leave no lung to breathe",
+            'Use one of the two.',
+        )
+
 
 def view_of(
-    states, # names of `STATES`
-)->dict: # keywords of `draw_anatomy`
+    states,  # names of `STATES`
+) -> dict:  # keywords of `draw_anatomy`
     "Field of view and arms; the narrowest field wins, else the widest"
     views = [STATES[n].view for n in states]
-    view = min(views, default=1.)
-    return dict(view=view if view<1 else max(views, default=1.),
-                arms='down' if 'arms' in states else 'raised')
+    view = min(views, default=1.0)
+    return dict(
+        view=view if view < 1 else max(views, default=1.0),
+        arms='down' if 'arms' in states else 'raised',
+    )
+
 
 def draw_states(
-    c:Chest, # chest with tissue and lesions, changed in place
-    states, # names of `STATES`
-    seed:int, # of this scan
-)->None:
+    c: Chest,  # chest with tissue and lesions, changed in place
+    states,  # names of `STATES`
+    seed: int,  # of this scan
+) -> None:
     "Draw states in the order of the table; adds the masks `effusion`, `free_air`, `bronchi`"
-    for name in ('free_air','bronchi'): c.at[name] = np.zeros(c.hu.shape, bool)
-    c.at['effusion'] = c.at['lesions']==4
-    for name,state in STATES.items():
-        if name not in states or state.draw is None: continue
+    for name in ('free_air', 'bronchi'):
+        c.at[name] = np.zeros(c.hu.shape, bool)
+    c.at['effusion'] = c.at['lesions'] == 4
+    for name, state in STATES.items():
+        if name not in states or state.draw is None:
+            continue
         owner = c.body['patient'] if state.patient else seed
-        state.draw(c, random_stream(owner, 8, *name.encode()))   # a new state moves no other
-    if c.body.get('shift'): _shift_mediastinum(c, c.body['shift'])
+        state.draw(c, random_stream(owner, 8, *name.encode()))  # a new state moves no other
+    if c.body.get('shift'):
+        _shift_mediastinum(c, c.body['shift'])

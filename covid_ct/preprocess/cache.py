@@ -7,7 +7,14 @@ __all__ = ['PREPARED_MASKS', 'unpack', 'cache_size', 'given', 'has_mask', 'own_l
            'reading_row', 'check_table', 'Preparation', 'prepare_cohort']
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #1c170cae
-import errno, hashlib, json, os, shutil, sys, time, uuid
+import errno
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+import uuid
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,466 +22,625 @@ from functools import partial
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
+
 import joblib
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
-from ..scan import CohortError, DataError, VoxelError, write_atomic
-from ..cohort.table import READING_COLUMNS, MASK_COLUMNS as MASK_COLUMNS, load_mask, load_row
-from ..io.read import files_of
+
 from ..cohort.adapters import open_cohort
-from .resample import PREPS, Prep, prepare
+from ..cohort.table import MASK_COLUMNS as MASK_COLUMNS
+from ..cohort.table import READING_COLUMNS, load_mask, load_row
+from ..io.read import files_of
 from .lungs import lung_mask
-try: import fcntl
-except ImportError: fcntl = None # Windows
+from .resample import PREPS, Prep, prepare
+from ..scan import CohortError, DataError, VoxelError, write_atomic
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #4ea6ad98
 def _pack(
-    x:np.ndarray, # `(D,H,W)` floats in [0,1]
-)->np.ndarray: # the same shape, uint16
+    x: np.ndarray,  # `(D,H,W)` floats in [0,1]
+) -> np.ndarray:  # the same shape, uint16
     "Store [0,1] in two bytes a voxel, to within 1/131070 (@eq-quant)"
-    return np.rint(np.clip(x, 0, 1)*65535).astype('u2')
+    return np.rint(np.clip(x, 0, 1) * 65535).astype('u2')
+
 
 def unpack(
-    q:np.ndarray, # uint16
-)->np.ndarray: # the same shape, float32 in [0,1]
+    q: np.ndarray,  # uint16
+) -> np.ndarray:  # the same shape, float32 in [0,1]
     "Back from two bytes a voxel"
-    return np.multiply(q, np.float32(1/65535), dtype='f4')
+    return np.multiply(q, np.float32(1 / 65535), dtype='f4')
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #9c094a57
-PREPARED_MASKS = ('lung','infection')
+PREPARED_MASKS = ('lung', 'infection')
+
 
 def cache_size(
-    cohort, # table of N scans; only its length matters
-    prep, # row of `PREPS` with a size
-    masks=(), # masks that are kept too, of `PREPARED_MASKS`
-)->int: # bytes
+    cohort,  # table of N scans; only its length matters
+    prep,  # row of `PREPS` with a size
+    masks=(),  # masks that are kept too, of `PREPARED_MASKS`
+) -> int:  # bytes
     "Bytes that the prepared scans of a cohort will take on disk"
     n = prod(prep.size)
-    return len(cohort)*(2*n+128+len(masks)*(-(-n//8)+128))
+    return len(cohort) * (2 * n + 128 + len(masks) * (-(-n // 8) + 128))
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #8a90e276
-def _digest(*words)->str: return hashlib.sha256(repr(words).encode()).hexdigest()[:12]
+def _digest(*words) -> str:
+    return hashlib.sha256(repr(words).encode()).hexdigest()[:12]
 
-_SEEN = {} # once a process: an editor may change a file, not the code that was loaded from it
 
-def _code(file)->str:
+_SEEN = {}  # once a process: an editor may change a file, not the code that was loaded from it
+
+
+def _code(file) -> str:
     "Hash of a module's lines, without those that are empty or only a comment"
     if file not in _SEEN:
         lines = Path(file).read_text(encoding='utf-8', errors='replace').splitlines()
         _SEEN[file] = _digest([l for l in lines if l.strip() and not l.lstrip().startswith('#')])
     return _SEEN[file]
 
-_UNUSED = {('covid_ct.cohort.table','covid_ct.phantom.chest')} # to write phantoms, never to read a row
+
+_UNUSED = {
+    ('covid_ct.cohort.table', 'covid_ct.phantom.chest')
+}  # to write phantoms, never to read a row
+
 
 def _sources(
-    name:str, # module that is loaded, as `covid_ct.preprocess.resample`
-)->dict: # module → hash of its code
+    name: str,  # module that is loaded, as `covid_ct.preprocess.resample`
+) -> dict:  # module → hash of its code
     "The code that a module stands on: itself and, of its own package and of ours, all that it imports from"
-    found,todo,ours = {},[name],prepare.__module__.split('.')[0]
+    found, todo, ours = {}, [name], prepare.__module__.split('.')[0]
     while todo:
         name = todo.pop()
         here = sys.modules.get(name)
         file = getattr(here, '__file__', None)
-        if name in found or not file: continue
+        if name in found or not file:
+            continue
         found[name] = _code(file)
-        near = {getattr(v, '__module__', None) or getattr(v, '__name__', None) for v in vars(here).values()}
-        packages = name.split('.')[0],ours
+        near = {
+            getattr(v, '__module__', None) or getattr(v, '__name__', None)
+            for v in vars(here).values()
+        }
+        packages = name.split('.')[0], ours
         near = [n for n in near if isinstance(n, str) and n.split('.')[0] in packages]
-        todo += [n for n in near if (name,n) not in _UNUSED]
+        todo += [n for n in near if (name, n) not in _UNUSED]
     return found
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #3e71b6a1
-_FILES = ('path',*MASK_COLUMNS)
+_FILES = ('path', *MASK_COLUMNS)
 
-def _called(f)->tuple:
+
+def _called(f) -> tuple:
     "A function, the code it stands on and its bound arguments, without an address in memory"
-    if isinstance(f, partial): return *_called(f.func), repr(f.args), repr(sorted(f.keywords.items()))
+    if isinstance(f, partial):
+        return *_called(f.func), repr(f.args), repr(sorted(f.keywords.items()))
     module = getattr(f, '__module__', '')
-    return f'{module}.{getattr(f, "__qualname__", type(f).__qualname__)}', _digest(sorted(_sources(module).items()))
+    return f'{module}.{getattr(f, "__qualname__", type(f).__qualname__)}', _digest(
+        sorted(_sources(module).items())
+    )
+
 
 def given(
-    x, # a cell of a table
-)->bool: # False for nan, None and blanks
+    x,  # a cell of a table
+) -> bool:  # False for nan, None and blanks
     "Whether a cell of a table holds a path"
-    return isinstance(x, (str,os.PathLike)) and bool(str(x).strip())
+    return isinstance(x, (str, os.PathLike)) and bool(str(x).strip())
 
-def _files(path)->list:
+
+def _files(path) -> list:
     "Pairs of a name below the path and the file, for each file that reading opens"
     top = Path(path) if Path(path).is_dir() else Path(path).parent
-    try: return [(f.relative_to(top).as_posix(), f) for f in files_of(path)]
-    except DataError: return []
+    try:
+        return [(f.relative_to(top).as_posix(), f) for f in files_of(path)]
+    except DataError:
+        return []
 
-def _stat(path)->list:
+
+def _stat(path) -> list:
     "Name, size and time of writing of each file that reading a path opens"
-    return [(name,s.st_size,s.st_mtime_ns) for name,f in _files(path) for s in [f.stat()]]
+    return [(name, s.st_size, s.st_mtime_ns) for name, f in _files(path) for s in [f.stat()]]
 
-def _opened(row)->list:
+
+def _opened(row) -> list:
     "Names and files of the scan and of all masks of a row"
     return [pair for c in _FILES if given(row.get(c)) for pair in _files(row[c])]
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #ff483bbd
-_FORMAT = 'uint16, masks of the cohort used' # what is kept; another word, another cache
+_FORMAT = 'uint16, masks of the cohort used'  # what is kept; another word, another cache
+
 
 def _cache_folder(
-    out, # folder for the prepared scans of all rows
-    prep, # row of preprocessing
-    load=load_row, # function that makes a scan from a row
-    lungs=lung_mask, # function that finds the lungs
-)->Path: # folder of this row; not made here
+    out,  # folder for the prepared scans of all rows
+    prep,  # row of preprocessing
+    load=load_row,  # function that makes a scan from a row
+    lungs=lung_mask,  # function that finds the lungs
+) -> Path:  # folder of this row; not made here
     "Where the scans of one preprocessing lie"
     code = map(_called, (prepare, load, lungs))
-    return Path(out)/_digest(_FORMAT, sorted(asdict(prep).items()), *code)
+    return Path(out) / _digest(_FORMAT, sorted(asdict(prep).items()), *code)
+
 
 def _prepared_name(
-    row, # of a cohort, its paths as they can be opened
-)->str: # id and hash
+    row,  # of a cohort, its paths as they can be opened
+) -> str:  # id and hash
     "Name of a prepared scan: another file, or the same one changed, has another name"
     found = [_stat(row[c]) for c in _FILES if given(row.get(c))]
-    words = [(k,str(v)) for k,v in sorted(row.items()) if (k in READING_COLUMNS and not pd.isna(v) if found else k!='fold')]
-    return ''.join(c if c.isalnum() else '_' for c in str(row['scan_id']))[:40]+'-'+_digest(str(row['scan_id']), found, words)
+    words = [
+        (k, str(v))
+        for k, v in sorted(row.items())
+        if (k in READING_COLUMNS and not pd.isna(v) if found else k != 'fold')
+    ]
+    return (
+        ''.join(c if c.isalnum() else '_' for c in str(row['scan_id']))[:40]
+        + '-'
+        + _digest(str(row['scan_id']), found, words)
+    )
+
 
 def _changed_at(
-    row, # of a cohort, its paths as they can be opened
-)->str: # hash
+    row,  # of a cohort, its paths as they can be opened
+) -> str:  # hash
     "When the file system last saw a change of the files of a row"
-    return _digest([(name, f.stat().st_ctime_ns) for name,f in _opened(row)])
+    return _digest([(name, f.stat().st_ctime_ns) for name, f in _opened(row)])
+
 
 def _content_of(
-    row, # of a cohort, its paths as they can be opened
-)->str: # hash
+    row,  # of a cohort, its paths as they can be opened
+) -> str:  # hash
     "Hash of the content of all files of a row; reads all of them"
     h = hashlib.blake2b(digest_size=16)
-    for name,file in _opened(row):
+    for name, file in _opened(row):
         h.update(name.encode())
-        with open(file, 'rb') as f: h.update(hashlib.file_digest(f, 'blake2b').digest())
+        with open(file, 'rb') as f:
+            h.update(hashlib.file_digest(f, 'blake2b').digest())
     return h.hexdigest()
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #1ffe335a
-def _describe(prep, load, lungs)->str:
+def _describe(prep, load, lungs) -> str:
     "What a folder was made from, as JSON"
-    parts = [f.func if isinstance(f, partial) else f for f in (prepare,load,lungs)]
+    parts = [f.func if isinstance(f, partial) else f for f in (prepare, load, lungs)]
     modules = dict(kv for f in parts for kv in _sources(getattr(f, '__module__', '')).items())
-    return json.dumps(dict(prep=asdict(prep), called=[_called(f)[0]+''.join(_called(f)[2:]) for f in (prepare,load,lungs)], modules=dict(sorted(modules.items())),
-                           versions={k:version(k) for k in ('numpy','scipy','SimpleITK','pydicom')}), indent=1)
+    return json.dumps(
+        dict(
+            prep=asdict(prep),
+            called=[_called(f)[0] + ''.join(_called(f)[2:]) for f in (prepare, load, lungs)],
+            modules=dict(sorted(modules.items())),
+            versions={k: version(k) for k in ('numpy', 'scipy', 'SimpleITK', 'pydicom')},
+        ),
+        indent=1,
+    )
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #236c5bfd
-def _lock(f)->bool:
+def _lock(f) -> bool:
     "Lock an open file; False where somebody else holds it, or nobody can"
-    try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
-    except (OSError,AttributeError): return False
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, AttributeError):
+        return False
     return True
+
 
 @contextmanager
 def _staged(
-    folder, # where the results will lie
+    folder,  # where the results will lie
 ):
     "A hidden folder to write in, locked while it is in use and gone afterwards"
-    name = uuid.uuid4().hex[:12]; new = Path(folder)/f'.new-{name}'
+    name = uuid.uuid4().hex[:12]
+    new = Path(folder) / f'.new-{name}'
     new.mkdir(parents=True)
-    with open(new/'lock', 'w') as f:
-        _lock(f); stage = new.rename(Path(folder)/f'.part-{name}') # seen by `_sweep` under this name only, when it is locked
-        try: yield stage
-        finally: shutil.rmtree(stage, ignore_errors=True)
+    with open(new / 'lock', 'w') as f:
+        _lock(f)
+        stage = new.rename(
+            Path(folder) / f'.part-{name}'
+        )  # seen by `_sweep` under this name only, when it is locked
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #99bb51a9
 def _sweep(
-    folder, # of prepared scans
-    age:float=86400, # seconds after which a stage is dead whoever locks it
-)->int: # stages removed
+    folder,  # of prepared scans
+    age: float = 86400,  # seconds after which a stage is dead whoever locks it
+) -> int:  # stages removed
     "Remove what killed processes have left, and nothing that is in use"
     dead = []
-    for d in (d for d in Path(folder).glob('.*') if d.name.startswith(('.part-','.new-'))):
+    for d in (d for d in Path(folder).glob('.*') if d.name.startswith(('.part-', '.new-'))):
         try:
-            if time.time()-d.stat().st_mtime>age: dead.append(d)
+            if time.time() - d.stat().st_mtime > age:
+                dead.append(d)
             elif d.name.startswith('.part-'):
-                with open(d/'lock') as f: dead += [d]*_lock(f)
-        except FileNotFoundError: continue # its owner has just finished
-    for d in dead: shutil.rmtree(d, ignore_errors=True)
+                with open(d / 'lock') as f:
+                    dead += [d] * _lock(f)
+        except FileNotFoundError:
+            continue  # its owner has just finished
+    for d in dead:
+        shutil.rmtree(d, ignore_errors=True)
     return len(dead)
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #504a4e91
-def _save(path, array)->None:
+def _save(path, array) -> None:
     def save(tmp):
-        with open(tmp, 'wb') as f: np.save(f, array, allow_pickle=False)
+        with open(tmp, 'wb') as f:
+            np.save(f, array, allow_pickle=False)
+
     write_atomic(path, save)
 
-def _read(path, kind, shape)->np.ndarray|None:
+
+def _read(path, kind, shape) -> np.ndarray | None:
     "Memory-mapped array, or None where there is none of this type and shape"
-    try: a = np.load(path, mmap_mode='r', allow_pickle=False)
-    except (OSError, ValueError, EOFError): return None
-    return a if a.dtype==kind and a.shape==shape else None
+    try:
+        a = np.load(path, mmap_mode='r', allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return a if a.dtype == kind and a.shape == shape else None
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #61cdb36d
 def has_mask(
-    row, # of a cohort
-    m:str, # one of `PREPARED_MASKS`
-)->bool: # False: lungs are found by the built-in method, infection is known to be empty
+    row,  # of a cohort
+    m: str,  # one of `PREPARED_MASKS`
+) -> bool:  # False: lungs are found by the built-in method, infection is known to be empty
     "Whether a file holds a mask of a scan; raises `CohortError` for an infection that nobody knows"
-    if given(row.get(f'{m}_mask')): return True
-    if m=='lung' or row['label']=='healthy': return False
-    raise CohortError(f'scan {row["scan_id"]}', f'has no {m}_mask',
-                      f'Fill the column, or leave {m!r} out of masks= '
-                      '(on the command line --masks).')
+    if given(row.get(f'{m}_mask')):
+        return True
+    if m == 'lung' or row['label'] == 'healthy':
+        return False
+    raise CohortError(
+        f'scan {row["scan_id"]}',
+        f'has no {m}_mask',
+        f'Fill the column, or leave {m!r} out of masks= (on the command line --masks).',
+    )
+
 
 def own_lungs(
-    row, # of a cohort, its paths as they can be opened
-    scan, # `Scan` that the mask must lie on
-    root=None, # folder that its paths start from; None: they can be opened as they are
-)->np.ndarray|None: # bool `(D,H,W)`; None: the row names no lung mask
+    row,  # of a cohort, its paths as they can be opened
+    scan,  # `Scan` that the mask must lie on
+    root=None,  # folder that its paths start from; None: they can be opened as they are
+) -> np.ndarray | None:  # bool `(D,H,W)`; None: the row names no lung mask
     "Lung mask of a row; raises `GeometryError` on another grid, `VoxelError` for an empty one"
-    if not given(row.get('lung_mask')): return None
-    mask = load_mask(row, 'lung_mask', root, scan)>0
-    if mask.any(): return mask
+    if not given(row.get('lung_mask')):
+        return None
+    mask = load_mask(row, 'lung_mask', root, scan) > 0
+    if mask.any():
+        return mask
     remedy = 'Draw the lungs, or clear the cell of lung_mask: then the built-in method finds them.'
-    file = Path(root or '.')/row['lung_mask']
+    file = Path(root or '.') / row['lung_mask']
     raise VoxelError(file, 'this lung mask is empty: no voxel of it is set', remedy)
 
-def _mask(m, row, loaded, scan, lungs)->np.ndarray:
+
+def _mask(m, row, loaded, scan, lungs) -> np.ndarray:
     "One mask on the grid of the scan: of its file, of a phantom, or found"
-    if m=='lung' and (own := own_lungs(row, scan)) is not None: return own
-    if m=='infection' and given(row.get('infection_mask')):
-        return load_mask(row, 'infection_mask', scan=scan)>0
-    if loaded is not scan: return np.asarray(dict(lung=loaded.lungs, infection=loaded.infection)[m])
-    return lungs(scan) if m=='lung' else np.zeros(scan.shape, bool)
+    if m == 'lung' and (own := own_lungs(row, scan)) is not None:
+        return own
+    if m == 'infection' and given(row.get('infection_mask')):
+        return load_mask(row, 'infection_mask', scan=scan) > 0
+    if loaded is not scan:
+        return np.asarray(dict(lung=loaded.lungs, infection=loaded.infection)[m])
+    return lungs(scan) if m == 'lung' else np.zeros(scan.shape, bool)
+
 
 def prepare_row(
-    row, # of a cohort, its paths as they can be opened
-    prep, # row of preprocessing
-    masks=(), # of `PREPARED_MASKS`
-    load=load_row, # function from a row to a `Scan` or a `Phantom`
-    lungs=lung_mask, # function that finds the lungs where the row names no mask of them
-)->tuple: # arrays of `_make_arrays`; dict of `lungs` (own, built-in, none), `units`, `remarks`
+    row,  # of a cohort, its paths as they can be opened
+    prep,  # row of preprocessing
+    masks=(),  # of `PREPARED_MASKS`
+    load=load_row,  # function from a row to a `Scan` or a `Phantom`
+    lungs=lung_mask,  # function that finds the lungs where the row names no mask of them
+) -> tuple:  # arrays of `_make_arrays`; dict of `lungs` (own, built-in, none), `units`, `remarks`
     "Prepare one scan and say how; raises what reading, `prepare` and `own_lungs` raise"
     loaded = load(row)
     scan = getattr(loaded, 'scan', loaded)
     for m in masks:
-        if loaded is scan: has_mask(row, m)
+        if loaded is scan:
+            has_mask(row, m)
     found = []
+
     def find(scan):
-        if not found: found.append(lungs(scan)) # once for crop and mask
+        if not found:
+            found.append(lungs(scan))  # once for crop and mask
         return found[0]
+
     own = own_lungs(row, scan) if prep.needs_lungs else None
     ready = prepare(scan, prep, lungs=find if own is None else own)
     arrays = dict(image=_pack(ready.voxels))
-    for m in masks: arrays[m] = ready.forward(_mask(m, row, loaded, scan, find))
+    for m in masks:
+        arrays[m] = ready.forward(_mask(m, row, loaded, scan, find))
     whose = ready.lungs
-    if not prep.needs_lungs and 'lung' in masks: whose = 'built-in' if found else 'own'
-    return arrays,dict(lungs=whose, units=scan.units, remarks=[*scan.remarks, *ready.remarks])
+    if not prep.needs_lungs and 'lung' in masks:
+        whose = 'built-in' if found else 'own'
+    return arrays, dict(lungs=whose, units=scan.units, remarks=[*scan.remarks, *ready.remarks])
+
 
 def _make_arrays(
-    row, # of a cohort, its paths as they can be opened
-    prep, # row of preprocessing
-    masks=(), # of `PREPARED_MASKS`
-    load=load_row, # function from a row to a `Scan` or a `Phantom`
-    lungs=lung_mask, # function that finds the lungs where the row names no mask of them
-)->dict: # `image` uint16 and masks bool, `(D,H,W)`
+    row,  # of a cohort, its paths as they can be opened
+    prep,  # row of preprocessing
+    masks=(),  # of `PREPARED_MASKS`
+    load=load_row,  # function from a row to a `Scan` or a `Phantom`
+    lungs=lung_mask,  # function that finds the lungs where the row names no mask of them
+) -> dict:  # `image` uint16 and masks bool, `(D,H,W)`
     "Arrays of one scan, prepared"
     return prepare_row(row, prep, masks, load, lungs)[0]
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #32116843
 class Cache:
     "Prepared scans of one preprocessing on disk"
-    def __init__(self,
-                 out, # folder for the prepared scans of all rows
-                 prep, # row of preprocessing
-                 load=load_row, # function that makes a scan from a row
-                 lungs=lung_mask, # function that finds the lungs where a row names no mask of them
-                ):
+
+    def __init__(
+        self,
+        out,  # folder for the prepared scans of all rows
+        prep,  # row of preprocessing
+        load=load_row,  # function that makes a scan from a row
+        lungs=lung_mask,  # function that finds the lungs where a row names no mask of them
+    ):
         self.folder = _cache_folder(out, prep, load, lungs)
-        self.prep,self.load,self.lungs = prep,load,lungs
-        self.known,self.notes = {},{}
+        self.prep, self.load, self.lungs = prep, load, lungs
+        self.known, self.notes = {}, {}
 
-    def __getstate__(self)->dict: # what a worker gets, without the names of all scans
-        return {**self.__dict__, 'known':{}, 'notes':{}}
+    def __getstate__(self) -> dict:  # what a worker gets, without the names of all scans
+        return {**self.__dict__, 'known': {}, 'notes': {}}
 
-    def name(self, row)->str:
+    def name(self, row) -> str:
         "Name of a scan; the state of its sources is looked up once"
         key = row['scan_id']
-        if key not in self.known: self.known[key] = _prepared_name(row)
+        if key not in self.known:
+            self.known[key] = _prepared_name(row)
         return self.known[key]
 
-    def file(self, row, kind:str)->Path:
+    def file(self, row, kind: str) -> Path:
         "File of one array of a scan"
-        return self.folder/f'{self.name(row)}.{kind}.npy'
+        return self.folder / f'{self.name(row)}.{kind}.npy'
 
-    def about(self, row)->dict|None:
+    def about(self, row) -> dict | None:
         "Note on a scan: `lungs`, `units`, `remarks`; None: not there, or its files have changed"
         key = row['scan_id']
-        if key in self.notes: return self.notes[key]
-        note = self.folder/f'{self.name(row)}.json'
+        if key in self.notes:
+            return self.notes[key]
+        note = self.folder / f'{self.name(row)}.json'
         try:
-            told,now = json.loads(note.read_text(encoding='utf-8')),_changed_at(row)
-            if told['changed']!=now:
-                if told['content']!=_content_of(row): return None
+            told, now = json.loads(note.read_text(encoding='utf-8')), _changed_at(row)
+            if told['changed'] != now:
+                if told['content'] != _content_of(row):
+                    return None
                 # copied or touched, and the same
-                write_atomic(note, json.dumps({**told, 'changed':now}))
-        except (OSError, ValueError, KeyError, TypeError): return None
+                write_atomic(note, json.dumps({**told, 'changed': now}))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
         self.notes[key] = told
         return told
 
-    def stored(self, row, masks=())->dict|None:
+    def stored(self, row, masks=()) -> dict | None:
         "Arrays of a scan as they are stored, memory-mapped; None unless all of them are there"
-        if self.about(row) is None: return None
+        if self.about(row) is None:
+            return None
         size = tuple(self.prep.size)
-        kinds = dict(image=('u2',size), **{m: ('u1',(-(-prod(size)//8),)) for m in masks})
-        out = {k: _read(self.file(row, k), *kind) for k,kind in kinds.items()}
+        kinds = dict(image=('u2', size), **{m: ('u1', (-(-prod(size) // 8),)) for m in masks})
+        out = {k: _read(self.file(row, k), *kind) for k, kind in kinds.items()}
         return None if any(a is None for a in out.values()) else out
 
-    def get(self, row, masks=())->dict|None:
+    def get(self, row, masks=()) -> dict | None:
         "Arrays of a scan: `image` uint16, masks bool; None unless all of them are there"
-        size,out = tuple(self.prep.size),self.stored(row, masks)
-        if out is None: return None
-        whole = lambda a: np.unpackbits(a, count=prod(size)).reshape(size).view(bool)
-        return {k: a if k=='image' else whole(a) for k,a in out.items()}
+        size, out = tuple(self.prep.size), self.stored(row, masks)
+        if out is None:
+            return None
 
-    def state(self, row)->dict:
+        def whole(a):
+            return np.unpackbits(a, count=prod(size)).reshape(size).view(bool)
+
+        return {k: a if k == 'image' else whole(a) for k, a in out.items()}
+
+    def state(self, row) -> dict:
         "What the files of a row are now, for its note"
         return dict(changed=_changed_at(row), content=_content_of(row))
 
-    def put(self, row, arrays:dict, about:dict=None)->None:
+    def put(self, row, arrays: dict, about: dict = None) -> None:
         "Keep a scan and its note: all are written before the first gets its name, the note last"
         note = dict(lungs='none', units='', remarks=[]) | (about or {})
-        if 'content' not in note: note |= self.state(row)
+        if 'content' not in note:
+            note |= self.state(row)
         with _staged(self.folder) as stage:
-            for k,a in arrays.items(): _save(stage/f'{k}.npy', a if k=='image' else np.packbits(a))
-            write_atomic(stage/'note.json', json.dumps(note))
-            for k in arrays: os.replace(stage/f'{k}.npy', self.file(row, k))
-            os.replace(stage/'note.json', self.folder/f'{self.name(row)}.json')
+            for k, a in arrays.items():
+                _save(stage / f'{k}.npy', a if k == 'image' else np.packbits(a))
+            write_atomic(stage / 'note.json', json.dumps(note))
+            for k in arrays:
+                os.replace(stage / f'{k}.npy', self.file(row, k))
+            os.replace(stage / 'note.json', self.folder / f'{self.name(row)}.json')
         self.notes[row['scan_id']] = note
 
-    def arrays(self, row, masks=())->dict:
+    def arrays(self, row, masks=()) -> dict:
         "Arrays of a scan, read or else made and kept"
-        if (found := self.get(row, masks)): return found
-        state = self.state(row) # before reading: a change meanwhile will be noticed
-        made,about = prepare_row(row, self.prep, masks, self.load, self.lungs)
-        self.put(row, made, about|state)
+        if found := self.get(row, masks):
+            return found
+        state = self.state(row)  # before reading: a change meanwhile will be noticed
+        made, about = prepare_row(row, self.prep, masks, self.load, self.lungs)
+        self.put(row, made, about | state)
         return made
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #50aa0214
 def prep_of_recipe(
-    recipe, # a `Prep`, the name of one in `PREPS`, or a recipe that has one
-)->Prep: # with a size
+    recipe,  # a `Prep`, the name of one in `PREPS`, or a recipe that has one
+) -> Prep:  # with a size
     "Row of preprocessing of a recipe; raises `CohortError` for none, and for one without a size"
     prep = getattr(recipe, 'prep', recipe)
     prep = PREPS.get(prep) if isinstance(prep, str) else prep
-    if not isinstance(prep, Prep): raise CohortError('prep', f'{recipe!r} names no preprocessing', f'Use one of {", ".join(PREPS)}, or a Prep.')
-    if prep.size is None: raise CohortError('prep', 'has no size, so its scans do not fit into one batch', 'Give the Prep a size.')
+    if not isinstance(prep, Prep):
+        raise CohortError(
+            'prep',
+            f'{recipe!r} names no preprocessing',
+            f'Use one of {", ".join(PREPS)}, or a Prep.',
+        )
+    if prep.size is None:
+        raise CohortError(
+            'prep', 'has no size, so its scans do not fit into one batch', 'Give the Prep a size.'
+        )
     return prep
 
+
 def reading_row(
-    cohort:pd.DataFrame, # table of scans
-    i:int, # number of the row
-    root=None, # folder that its paths start from; None: the one that `check_cohort` noted
-)->pd.Series: # the row, its paths below the folder
+    cohort: pd.DataFrame,  # table of scans
+    i: int,  # number of the row
+    root=None,  # folder that its paths start from; None: the one that `check_cohort` noted
+) -> pd.Series:  # the row, its paths below the folder
     "A row as the reader needs it"
-    r,root = cohort.iloc[i].copy(), cohort.attrs.get('root') if root is None else root
+    r, root = cohort.iloc[i].copy(), cohort.attrs.get('root') if root is None else root
     for c in _FILES:
-        if root is not None and given(r.get(c)): r[c] = str(Path(root)/r[c])
+        if root is not None and given(r.get(c)):
+            r[c] = str(Path(root) / r[c])
     return r
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #1b02b787
 def check_table(
-    cohort:pd.DataFrame, # table of scans
-    masks=(), # masks that are asked for
-    columns=('scan_id','label'), # columns that are needed
-)->None:
+    cohort: pd.DataFrame,  # table of scans
+    masks=(),  # masks that are asked for
+    columns=('scan_id', 'label'),  # columns that are needed
+) -> None:
     "Raise `CohortError` for a table that cannot be prepared"
-    if not len(cohort): raise CohortError('cohort', 'has no rows', 'Check the filter or the fold that made it.')
+    if not len(cohort):
+        raise CohortError('cohort', 'has no rows', 'Check the filter or the fold that made it.')
     lacking = [c for c in columns if c not in cohort]
-    if lacking: raise CohortError('cohort', f'has no column {lacking[0]!r}', 'See check_cohort for the schema.')
+    if lacking:
+        raise CohortError(
+            'cohort', f'has no column {lacking[0]!r}', 'See check_cohort for the schema.'
+        )
     twice = cohort.scan_id[cohort.scan_id.duplicated()]
-    if len(twice): raise CohortError(f'scan {twice.iloc[0]}', 'stands in the table twice', 'Give every scan its own id.')
-    if set(masks)-set(PREPARED_MASKS): raise CohortError('masks', f'{sorted(set(masks)-set(PREPARED_MASKS))[0]!r} is unknown', f'Choose from {PREPARED_MASKS}.')
+    if len(twice):
+        raise CohortError(
+            f'scan {twice.iloc[0]}', 'stands in the table twice', 'Give every scan its own id.'
+        )
+    if set(masks) - set(PREPARED_MASKS):
+        raise CohortError(
+            'masks',
+            f'{sorted(set(masks) - set(PREPARED_MASKS))[0]!r} is unknown',
+            f'Choose from {PREPARED_MASKS}.',
+        )
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #9b9eae8b
-_COLUMNS = ('scan_id','error','fault','remedy')
-_TOLD = ('scan_id','lungs','units','remarks')
+_COLUMNS = ('scan_id', 'error', 'fault', 'remedy')
+_TOLD = ('scan_id', 'lungs', 'units', 'remarks')
 
-def _attempt(cache, row, masks)->tuple|None:
+
+def _attempt(cache, row, masks) -> tuple | None:
     "Prepare one scan; the reason if that fails"
-    try: cache.arrays(row, masks)
+    try:
+        cache.arrays(row, masks)
     except Exception as e:
-        if getattr(e, 'errno', None)==errno.ENOSPC: raise
+        if getattr(e, 'errno', None) == errno.ENOSPC:
+            raise
         return str(row['scan_id']), type(e).__name__, _fault(e, row), getattr(e, 'remedy', '')
 
-def _fault(e, row)->str:
+
+def _fault(e, row) -> str:
     "What was wrong, with the name of the file where that is a mask"
-    fault,source = getattr(e, 'fault', str(e)),getattr(e, 'source', '')
-    masks = [row[c] for c in MASK_COLUMNS if given(row.get(c)) and str(row[c])==source]
+    fault, source = getattr(e, 'fault', str(e)), getattr(e, 'source', '')
+    masks = [row[c] for c in MASK_COLUMNS if given(row.get(c)) and str(row[c]) == source]
     return f'{Path(masks[0]).name}: {fault}' if masks else fault
 
-def _told(cache, rows)->pd.DataFrame:
+
+def _told(cache, rows) -> pd.DataFrame:
     "Table of the scans that are there, a row each: whose lungs were used, unit, remarks"
     notes = [(str(r['scan_id']), cache.about(r)) for r in rows]
-    table = [(i, n['lungs'], n['units'], '; '.join(n['remarks'])) for i,n in notes if n]
+    table = [(i, n['lungs'], n['units'], '; '.join(n['remarks'])) for i, n in notes if n]
     return pd.DataFrame(table, columns=_TOLD).sort_values('scan_id', ignore_index=True)
 
-def _note(folder, name, rows:pd.DataFrame, tried)->None:
+
+def _note(folder, name, rows: pd.DataFrame, tried) -> None:
     "Bring a table in the folder up to date: what was tried now replaces what was known of it"
-    file = Path(folder)/name
+    file = Path(folder) / name
     old = pd.read_csv(file, dtype=str, keep_default_na=False) if file.exists() else rows[:0]
     rows = pd.concat([old[~old.scan_id.isin(tried)], rows]).sort_values('scan_id')
     write_atomic(file, rows.to_csv(index=False))
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #c10f7055
-def _counts(values)->str:
+def _counts(values) -> str:
     "How often each value occurs, in words"
-    return ' and '.join(f'{n} {k}' for k,n in values.value_counts().sort_index().items())
+    return ' and '.join(f'{n} {k}' for k, n in values.value_counts().sort_index().items())
+
 
 @dataclass(frozen=True, eq=False)
 class Preparation:
     "What came of preparing a cohort"
-    folder:Path # where the scans lie
-    made:int # scans prepared now
-    found:int # scans that were there already
-    failures:pd.DataFrame # `scan_id error fault remedy`, one row for each scan that failed
-    scans:pd.DataFrame # `scan_id lungs units remarks`, one row for each scan that is there
+
+    folder: Path  # where the scans lie
+    made: int  # scans prepared now
+    found: int  # scans that were there already
+    failures: pd.DataFrame  # `scan_id error fault remedy`, one row for each scan that failed
+    scans: pd.DataFrame  # `scan_id lungs units remarks`, one row for each scan that is there
 
     @property
-    def exit_code(self)->int: return int(len(self.failures)>0) # 0: all is well
-    def __str__(self)->str:
-        used = self.scans.lungs[self.scans.lungs!='none']
+    def exit_code(self) -> int:
+        return int(len(self.failures) > 0)  # 0: all is well
+
+    def __str__(self) -> str:
+        used = self.scans.lungs[self.scans.lungs != 'none']
         said = f', lung masks: {_counts(used)}' if len(used) else ''
-        if self.scans.units.nunique()>1: said += f', units that differ: {_counts(self.scans.units)}'
+        if self.scans.units.nunique() > 1:
+            said += f', units that differ: {_counts(self.scans.units)}'
         if len(self.failures):
-            said += f', {len(self.failures)} failed (see {self.folder/"failures.csv"})'
+            said += f', {len(self.failures)} failed (see {self.folder / "failures.csv"})'
         return f'{self.made} scans prepared, {self.found} were there{said}: {self.folder}'
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #eb8591c2
-def _room(folder, todo, total, prep, masks, tell)->None:
+def _room(folder, todo, total, prep, masks, tell) -> None:
     "Show what will be written; raise `DataError` where the disk has no room for it"
-    need,free = cache_size(todo, prep, masks), shutil.disk_usage(folder).free
-    tell(f'{len(todo)} of {total} scans to prepare: {need/1e9:.3g} GB to write, {free/1e9:.3g} GB free')
-    if need>free: raise DataError(folder, f'{need/1e9:.3g} GB to write and {free/1e9:.3g} GB free', 'Make room, or choose a smaller Prep.')
+    need, free = cache_size(todo, prep, masks), shutil.disk_usage(folder).free
+    tell(
+        f'{len(todo)} of {total} scans to prepare: {need / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free'
+    )
+    if need > free:
+        raise DataError(
+            folder,
+            f'{need / 1e9:.3g} GB to write and {free / 1e9:.3g} GB free',
+            'Make room, or choose a smaller Prep.',
+        )
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #01e3c0af
 def prepare_cohort(
-    cohort, # table of scans, or the path of a CSV or a folder as in `open_cohort`
-    recipe, # a `Prep`, the name of one, or a recipe that has one
-    out, # folder for prepared scans; each preprocessing gets its own below
-    masks=(), # masks that are kept too, of `PREPARED_MASKS`
-    jobs:int=2, # processes
-    progress:bool=True, # tell the size and show a bar
-    root=None, # folder that paths in the table start from; None: the one that `check_cohort` noted
-    **source, # `load` and `lungs`, as in `Cache`
-)->Preparation: # counts, a table of failures, and one of the scans with whose lung mask was used
+    cohort,  # table of scans, or the path of a CSV or a folder as in `open_cohort`
+    recipe,  # a `Prep`, the name of one, or a recipe that has one
+    out,  # folder for prepared scans; each preprocessing gets its own below
+    masks=(),  # masks that are kept too, of `PREPARED_MASKS`
+    jobs: int = 2,  # processes
+    progress: bool = True,  # tell the size and show a bar
+    root=None,  # folder that paths in the table start from; None: the one that `check_cohort` noted
+    **source,  # `load` and `lungs`, as in `Cache`
+) -> Preparation:  # counts, a table of failures, and one of the scans with whose lung mask was used
     "Prepare every scan once, with what is there already left alone; raises `CohortError` for the table, `DataError` for the disk"
     cohort = cohort if isinstance(cohort, pd.DataFrame) else open_cohort(cohort)
     check_table(cohort, masks)
     cache = Cache(out, prep_of_recipe(recipe), **source)
-    cache.folder.mkdir(parents=True, exist_ok=True); _sweep(cache.folder)
-    if not (note := cache.folder/'recipe.json').exists(): write_atomic(note, _describe(cache.prep, cache.load, cache.lungs))
+    cache.folder.mkdir(parents=True, exist_ok=True)
+    _sweep(cache.folder)
+    if not (note := cache.folder / 'recipe.json').exists():
+        write_atomic(note, _describe(cache.prep, cache.load, cache.lungs))
     rows = [reading_row(cohort, i, root) for i in range(len(cohort))]
     todo = [r for r in rows if cache.stored(r, masks) is None]
     _room(cache.folder, todo, len(rows), cache.prep, masks, print if progress else str)
-    work = joblib.Parallel(jobs, return_as='generator_unordered')(joblib.delayed(_attempt)(cache, r, masks) for r in todo)
-    try: failed = [e for e in tqdm(work, 'preparing', len(todo), unit='scan', disable=not progress) if e]
-    except BrokenProcessPool as e: raise DataError(cache.folder, f'a process was lost ({str(e).split(". ")[0]})', 'If memory was short, call again with fewer jobs: what is finished is kept.') from e
-    except OSError as e: raise DataError(cache.folder, f'cannot be written ({e.strerror or e})', 'Make room and call again: what is finished is kept.') from e
+    work = joblib.Parallel(jobs, return_as='generator_unordered')(
+        joblib.delayed(_attempt)(cache, r, masks) for r in todo
+    )
+    try:
+        failed = [
+            e for e in tqdm(work, 'preparing', len(todo), unit='scan', disable=not progress) if e
+        ]
+    except BrokenProcessPool as e:
+        raise DataError(
+            cache.folder,
+            f'a process was lost ({str(e).split(". ")[0]})',
+            'If memory was short, call again with fewer jobs: what is finished is kept.',
+        ) from e
+    except OSError as e:
+        raise DataError(
+            cache.folder,
+            f'cannot be written ({e.strerror or e})',
+            'Make room and call again: what is finished is kept.',
+        ) from e
     failures = pd.DataFrame(failed, columns=_COLUMNS).sort_values('scan_id', ignore_index=True)
-    scans,tried = _told(cache, rows),cohort.scan_id.astype(str)
+    scans, tried = _told(cache, rows), cohort.scan_id.astype(str)
     _note(cache.folder, 'failures.csv', failures, tried)
     _note(cache.folder, 'scans.csv', scans, tried)
     _sweep(cache.folder)
-    return Preparation(cache.folder, len(todo)-len(failed), len(rows)-len(todo), failures, scans)
+    return Preparation(
+        cache.folder, len(todo) - len(failed), len(rows) - len(todo), failures, scans
+    )

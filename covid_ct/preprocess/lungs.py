@@ -15,661 +15,802 @@ from .resample import faces, resample, sub_grid
 from ..scan import NotAChestError, Scan, UnitsError
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #2eefca3b
-def dice(a, # bool `(...)`
-         b, # bool, same shape
-        )->float: # 0 no overlap … 1 equal; two empty masks are equal
+def dice(
+    a,  # bool `(...)`
+    b,  # bool, same shape
+) -> float:  # 0 no overlap … 1 equal; two empty masks are equal
     "Dice overlap of two masks. Raises `ValueError` for two shapes"
-    a,b = np.asarray(a,bool),np.asarray(b,bool)
-    if a.shape!=b.shape:
+    a, b = np.asarray(a, bool), np.asarray(b, bool)
+    if a.shape != b.shape:
         raise ValueError(f'masks of shapes {a.shape} and {b.shape} cannot be compared')
-    n = int(a.sum())+int(b.sum())
-    return 2*int((a&b).sum())/n if n else 1.
+    n = int(a.sum()) + int(b.sum())
+    return 2 * int((a & b).sum()) / n if n else 1.0
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #82a921ff
-def lung_volume_l(mask:np.ndarray, # bool `(D,H,W)`
-                  scan:Scan, # the scan it lies on; or anything with a `.grid`
-                 )->float: # litres
+def lung_volume_l(
+    mask: np.ndarray,  # bool `(D,H,W)`
+    scan: Scan,  # the scan it lies on; or anything with a `.grid`
+) -> float:  # litres
     "Volume of a mask"
-    return int(np.count_nonzero(mask))*scan.grid.voxel_ml/1000
+    return int(np.count_nonzero(mask)) * scan.grid.voxel_ml / 1000
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #2eccc9a6
-def _check_hu(scan:Scan, # any scan
-            )->Scan: # itself
+def _check_hu(
+    scan: Scan,  # any scan
+) -> Scan:  # itself
     "Raise `UnitsError` for values that cannot be Hounsfield units of a chest"
     low = float(scan.require('HU').voxels.min())
-    if low<=-300: return scan
-    raise UnitsError(scan.source or scan.scan_id or 'scan',
-                     f'no voxel lies below −300 HU (the lowest is {low:.0f}), '
-                     'so there is no air in it',
-                     'Check that the rescale intercept was applied and that nobody windowed '
-                     'the values.')
+    if low <= -300:
+        return scan
+    raise UnitsError(
+        scan.source or scan.scan_id or 'scan',
+        f'no voxel lies below −300 HU (the lowest is {low:.0f}), so there is no air in it',
+        'Check that the rescale intercept was applied and that nobody windowed the values.',
+    )
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #899f60aa
-def _value_faults(v:np.ndarray, # HU, one dimension
-                 )->dict: # sentence: whether it holds
+def _value_faults(
+    v: np.ndarray,  # HU, one dimension
+) -> dict:  # sentence: whether it holds
     "Everything that may be odd about the values of a scan"
-    air = v[(v>-1100)&(v<-900)]
-    lo,hi,share = v.min(),v.max(),air.size/v.size
+    air = v[(v > -1100) & (v < -900)]
+    lo, hi, share = v.min(), v.max(), air.size / v.size
     level = np.median(air) if air.size else 0
-    values,counts = np.unique(v, return_counts=True)
-    flat = counts.max()>.3*v.size
-    seen = v[v!=values[counts.argmax()]] if flat else v
-    tissue,dark = (abs(seen-50)<250).sum(), (abs(seen+750)<250).sum()
-    top = (v==hi).mean()
+    values, counts = np.unique(v, return_counts=True)
+    flat = counts.max() > 0.3 * v.size
+    seen = v[v != values[counts.argmax()]] if flat else v
+    tissue, dark = (abs(seen - 50) < 250).sum(), (abs(seen + 750) < 250).sum()
+    top = (v == hi).mean()
     return {
         f'There is no air peak near −1000 HU: only {share:.1%} of the voxels lie between '
-        '−1100 and −900.': share<.01,
+        '−1100 and −900.': share < 0.01,
         f'Air lies at {level:.0f} HU instead of −1000: the calibration is off, or the scan was '
-        'smoothed.': share>=.01 and level>-940,
-        f'The lowest value is {lo:.0f} HU: everything darker was cut off.': -950<lo,
+        'smoothed.': share >= 0.01 and level > -940,
+        f'The lowest value is {lo:.0f} HU: everything darker was cut off.': -950 < lo,
         f'The highest value is {hi:.0f} HU, in {top:.1%} of the voxels: brighter ones were cut '
-        'off.': hi<2000 and top>.001,
-        f'Values go down to {lo:.0f} HU: padding outside the field of view.': lo<-1100,
-        'There is hardly any tissue around the lungs: the background looks masked already.':
-            flat and tissue<.35*(tissue+dark)}
+        'off.': hi < 2000 and top > 0.001,
+        f'Values go down to {lo:.0f} HU: padding outside the field of view.': lo < -1100,
+        'There is hardly any tissue around the lungs: the background looks masked already.': flat
+        and tissue < 0.35 * (tissue + dark),
+    }
 
-def hu_warnings(scan:Scan, # any scan
-               )->tuple: # plain sentences, empty if all is well
+
+def hu_warnings(
+    scan: Scan,  # any scan
+) -> tuple:  # plain sentences, empty if all is well
     "What is odd about the values of a scan"
-    if scan.units!='HU':
-        return (f'The values are {scan.units}, not Hounsfield units: CT numbers cannot be '
-                'measured in them.',)
-    few = tuple(slice(None,None,max(1,n//128)) for n in scan.shape)
+    if scan.units != 'HU':
+        return (
+            f'The values are {scan.units}, not Hounsfield units: CT numbers cannot be '
+            'measured in them.',
+        )
+    few = tuple(slice(None, None, max(1, n // 128)) for n in scan.shape)
     faults = _value_faults(scan.voxels[few].astype('f4').ravel())
-    return tuple(sentence for sentence,holds in faults.items() if holds)
+    return tuple(sentence for sentence, holds in faults.items() if holds)
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #7bf29e30
-def _working_copy(scan:Scan, # in HU
-                 mm:float=2., # smallest voxel
-                )->Scan: # the same extent, float32, nothing below −1024 HU
+def _working_copy(
+    scan: Scan,  # in HU
+    mm: float = 2.0,  # smallest voxel
+) -> Scan:  # the same extent, float32, nothing below −1024 HU
     "A scan with voxels of at least `mm`, antialiased"
-    n = np.round(np.array(scan.grid.size_mm)/np.maximum(scan.spacing,mm))
-    grid = sub_grid(scan.grid, faces(scan.grid), np.maximum(1,n).astype(int))
+    n = np.round(np.array(scan.grid.size_mm) / np.maximum(scan.spacing, mm))
+    grid = sub_grid(scan.grid, faces(scan.grid), np.maximum(1, n).astype(int))
     v = scan.voxels
-    corner = v[:,[0,0,-1,-1],[0,-1,0,-1]]
-    if corner.min()==corner.max()>-900: # padding with the value of water, say
-        v = np.where((v==corner[0,0]).all(0), -1024, v)
+    corner = v[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    if corner.min() == corner.max() > -900:  # padding with the value of water, say
+        v = np.where((v == corner[0, 0]).all(0), -1024, v)
     v = np.maximum(resample(v, scan.grid, grid), -1024)
     return scan.replace(voxels=v, spacing=grid.spacing, origin=grid.origin)
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #93931a5d
-_TISSUE,_AIR = -400.,-1000. # HU: the least of tissue, and pure air
+_TISSUE, _AIR = -400.0, -1000.0  # HU: the least of tissue, and pure air
 
-_IN_PLANE = np.zeros((3,3,3),bool)
-_IN_PLANE[1] = ndimage.generate_binary_structure(2,1)
+_IN_PLANE = np.zeros((3, 3, 3), bool)
+_IN_PLANE[1] = ndimage.generate_binary_structure(2, 1)
 
-def _regions(mask:np.ndarray, # bool `(D,H,W)`
-            in_plane:bool=False, # connect only within a slice
-           )->tuple: # labels `(D,H,W)` from 1, and the voxels of each; element 0 counts the rest
+
+def _regions(
+    mask: np.ndarray,  # bool `(D,H,W)`
+    in_plane: bool = False,  # connect only within a slice
+) -> tuple:  # labels `(D,H,W)` from 1, and the voxels of each; element 0 counts the rest
     "Connected pieces of a mask"
-    labels,n = ndimage.label(mask, _IN_PLANE if in_plane else None)
-    return labels, np.bincount(labels.ravel(), minlength=n+1)
+    labels, n = ndimage.label(mask, _IN_PLANE if in_plane else None)
+    return labels, np.bincount(labels.ravel(), minlength=n + 1)
 
-def _square(mask, mm, spacing, grow:bool)->np.ndarray: # bool `(D,H,W)`
+
+def _square(mask, mm, spacing, grow: bool) -> np.ndarray:  # bool `(D,H,W)`
     "Grow or shrink a mask by a square in each slice"
-    size = [1]+[2*max(1,round(mm/s))+1 for s in spacing[1:]]
+    size = [1] + [2 * max(1, round(mm / s)) + 1 for s in spacing[1:]]
     change = ndimage.maximum_filter if grow else ndimage.minimum_filter
     return change(mask.astype('u1'), size).astype(bool)
 
-def _rim_share(labels, n)->np.ndarray: # `(n,)`, in [0,1]
+
+def _rim_share(labels, n) -> np.ndarray:  # `(n,)`, in [0,1]
     "Share of the outline of each piece that lies on the rim of the picture"
-    rim = np.zeros(labels.shape[1:],bool)
-    rim[[0,-1]] = rim[:,[0,-1]] = True
-    touch = np.bincount(labels[:,rim].ravel(), minlength=n).astype(float)
+    rim = np.zeros(labels.shape[1:], bool)
+    rim[[0, -1]] = rim[:, [0, -1]] = True
+    touch = np.bincount(labels[:, rim].ravel(), minlength=n).astype(float)
     edge = touch.copy()
-    for a,b in ((labels[:,1:],labels[:,:-1]), (labels[:,:,1:],labels[:,:,:-1])):
-        differ = a!=b
-        for piece in (a,b): edge += np.bincount(piece[differ], minlength=n)
-    return touch/np.maximum(edge,1)
+    for a, b in ((labels[:, 1:], labels[:, :-1]), (labels[:, :, 1:], labels[:, :, :-1])):
+        differ = a != b
+        for piece in (a, b):
+            edge += np.bincount(piece[differ], minlength=n)
+    return touch / np.maximum(edge, 1)
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #b0b41dd3
-def _body(copy)->np.ndarray: # bool `(D,H,W)`
+def _body(copy) -> np.ndarray:  # bool `(D,H,W)`
     "Tissue of the patient, without table, blankets and cables"
-    tissue = copy.voxels>_TISSUE
-    labels,size = _regions(ndimage.binary_opening(tissue, np.ones((1,2,2))))
+    tissue = copy.voxels > _TISSUE
+    labels, size = _regions(ndimage.binary_opening(tissue, np.ones((1, 2, 2))))
     size[0] = 0
-    if not size.any(): return np.zeros_like(tissue)
-    return _square(labels==size.argmax(), 9., copy.spacing, True)&tissue
+    if not size.any():
+        return np.zeros_like(tissue)
+    return _square(labels == size.argmax(), 9.0, copy.spacing, True) & tissue
 
-def _inside_body(copy:Scan, # working copy in HU
-               )->np.ndarray: # bool `(D,H,W)`
+
+def _inside_body(
+    copy: Scan,  # working copy in HU
+) -> np.ndarray:  # bool `(D,H,W)`
     "The body with the air in it, without table and surroundings"
     solid = _body(copy)
-    labels,size = _regions(_square(~solid, 3., copy.spacing, False), in_plane=True)
-    dark = (copy.voxels<_AIR+50).ravel()
-    pure = np.bincount(labels.ravel(), weights=dark, minlength=len(size))/np.maximum(size,1)
+    labels, size = _regions(_square(~solid, 3.0, copy.spacing, False), in_plane=True)
+    dark = (copy.voxels < _AIR + 50).ravel()
+    pure = np.bincount(labels.ravel(), weights=dark, minlength=len(size)) / np.maximum(size, 1)
     share = _rim_share(labels, len(size))
-    outside = (share>.25)&(pure>.1)|(share>.8)
+    outside = (share > 0.25) & (pure > 0.1) | (share > 0.8)
     outside[0] = False
-    return solid|~_square(outside[labels], 3., copy.spacing, True)
+    return solid | ~_square(outside[labels], 3.0, copy.spacing, True)
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #ea9aacad
-def _holes(air, inside, spacing)->np.ndarray: # bool `(D,H,W)`
+def _holes(air, inside, spacing) -> np.ndarray:  # bool `(D,H,W)`
     "Small round holes near the midline, slice by slice"
-    labels,size = _regions(air, in_plane=True)
-    middle = np.average(np.arange(air.shape[2]), weights=inside.sum((0,1))+1e-9)
-    hole = np.zeros(len(size),bool)
-    for k,(_,y,x) in enumerate(ndimage.find_objects(labels),1):
-        h,w = (y.stop-y.start)*spacing[1],(x.stop-x.start)*spacing[2]
-        area = size[k]*spacing[1]*spacing[2]
-        if not 40<area<800: continue
-        round_enough = max(h,w)<3*min(h,w) and area>.45*h*w
-        hole[k] = round_enough and abs((x.start+x.stop)/2-middle)*spacing[2]<45
+    labels, size = _regions(air, in_plane=True)
+    middle = np.average(np.arange(air.shape[2]), weights=inside.sum((0, 1)) + 1e-9)
+    hole = np.zeros(len(size), bool)
+    for k, (_, y, x) in enumerate(ndimage.find_objects(labels), 1):
+        h, w = (y.stop - y.start) * spacing[1], (x.stop - x.start) * spacing[2]
+        area = size[k] * spacing[1] * spacing[2]
+        if not 40 < area < 800:
+            continue
+        round_enough = max(h, w) < 3 * min(h, w) and area > 0.45 * h * w
+        hole[k] = round_enough and abs((x.start + x.stop) / 2 - middle) * spacing[2] < 45
     return hole[labels]
 
-def _trachea(air:np.ndarray, # bool `(D,H,W)`, air inside the body
-            inside:np.ndarray, # bool, the body
-            spacing:tuple, # mm
-           )->np.ndarray: # bool; empty where no hole goes on for 3 cm
+
+def _trachea(
+    air: np.ndarray,  # bool `(D,H,W)`, air inside the body
+    inside: np.ndarray,  # bool, the body
+    spacing: tuple,  # mm
+) -> np.ndarray:  # bool; empty where no hole goes on for 3 cm
     "The tallest chain of small round holes near the midline, and chains beside it"
-    chains,_ = _regions(_holes(air, inside, spacing))
+    chains, _ = _regions(_holes(air, inside, spacing))
     boxes = ndimage.find_objects(chains)
-    tall = np.array([(z.stop-z.start)*spacing[0] for z,_,_ in boxes])
-    if not len(tall) or tall.max()<30: return np.zeros_like(air)
-    z,_,x = boxes[tall.argmax()]
-    beside = [z.start<=b[0].start and b[0].stop<=z.stop+2
-              and abs(b[2].start+b[2].stop-x.start-x.stop)/2*spacing[2]<20 for b in boxes]
-    keep = np.array([False,*(np.array(beside)&(tall>=15))])
-    keep[1+tall.argmax()] = True
+    tall = np.array([(z.stop - z.start) * spacing[0] for z, _, _ in boxes])
+    if not len(tall) or tall.max() < 30:
+        return np.zeros_like(air)
+    z, _, x = boxes[tall.argmax()]
+    beside = [
+        z.start <= b[0].start
+        and b[0].stop <= z.stop + 2
+        and abs(b[2].start + b[2].stop - x.start - x.stop) / 2 * spacing[2] < 20
+        for b in boxes
+    ]
+    keep = np.array([False, *(np.array(beside) & (tall >= 15))])
+    keep[1 + tall.argmax()] = True
     return keep[chains]
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #22fc768b
-def _airways(v:np.ndarray, # `(D,H,W)` in HU
-            seed:np.ndarray, # bool, the trachea
-            spacing:tuple, # mm
-           )->np.ndarray: # bool, trachea and bronchi as far as they can be told from lung
+def _airways(
+    v: np.ndarray,  # `(D,H,W)` in HU
+    seed: np.ndarray,  # bool, the trachea
+    spacing: tuple,  # mm
+) -> np.ndarray:  # bool, trachea and bronchi as far as they can be told from lung
     "Trachea and bronchi: flow down through dark voxels, and stop before the leak"
-    if not seed.any(): return seed
+    if not seed.any():
+        return seed
     box = ndimage.find_objects(seed.astype('u1'))[0]
-    reach = [int(80/s) for s in spacing] # 8 cm around, none above
-    part = tuple(slice(max(0,k.start-r), k.stop+r*(a>0)) for a,(k,r) in enumerate(zip(box,reach)))
+    reach = [int(80 / s) for s in spacing]  # 8 cm around, none above
+    part = tuple(
+        slice(max(0, k.start - r), k.stop + r * (a > 0))
+        for a, (k, r) in enumerate(zip(box, reach, strict=False))
+    )
     tubes = seed.copy()
-    limit = 2*seed.sum()+20e3/np.prod(spacing) # twice the trachea and 20 ml
-    for above in range(50,401,50):
-        labels,size = _regions((v[part]<_AIR+above)|seed[part])
+    limit = 2 * seed.sum() + 20e3 / np.prod(spacing)  # twice the trachea and 20 ml
+    for above in range(50, 401, 50):
+        labels, size = _regions((v[part] < _AIR + above) | seed[part])
         kept = np.unique(labels[seed[part]])
-        if size[kept].sum()>limit: break
+        if size[kept].sum() > limit:
+            break
         tubes[part] = np.isin(labels, kept)
     return tubes
 
-def _wide_parts(tubes:np.ndarray, # bool, from `_airways`
-               spacing:tuple, # mm
-               seed:np.ndarray=None, # bool, the trachea; None keeps what is wide anywhere
-              )->np.ndarray: # bool: wider than 5 mm, with a rim of one voxel
+
+def _wide_parts(
+    tubes: np.ndarray,  # bool, from `_airways`
+    spacing: tuple,  # mm
+    seed: np.ndarray = None,  # bool, the trachea; None keeps what is wide anywhere
+) -> np.ndarray:  # bool: wider than 5 mm, with a rim of one voxel
     "Airways that do not belong to the lung; bronchi further than 45 mm from the trachea do"
-    if not tubes.any(): return tubes
+    if not tubes.any():
+        return tubes
     box = ndimage.find_objects(tubes.astype('u1'))[0]
-    o = tuple(slice(max(0,s.start-3),s.stop+3) for s in box)
-    core = ndimage.distance_transform_edt(tubes[o], sampling=spacing)>2.5
-    if seed is not None: # what a leak reaches through narrow tubes is lung
-        labels,size = _regions(core)
-        reached = np.zeros(len(size),bool)
+    o = tuple(slice(max(0, s.start - 3), s.stop + 3) for s in box)
+    core = ndimage.distance_transform_edt(tubes[o], sampling=spacing) > 2.5
+    if seed is not None:  # what a leak reaches through narrow tubes is lung
+        labels, size = _regions(core)
+        reached = np.zeros(len(size), bool)
         reached[labels[seed[o]]] = True
         reached[0] = False
         core = reached[labels]
     out = np.zeros_like(tubes)
-    if not core.any(): return out
+    if not core.any():
+        return out
     far = ndimage.distance_transform_edt(~core, sampling=spacing)
-    out[o] = far<=2.5+max(spacing[1:])
-    if seed is None: return out
+    out[o] = far <= 2.5 + max(spacing[1:])
+    if seed is None:
+        return out
     box = ndimage.find_objects(seed.astype('u1'))[0]
-    reach = [int(45/s) for s in spacing]
+    reach = [int(45 / s) for s in spacing]
     near = np.zeros_like(tubes)
-    near[tuple(slice(max(0,s.start-r),s.stop+r) for s,r in zip(box,reach))] = True
-    return out&near
+    near[
+        tuple(slice(max(0, s.start - r), s.stop + r) for s, r in zip(box, reach, strict=False))
+    ] = True
+    return out & near
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #b1000003
-def _bowel_gas(dark, copy)->np.ndarray: # bool `(D,H,W)`
+def _bowel_gas(dark, copy) -> np.ndarray:  # bool `(D,H,W)`
     "Pure air below the lungs with hardly any lung around it"
     v = copy.voxels
-    pure = (ndimage.uniform_filter(v,[1,3,3])<_AIR+60)&dark
-    labels,size = _regions(ndimage.binary_opening(pure, _IN_PLANE))
+    pure = (ndimage.uniform_filter(v, [1, 3, 3]) < _AIR + 60) & dark
+    labels, size = _regions(ndimage.binary_opening(pure, _IN_PLANE))
     size[0] = 0
-    area = np.cumsum(dark.sum((1,2)))
-    floor = np.searchsorted(area, .4*area[-1])
-    out,boxes = np.zeros_like(dark), ndimage.find_objects(labels)
-    for k in np.flatnonzero(size*copy.grid.voxel_ml>3):
-        box = boxes[k-1]
-        if (box[0].start+box[0].stop)/2>=floor: continue
-        o = tuple(slice(max(0,s.start-4),s.stop+4) for s in box)
-        near = ndimage.binary_dilation(labels[o]==k, iterations=2)
-        ring = ndimage.binary_dilation(near, iterations=2)&~near
-        lung = (v[o]>_AIR+70)&(v[o]<-500)
-        if lung[ring].sum()<.3*ring.sum(): out[o] |= near&dark[o]
+    area = np.cumsum(dark.sum((1, 2)))
+    floor = np.searchsorted(area, 0.4 * area[-1])
+    out, boxes = np.zeros_like(dark), ndimage.find_objects(labels)
+    for k in np.flatnonzero(size * copy.grid.voxel_ml > 3):
+        box = boxes[k - 1]
+        if (box[0].start + box[0].stop) / 2 >= floor:
+            continue
+        o = tuple(slice(max(0, s.start - 4), s.stop + 4) for s in box)
+        near = ndimage.binary_dilation(labels[o] == k, iterations=2)
+        ring = ndimage.binary_dilation(near, iterations=2) & ~near
+        lung = (v[o] > _AIR + 70) & (v[o] < -500)
+        if lung[ring].sum() < 0.3 * ring.sum():
+            out[o] |= near & dark[o]
     return out
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #b1000041
-def _free_air(air, copy)->np.ndarray: # bool `(D,H,W)`
+def _free_air(air, copy) -> np.ndarray:  # bool `(D,H,W)`
     "Large pieces of air without any vessel"
-    mean = ndimage.uniform_filter(copy.voxels, [1,3,3])
-    calm = ndimage.maximum_filter(mean, [1,3,3])<_AIR+50
-    labels,size = _regions(calm&air)
+    mean = ndimage.uniform_filter(copy.voxels, [1, 3, 3])
+    calm = ndimage.maximum_filter(mean, [1, 3, 3]) < _AIR + 50
+    labels, size = _regions(calm & air)
     size[0] = 0
-    large = size*copy.grid.voxel_ml>150
-    if not large.any(): return np.zeros_like(air)
+    large = size * copy.grid.voxel_ml > 150
+    if not large.any():
+        return np.zeros_like(air)
     free = ndimage.binary_dilation(large[labels], _IN_PLANE, iterations=3)
-    return free&air
+    return free & air
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #b1000005
-def _directions(n:int=250)->np.ndarray: # `(n,3)` unit vectors
+def _directions(n: int = 250) -> np.ndarray:  # `(n,3)` unit vectors
     "Directions spread evenly over the sphere"
-    k = np.arange(n)+.5
-    polar,turn = np.arccos(1-2*k/n), np.pi*(1+5**.5)*k
-    d = np.cos(polar), np.sin(polar)*np.cos(turn), np.sin(polar)*np.sin(turn)
-    return np.stack(d,1).astype('f4')
+    k = np.arange(n) + 0.5
+    polar, turn = np.arccos(1 - 2 * k / n), np.pi * (1 + 5**0.5) * k
+    d = np.cos(polar), np.sin(polar) * np.cos(turn), np.sin(polar) * np.sin(turn)
+    return np.stack(d, 1).astype('f4')
 
-def _rib_cage(mask:np.ndarray, # bool `(D,H,W)`, aerated lung
-             spacing:tuple, # mm
-             middle:float=None, # column to mirror about, or None
-            )->np.ndarray: # bool `(D,H,W)`
+
+def _rib_cage(
+    mask: np.ndarray,  # bool `(D,H,W)`, aerated lung
+    spacing: tuple,  # mm
+    middle: float = None,  # column to mirror about, or None
+) -> np.ndarray:  # bool `(D,H,W)`
     "Convex cover of a mask, by its support function (@eq-support)"
-    few,k,s = _thinned(mask, 6., spacing)
-    points = np.argwhere(few&~ndimage.binary_erosion(few))*s.astype('f4')
-    if not len(points): return np.zeros_like(mask)
+    few, k, s = _thinned(mask, 6.0, spacing)
+    points = np.argwhere(few & ~ndimage.binary_erosion(few)) * s.astype('f4')
+    if not len(points):
+        return np.zeros_like(mask)
     d = _directions()
-    high = (points@d.T).max(0)
+    high = (points @ d.T).max(0)
     if middle is not None:
-        points[:,2] = 2*middle*spacing[2]-points[:,2]
-        high = np.maximum(high, (points@d.T).max(0))
-    z,y,x = (np.arange(n,dtype='f4')*q for n,q in zip(few.shape,s))
-    out = np.ones(few.shape,bool)
-    for (a,b,c),h in zip(d,high):
-        out &= (b*y[:,None]+c*x)[None]<=(h+1e-3-a*z)[:,None,None]
+        points[:, 2] = 2 * middle * spacing[2] - points[:, 2]
+        high = np.maximum(high, (points @ d.T).max(0))
+    z, y, x = (np.arange(n, dtype='f4') * q for n, q in zip(few.shape, s, strict=False))
+    out = np.ones(few.shape, bool)
+    for (a, b, c), h in zip(d, high, strict=False):
+        out &= (b * y[:, None] + c * x)[None] <= (h + 1e-3 - a * z)[:, None, None]
     return _repeated(out, k, mask.shape)
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #64d71c2a
-def _choose_lungs(air:np.ndarray, # bool `(D,H,W)`, air inside the body, airways removed
-                 scan:Scan, # working copy in HU
-                 middle:float=None, # column of the midline, or None
-                )->np.ndarray: # bool; empty where nothing looks like lung
+def _choose_lungs(
+    air: np.ndarray,  # bool `(D,H,W)`, air inside the body, airways removed
+    scan: Scan,  # working copy in HU
+    middle: float = None,  # column of the midline, or None
+) -> np.ndarray:  # bool; empty where nothing looks like lung
     "The pieces of air that are lung"
-    labels,size = _regions(air)
-    ml = size*scan.grid.voxel_ml
+    labels, size = _regions(air)
+    ml = size * scan.grid.voxel_ml
     ml[0] = 0
     core = np.where(ndimage.binary_erosion(air), labels, 0).ravel()
     count = np.bincount(core, minlength=len(ml))
-    level = np.bincount(core, weights=scan.voxels.ravel(), minlength=len(ml))/np.maximum(count,1)
-    lung = (ml>2)&(count>0)&(level>_AIR+30)
-    if not lung.any(): return np.zeros_like(air)
-    main = lung&(ml>.15*ml[lung].max())
+    level = np.bincount(core, weights=scan.voxels.ravel(), minlength=len(ml)) / np.maximum(count, 1)
+    lung = (ml > 2) & (count > 0) & (level > _AIR + 30)
+    if not lung.any():
+        return np.zeros_like(air)
+    main = lung & (ml > 0.15 * ml[lung].max())
     out = main[labels]
     cage = _rib_cage(out, scan.spacing, middle)
-    area = np.cumsum(out.sum((1,2)))
-    floor = np.searchsorted(area, .33*area[-1])
+    area = np.cumsum(out.sum((1, 2)))
+    floor = np.searchsorted(area, 0.33 * area[-1])
     boxes = ndimage.find_objects(labels)
-    for k in np.flatnonzero((ml>.2)&~main):
-        z = boxes[k-1][0]
-        piece = labels[boxes[k-1]]==k
-        if (z.start+z.stop)/2>floor and cage[boxes[k-1]][piece].mean()>.8:
-            out[boxes[k-1]] |= piece
+    for k in np.flatnonzero((ml > 0.2) & ~main):
+        z = boxes[k - 1][0]
+        piece = labels[boxes[k - 1]] == k
+        if (z.start + z.stop) / 2 > floor and cage[boxes[k - 1]][piece].mean() > 0.8:
+            out[boxes[k - 1]] |= piece
     return out
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #51ea8e94
-def _halves(labels, size, mm)->tuple: # labels of the right and the left half, or ()
+def _halves(labels, size, mm) -> tuple:  # labels of the right and the left half, or ()
     "The two largest pieces, if they are comparable and lie side by side"
-    a,b = np.argsort(-size[1:])[:2]+1
+    a, b = np.argsort(-size[1:])[:2] + 1
     column = np.broadcast_to(np.arange(labels.shape[2]), labels.shape)
-    x = np.bincount(labels.ravel(), weights=column.ravel())/np.maximum(size,1)*mm
-    if size[b]<=.2*size[a] or abs(x[a]-x[b])<=60: return ()
-    return (a,b) if x[a]<x[b] else (b,a)
+    x = np.bincount(labels.ravel(), weights=column.ravel()) / np.maximum(size, 1) * mm
+    if size[b] <= 0.2 * size[a] or abs(x[a] - x[b]) <= 60:
+        return ()
+    return (a, b) if x[a] < x[b] else (b, a)
 
-def _thinned(mask, mm, spacing)->tuple: # every k-th voxel, the three k, their spacing
+
+def _thinned(mask, mm, spacing) -> tuple:  # every k-th voxel, the three k, their spacing
     "Fewer voxels for coarse questions"
-    k = [max(1,round(mm/s)) for s in spacing]
-    return mask[tuple(slice(None,None,j) for j in k)], k, np.multiply(k,spacing)
+    k = [max(1, round(mm / s)) for s in spacing]
+    return mask[tuple(slice(None, None, j) for j in k)], k, np.multiply(k, spacing)
 
-def _repeated(part, k, shape)->np.ndarray: # `shape`
+
+def _repeated(part, k, shape) -> np.ndarray:  # `shape`
     "Back to all voxels by repetition"
-    for a,j in enumerate(k):
-        part = np.repeat(part,j,axis=a).take(np.arange(shape[a]),axis=a)
+    for a, j in enumerate(k):
+        part = np.repeat(part, j, axis=a).take(np.arange(shape[a]), axis=a)
     return part
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #f35e17fb
-def two_sides(mask:np.ndarray, # bool `(D,H,W)`
-              spacing:tuple, # mm
-             )->np.ndarray: # `(D,H,W)`: 1 right, 2 left, 0 none; all 1 where there is one lung
+def two_sides(
+    mask: np.ndarray,  # bool `(D,H,W)`
+    spacing: tuple,  # mm
+) -> np.ndarray:  # `(D,H,W)`: 1 right, 2 left, 0 none; all 1 where there is one lung
     "Split a mask into the right and the left lung"
     out = mask.astype('u1')
-    if not mask.any(): return out
+    if not mask.any():
+        return out
     o = ndimage.find_objects(out)[0]
-    part,k,s = _thinned(mask[o], 5., spacing)
+    part, k, s = _thinned(mask[o], 5.0, spacing)
     depth = ndimage.distance_transform_edt(part, sampling=s)
-    for mm in (0,2,4,6,8,10,12,15):
-        labels,size = _regions(depth>mm)
-        if len(size)<3 or not (pair:=_halves(labels,size,s[2])): continue
-        near = ndimage.distance_transform_edt(~np.isin(labels,pair), sampling=s,
-                                              return_distances=False, return_indices=True)
-        left = _repeated(labels[tuple(near)]==pair[1], k, mask[o].shape)
-        out[o][left&mask[o]] = 2
+    for mm in (0, 2, 4, 6, 8, 10, 12, 15):
+        labels, size = _regions(depth > mm)
+        if len(size) < 3 or not (pair := _halves(labels, size, s[2])):
+            continue
+        near = ndimage.distance_transform_edt(
+            ~np.isin(labels, pair), sampling=s, return_distances=False, return_indices=True
+        )
+        left = _repeated(labels[tuple(near)] == pair[1], k, mask[o].shape)
+        out[o][left & mask[o]] = 2
         break
     return out
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #bd9fb3d1
-def _grown(mask:np.ndarray, # bool `(D,H,W)`
-          mm:float, # distance
-          spacing:tuple, # mm
-         )->np.ndarray: # bool: within `mm` of the mask
+def _grown(
+    mask: np.ndarray,  # bool `(D,H,W)`
+    mm: float,  # distance
+    spacing: tuple,  # mm
+) -> np.ndarray:  # bool: within `mm` of the mask
     "Grow a mask by a ball, @eq-distance"
-    d = np.where(mask,np.float32(0),np.float32(np.inf))
-    for axis,s in enumerate(spacing):
-        old = np.moveaxis(d,axis,0)
+    d = np.where(mask, np.float32(0), np.float32(np.inf))
+    for axis, s in enumerate(spacing):
+        old = np.moveaxis(d, axis, 0)
         d = d.copy()
-        new = np.moveaxis(d,axis,0)
-        for k in range(1,min(len(old)-1,int(mm/s+1e-6))+1):
-            step = np.float32((k*s)**2)
-            np.minimum(new[k:], old[:-k]+step, out=new[k:])
-            np.minimum(new[:-k], old[k:]+step, out=new[:-k])
-    return d<=mm**2*(1+1e-5)
+        new = np.moveaxis(d, axis, 0)
+        for k in range(1, min(len(old) - 1, int(mm / s + 1e-6)) + 1):
+            step = np.float32((k * s) ** 2)
+            np.minimum(new[k:], old[:-k] + step, out=new[k:])
+            np.minimum(new[:-k], old[k:] + step, out=new[:-k])
+    return d <= mm**2 * (1 + 1e-5)
 
-def _closed(mask:np.ndarray, # bool `(D,H,W)`
-           mm:float, # radius of the ball
-           spacing:tuple, # mm
-          )->np.ndarray: # bool
+
+def _closed(
+    mask: np.ndarray,  # bool `(D,H,W)`
+    mm: float,  # radius of the ball
+    spacing: tuple,  # mm
+) -> np.ndarray:  # bool
     "Closing by a ball; a large ball is rolled over fewer voxels"
     out = np.zeros_like(mask)
-    if not mask.any(): return out
+    if not mask.any():
+        return out
     o = ndimage.find_objects(mask.astype('u1'))[0]
-    part,k,s = _thinned(mask[o], mm/6, spacing)
-    pad = [int(mm/q)+2 for q in s]
-    part = np.pad(part, [(n,n) for n in pad])
-    shut = ~_grown(~_grown(part,mm,s),mm,s)[tuple(slice(n,-n) for n in pad)]
-    out[o] = _repeated(shut,k,out[o].shape)|mask[o]
+    part, k, s = _thinned(mask[o], mm / 6, spacing)
+    pad = [int(mm / q) + 2 for q in s]
+    part = np.pad(part, [(n, n) for n in pad])
+    shut = ~_grown(~_grown(part, mm, s), mm, s)[tuple(slice(n, -n) for n in pad)]
+    out[o] = _repeated(shut, k, out[o].shape) | mask[o]
     return out
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #188ad2fe
-def _fill_lung(mask:np.ndarray, # bool `(D,H,W)`, one lung
-              spacing:tuple, # mm
-             )->np.ndarray: # bool
+def _fill_lung(
+    mask: np.ndarray,  # bool `(D,H,W)`, one lung
+    spacing: tuple,  # mm
+) -> np.ndarray:  # bool
     "A lung with its vessels and with what a slice encloses"
-    out = _closed(mask, 8., spacing)
-    for o in ndimage.find_objects(out.astype('u1')): # one box, or none
-        labels,size = _regions(~out[o], in_plane=True)
-        enclosed = size>0
+    out = _closed(mask, 8.0, spacing)
+    for o in ndimage.find_objects(out.astype('u1')):  # one box, or none
+        labels, size = _regions(~out[o], in_plane=True)
+        enclosed = size > 0
         enclosed[0] = False
-        for rim in (labels[:,[0,-1]],labels[:,:,[0,-1]]): enclosed[rim] = False
+        for rim in (labels[:, [0, -1]], labels[:, :, [0, -1]]):
+            enclosed[rim] = False
         out[o] |= enclosed[labels]
     return out
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #4c98d228
-def _hull(picture)->np.ndarray: # bool `(H,W)`
+def _hull(picture) -> np.ndarray:  # bool `(H,W)`
     "Convex hull of a slice"
-    edge = np.argwhere(picture^ndimage.binary_erosion(picture))
-    try: sides = ConvexHull(edge).equations
-    except (QhullError,ValueError): return picture.copy()
-    y,x = np.ogrid[:picture.shape[0],:picture.shape[1]]
-    return np.all([a*y+b*x+c<=1e-6 for a,b,c in sides], axis=0)
+    edge = np.argwhere(picture ^ ndimage.binary_erosion(picture))
+    try:
+        sides = ConvexHull(edge).equations
+    except (QhullError, ValueError):
+        return picture.copy()
+    y, x = np.ogrid[: picture.shape[0], : picture.shape[1]]
+    return np.all([a * y + b * x + c <= 1e-6 for a, b, c in sides], axis=0)
 
-def _free_way(lung, around, spacing, deep)->np.ndarray: # bool `(H,W)`
+
+def _free_way(lung, around, spacing, deep) -> np.ndarray:  # bool `(H,W)`
     "Pixels within `deep` mm of the border of `around` whose straight way there crosses no lung"
-    lung,around = np.pad(lung,1),np.pad(around,1) # so that there is an outside on every side
-    far,near = ndimage.distance_transform_edt(around, sampling=spacing, return_indices=True)
-    at = np.array(np.nonzero((far<deep)&around&~lung))
-    way = near[:,at[0],at[1]]-at
-    steps = [lung[tuple(np.round(at+t*way).astype(int))] for t in np.linspace(.1,.9,9)]
+    lung, around = np.pad(lung, 1), np.pad(around, 1)  # so that there is an outside on every side
+    far, near = ndimage.distance_transform_edt(around, sampling=spacing, return_indices=True)
+    at = np.array(np.nonzero((far < deep) & around & ~lung))
+    way = near[:, at[0], at[1]] - at
+    steps = [lung[tuple(np.round(at + t * way).astype(int))] for t in np.linspace(0.1, 0.9, 9)]
     out = np.zeros_like(lung)
-    out[tuple(at[:,~np.any(steps, axis=0)])] = True
-    return out[1:-1,1:-1]
+    out[tuple(at[:, ~np.any(steps, axis=0)])] = True
+    return out[1:-1, 1:-1]
 
-def _costal_gaps(lungs, # bool `(D,H,W)` of each lung
-                scan:Scan, # working copy in HU
-                mm:float=30., # radius that is rolled along a lung, and depth below the hull
-               )->list: # bool `(D,H,W)` for each lung
+
+def _costal_gaps(
+    lungs,  # bool `(D,H,W)` of each lung
+    scan: Scan,  # working copy in HU
+    mm: float = 30.0,  # radius that is rolled along a lung, and depth below the hull
+) -> list:  # bool `(D,H,W)` for each lung
     "Dense tissue between a lung and the chest wall that by its place must be lung"
-    both,rolled = np.any(lungs,axis=0), [_closed(m,mm,scan.spacing) for m in lungs]
-    gap = np.any(rolled,axis=0)&~both&(scan.voxels>-250)&(scan.voxels<200)
-    few,k,s = _thinned(both, 5., (5.,*scan.spacing[1:])) # every slice, every 5 mm in it
+    both, rolled = np.any(lungs, axis=0), [_closed(m, mm, scan.spacing) for m in lungs]
+    gap = np.any(rolled, axis=0) & ~both & (scan.voxels > -250) & (scan.voxels < 200)
+    few, k, s = _thinned(both, 5.0, (5.0, *scan.spacing[1:]))  # every slice, every 5 mm in it
     way = np.zeros_like(few)
-    for z in np.flatnonzero(gap.any((1,2))): way[z] = _free_way(few[z], _hull(few[z]), s[1:], mm)
+    for z in np.flatnonzero(gap.any((1, 2))):
+        way[z] = _free_way(few[z], _hull(few[z]), s[1:], mm)
     gap &= _repeated(way, k, gap.shape)
-    gap = _square(_square(gap,3.,scan.spacing,False), 3., scan.spacing, True)
-    return [gap&m for m in rolled]
+    gap = _square(_square(gap, 3.0, scan.spacing, False), 3.0, scan.spacing, True)
+    return [gap & m for m in rolled]
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #b1000021
-_TURNS,_STEP = 120,3. # rays in a slice, mm from sample to sample
+_TURNS, _STEP = 120, 3.0  # rays in a slice, mm from sample to sample
 
-def _rays(shape, spacing, y, x)->tuple: # rows, columns, whether inside; turn, step of each pixel
+
+def _rays(shape, spacing, y, x) -> tuple:  # rows, columns, whether inside; turn, step of each pixel
     "Samples of rays from a point of a slice, and the sample next to each pixel"
-    _,h,w = shape
-    n = int(np.hypot(h*spacing[1],w*spacing[2])/_STEP)
-    angle = ((np.arange(_TURNS)+.5)*2*np.pi/_TURNS)[:,None]
-    r = np.arange(n)*_STEP
-    row = np.round(y-np.cos(angle)*r/spacing[1]).astype(int)
-    column = np.round(x+np.sin(angle)*r/spacing[2]).astype(int)
-    ok = (row>=0)&(row<h)&(column>=0)&(column<w)
-    down,right = ((np.arange(h)-y)*spacing[1])[:,None], (np.arange(w)-x)*spacing[2]
-    turn = np.arctan2(right,-down)%(2*np.pi)*_TURNS/(2*np.pi)
-    step = np.minimum(np.round(np.hypot(down,right)/_STEP), n-1)
-    return np.where(ok,row,0), np.where(ok,column,0), ok, turn.astype(int)%_TURNS, step.astype(int)
+    _, h, w = shape
+    n = int(np.hypot(h * spacing[1], w * spacing[2]) / _STEP)
+    angle = ((np.arange(_TURNS) + 0.5) * 2 * np.pi / _TURNS)[:, None]
+    r = np.arange(n) * _STEP
+    row = np.round(y - np.cos(angle) * r / spacing[1]).astype(int)
+    column = np.round(x + np.sin(angle) * r / spacing[2]).astype(int)
+    ok = (row >= 0) & (row < h) & (column >= 0) & (column < w)
+    down, right = ((np.arange(h) - y) * spacing[1])[:, None], (np.arange(w) - x) * spacing[2]
+    turn = np.arctan2(right, -down) % (2 * np.pi) * _TURNS / (2 * np.pi)
+    step = np.minimum(np.round(np.hypot(down, right) / _STEP), n - 1)
+    return (
+        np.where(ok, row, 0),
+        np.where(ok, column, 0),
+        ok,
+        turn.astype(int) % _TURNS,
+        step.astype(int),
+    )
 
-def _last(on)->np.ndarray: # `(D,turns)`; -1 where there is none
+
+def _last(on) -> np.ndarray:  # `(D,turns)`; -1 where there is none
     "The last sample of each ray that is on"
-    return np.where(on.any(2), on.shape[2]-1-on[:,:,::-1].argmax(2), -1)
+    return np.where(on.any(2), on.shape[2] - 1 - on[:, :, ::-1].argmax(2), -1)
 
-def _usual(gap, mm)->np.ndarray: # as `gap`
+
+def _usual(gap, mm) -> np.ndarray:  # as `gap`
     "Grey opening of a map over slice and angle: 60 mm by 30 degrees"
-    rows,turns = max(1,int(60/mm)), 30*_TURNS//360
-    wide = np.pad(gap, [(rows,rows),(0,0)], mode='edge')
-    wide = np.pad(wide, [(0,0),(turns,turns)], mode='wrap')
-    size = 2*(rows//2)+1, 2*(turns//2)+1
-    wide = ndimage.maximum_filter(ndimage.minimum_filter(wide,size), size)
-    return wide[rows:-rows,turns:-turns]
+    rows, turns = max(1, int(60 / mm)), 30 * _TURNS // 360
+    wide = np.pad(gap, [(rows, rows), (0, 0)], mode='edge')
+    wide = np.pad(wide, [(0, 0), (turns, turns)], mode='wrap')
+    size = 2 * (rows // 2) + 1, 2 * (turns // 2) + 1
+    wide = ndimage.maximum_filter(ndimage.minimum_filter(wide, size), size)
+    return wide[rows:-rows, turns:-turns]
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #cba8b6d6
-def _wall_gaps(lungs, # bool `(D,H,W)` of each lung
-               copy:Scan, # working copy in HU
-               middle:float, # column of the midline
-              )->np.ndarray: # bool `(D,H,W)`
+def _wall_gaps(
+    lungs,  # bool `(D,H,W)` of each lung
+    copy: Scan,  # working copy in HU
+    middle: float,  # column of the midline
+) -> np.ndarray:  # bool `(D,H,W)`
     "Dense tissue between dense lung and the rib cage, where the gap is wider than around"
-    v,s,both = copy.voxels,copy.spacing,np.any(lungs,axis=0)
-    cage = _rib_cage(both, s, middle if len(lungs)==1 else None)
-    y = np.average(np.arange(v.shape[1]), weights=both.sum((0,2))+1e-9)
-    row,column,ok,turn,step = _rays(v.shape, s, y, middle)
-    last,wall = _last(both[:,row,column]&ok), _last(cage[:,row,column]&ok)
-    gap = np.where(last<0, 1e3, (wall-last)*_STEP)
+    v, s, both = copy.voxels, copy.spacing, np.any(lungs, axis=0)
+    cage = _rib_cage(both, s, middle if len(lungs) == 1 else None)
+    y = np.average(np.arange(v.shape[1]), weights=both.sum((0, 2)) + 1e-9)
+    row, column, ok, turn, step = _rays(v.shape, s, y, middle)
+    last, wall = _last(both[:, row, column] & ok), _last(cage[:, row, column] & ok)
+    gap = np.where(last < 0, 1e3, (wall - last) * _STEP)
     usual = _usual(gap, s[0])
-    z,t = np.ogrid[:len(v),:_TURNS]
-    below = [v[z,row[t,at],column[t,at]] for at in (np.maximum(last-1,0),np.maximum(last-2,0))]
-    fill = (np.minimum(*below)>-700)&(last>=0)&(gap>usual+2)&(usual<9)
-    n = np.arange(ok.shape[1])*_STEP
-    fill = fill[:,:,None]&(n>=last[:,:,None]*_STEP-_STEP)&(n<=(wall*_STEP-usual)[:,:,None])
-    lateral = abs(np.arange(v.shape[2])-middle)*s[2]>25
-    return fill[:,turn,step]&cage&~both&lateral&(v>-300)&(v<250)
+    z, t = np.ogrid[: len(v), :_TURNS]
+    below = [
+        v[z, row[t, at], column[t, at]] for at in (np.maximum(last - 1, 0), np.maximum(last - 2, 0))
+    ]
+    fill = (np.minimum(*below) > -700) & (last >= 0) & (gap > usual + 2) & (usual < 9)
+    n = np.arange(ok.shape[1]) * _STEP
+    fill = (
+        fill[:, :, None]
+        & (n >= last[:, :, None] * _STEP - _STEP)
+        & (n <= (wall * _STEP - usual)[:, :, None])
+    )
+    lateral = abs(np.arange(v.shape[2]) - middle) * s[2] > 25
+    return fill[:, turn, step] & cage & ~both & lateral & (v > -300) & (v < 250)
 
-def _with_dense(lungs, # bool `(D,H,W)` of each lung, aerated
-                copy:Scan, # working copy in HU
-                middle:float, # column of the midline
-               )->np.ndarray: # bool `(D,H,W)`, all lungs
+
+def _with_dense(
+    lungs,  # bool `(D,H,W)` of each lung, aerated
+    copy: Scan,  # working copy in HU
+    middle: float,  # column of the midline
+) -> np.ndarray:  # bool `(D,H,W)`, all lungs
     "Lungs with their vessels, enclosed lesions and consolidation at the chest wall"
-    if not lungs: return np.zeros(copy.shape,bool)
-    lungs = [_fill_lung(m,copy.spacing) for m in lungs]
+    if not lungs:
+        return np.zeros(copy.shape, bool)
+    lungs = [_fill_lung(m, copy.spacing) for m in lungs]
     gaps = _costal_gaps(lungs, copy)
-    lungs = [_fill_lung(m|g,copy.spacing) for m,g in zip(lungs,gaps)]
+    lungs = [_fill_lung(m | g, copy.spacing) for m, g in zip(lungs, gaps, strict=False)]
     wall = _wall_gaps(lungs, copy, middle)
-    if len(lungs)==1: return _fill_lung(lungs[0]|wall, copy.spacing)
-    right = np.arange(copy.shape[2])<middle
-    sides = lungs[0]|wall&right, lungs[1]|wall&~right
-    return np.any([_fill_lung(m,copy.spacing) for m in sides], axis=0)
+    if len(lungs) == 1:
+        return _fill_lung(lungs[0] | wall, copy.spacing)
+    right = np.arange(copy.shape[2]) < middle
+    sides = lungs[0] | wall & right, lungs[1] | wall & ~right
+    return np.any([_fill_lung(m, copy.spacing) for m in sides], axis=0)
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #147fb1fb
-def _slices_between(mask, n)->np.ndarray: # `(n,H,W)` uint8, 0 … 255
+def _slices_between(mask, n) -> np.ndarray:  # `(n,H,W)` uint8, 0 … 255
     "A mask on `n` slices, linear along z"
-    at = np.clip((np.arange(n)+.5)*len(mask)/n-.5, 0, len(mask)-1)
-    low = np.minimum(at.astype(int), max(0,len(mask)-2))
-    part = (at-low).astype('f4')[:,None,None]
-    m = mask.astype('f4')*255
-    return (m[low]*(1-part)+m[np.minimum(low+1,len(m)-1)]*part+.5).astype('u1')
+    at = np.clip((np.arange(n) + 0.5) * len(mask) / n - 0.5, 0, len(mask) - 1)
+    low = np.minimum(at.astype(int), max(0, len(mask) - 2))
+    part = (at - low).astype('f4')[:, None, None]
+    m = mask.astype('f4') * 255
+    return (m[low] * (1 - part) + m[np.minimum(low + 1, len(m) - 1)] * part + 0.5).astype('u1')
 
-def _window(mask, shape)->tuple: # rows and columns at full resolution, and their box on the mask
+
+def _window(mask, shape) -> tuple:  # rows and columns at full resolution, and their box on the mask
     "The part of a slice that a mask needs"
-    full,small = [],[]
-    for axis,n in ((1,shape[1]),(2,shape[2])):
-        at = np.flatnonzero(mask.any(tuple({0,1,2}-{axis})))
-        scale = n/mask.shape[axis]
-        a = int(max(0,at[0]-1)*scale)
-        b = min(n, int(np.ceil((at[-1]+2)*scale)))
-        full.append(slice(a,b))
-        small.append((a/scale,b/scale))
-    (top,bottom),(left,right) = small
-    return *full, (left,top,right,bottom)
+    full, small = [], []
+    for axis, n in ((1, shape[1]), (2, shape[2])):
+        at = np.flatnonzero(mask.any(tuple({0, 1, 2} - {axis})))
+        scale = n / mask.shape[axis]
+        a = int(max(0, at[0] - 1) * scale)
+        b = min(n, int(np.ceil((at[-1] + 2) * scale)))
+        full.append(slice(a, b))
+        small.append((a / scale, b / scale))
+    (top, bottom), (left, right) = small
+    return *full, (left, top, right, bottom)
 
-def _refined(scan:Scan, # full resolution, HU
-             mask:np.ndarray, # bool on the copy
-             dense:np.ndarray, # bool on the copy: where the border is drawn by shape
-            )->np.ndarray: # bool `(D,H,W)` on the scan
+
+def _refined(
+    scan: Scan,  # full resolution, HU
+    mask: np.ndarray,  # bool on the copy
+    dense: np.ndarray,  # bool on the copy: where the border is drawn by shape
+) -> np.ndarray:  # bool `(D,H,W)` on the scan
     "A mask of the working copy on the voxels of the scan"
-    if mask.shape==scan.shape: return mask
-    inner,solid = (_slices_between(m, len(scan.voxels)) for m in (mask,dense&mask))
-    rows,columns,box = _window(mask, scan.shape)
-    size = columns.stop-columns.start, rows.stop-rows.start
+    if mask.shape == scan.shape:
+        return mask
+    inner, solid = (_slices_between(m, len(scan.voxels)) for m in (mask, dense & mask))
+    rows, columns, box = _window(mask, scan.shape)
+    size = columns.stop - columns.start, rows.stop - rows.start
+
     def enlarged(m):
         return np.asarray(Image.fromarray(m).resize(size, Image.Resampling.BILINEAR, box))
-    out = np.zeros(scan.shape,bool)
-    for z in np.flatnonzero(inner.any((1,2))):
+
+    out = np.zeros(scan.shape, bool)
+    for z in np.flatnonzero(inner.any((1, 2))):
         share = enlarged(inner[z])
-        lung = (share>25)&(scan.voxels[z,rows,columns]<_TISSUE)
-        lung |= share>230
-        if solid[z].any(): lung = np.where(enlarged(solid[z])>64, share>127, lung)
-        out[z,rows,columns] = lung
+        lung = (share > 25) & (scan.voxels[z, rows, columns] < _TISSUE)
+        lung |= share > 230
+        if solid[z].any():
+            lung = np.where(enlarged(solid[z]) > 64, share > 127, lung)
+        out[z, rows, columns] = lung
     return out
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #596ebc66
-def _check_chest(mask, copy, tube)->None:
+def _check_chest(mask, copy, tube) -> None:
     "Raise `NotAChestError` unless these can be the lungs of an adult or a child"
-    litres,area = lung_volume_l(mask,copy), mask.sum((1,2))
-    z,cut = np.arange(len(area)), area[-1]/max(area.max(),1)
-    above = tube.any() and np.average(z,weights=tube.sum((1,2)))>np.average(z,weights=area+1e-9)
-    if .5<=litres<=12 and (above or litres>=2 or litres>=1 and cut<.4): return
+    litres, area = lung_volume_l(mask, copy), mask.sum((1, 2))
+    z, cut = np.arange(len(area)), area[-1] / max(area.max(), 1)
+    above = tube.any() and np.average(z, weights=tube.sum((1, 2))) > np.average(
+        z, weights=area + 1e-9
+    )
+    if 0.5 <= litres <= 12 and (above or litres >= 2 or litres >= 1 and cut < 0.4):
+        return
     fault = f'found {litres:.2f} l that look like lung'
     if not above:
         fault += f', no trachea above them, and {cut:.0%} of their width in the top slice'
-    raise NotAChestError(copy.source or copy.scan_id or 'scan', fault,
-                         ' '.join((*hu_warnings(copy), 'Give a CT of the whole chest in HU: '
-                                   'half a litre to twelve of lung.')))
+    raise NotAChestError(
+        copy.source or copy.scan_id or 'scan',
+        fault,
+        ' '.join(
+            (
+                *hu_warnings(copy),
+                'Give a CT of the whole chest in HU: half a litre to twelve of lung.',
+            )
+        ),
+    )
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #1fa8e7d8
-def lung_mask(scan:Scan, # a chest in HU
-             )->np.ndarray: # bool `(D,H,W)`: both lungs without trachea and main bronchi
+def lung_mask(
+    scan: Scan,  # a chest in HU
+) -> np.ndarray:  # bool `(D,H,W)`: both lungs without trachea and main bronchi
     "Both lungs. Raises `UnitsError` for what is not HU, `NotAChestError` for what is no chest"
-    copy = _working_copy(_check_hu(scan), 3.)
-    v,s = copy.voxels,copy.spacing
+    copy = _working_copy(_check_hu(scan), 3.0)
+    v, s = copy.voxels, copy.spacing
     inside = _inside_body(copy)
-    seed = _trachea(inside&(v<_AIR+120), inside, s)
+    seed = _trachea(inside & (v < _AIR + 120), inside, s)
     tubes = _airways(v, seed, s)
-    air = inside&(v<_TISSUE)&~ndimage.binary_dilation(tubes)
-    middle = np.average(np.arange(v.shape[2]), weights=inside.sum((0,1))+1e-9)
+    air = inside & (v < _TISSUE) & ~ndimage.binary_dilation(tubes)
+    middle = np.average(np.arange(v.shape[2]), weights=inside.sum((0, 1)) + 1e-9)
     free = _free_air(air, copy)
-    side = two_sides(_choose_lungs(air&~free&~_bowel_gas(air,copy), copy, middle), s)
-    lungs = [side==k for k in (1,2) if (side==k).any()]
-    mask = _with_dense(lungs,copy,middle)&inside&~free&~_wide_parts(tubes,s,seed)
+    side = two_sides(_choose_lungs(air & ~free & ~_bowel_gas(air, copy), copy, middle), s)
+    lungs = [side == k for k in (1, 2) if (side == k).any()]
+    mask = _with_dense(lungs, copy, middle) & inside & ~free & ~_wide_parts(tubes, s, seed)
     _check_chest(mask, copy, seed)
-    return _refined(scan, mask, v>=_TISSUE)
+    return _refined(scan, mask, v >= _TISSUE)
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #a10000e2
-_LITRES = 1.5,9. # both lungs of an adult, from residual volume to total capacity
+_LITRES = 1.5, 9.0  # both lungs of an adult, from residual volume to total capacity
 
-def _slice_faults(area:np.ndarray, # `(D,)` of the mask, in any unit
-                  mm:float, # from slice to slice
-                 )->list: # sentences
+
+def _slice_faults(
+    area: np.ndarray,  # `(D,)` of the mask, in any unit
+    mm: float,  # from slice to slice
+) -> list:  # sentences
     "Slices without lung between the first and the last, and the widest jump of the area"
-    z = np.flatnonzero(area>.01*area.max()) # the tip of a lung may come and go
-    first,last = z[0],z[-1]
-    empty = first+np.flatnonzero(area[first:last+1]==0)
-    step = np.abs(np.diff(area[first:last+1]))/area.max()
+    z = np.flatnonzero(area > 0.01 * area.max())  # the tip of a lung may come and go
+    first, last = z[0], z[-1]
+    empty = first + np.flatnonzero(area[first : last + 1] == 0)
+    step = np.abs(np.diff(area[first : last + 1])) / area.max()
     out = []
-    if len(empty): out.append(f'No lung in {len(empty)} of the slices {first} to {last}: '
-                              f'the first is slice {empty[0]}, the last {empty[-1]}.')
-    if len(step) and step.max()>.2+.03*mm:
-        k = first+step.argmax()
-        out.append(f'The area of the mask jumps by {step.max():.0%} of its maximum '
-                   f'from slice {k} to slice {k+1}.')
+    if len(empty):
+        out.append(
+            f'No lung in {len(empty)} of the slices {first} to {last}: '
+            f'the first is slice {empty[0]}, the last {empty[-1]}.'
+        )
+    if len(step) and step.max() > 0.2 + 0.03 * mm:
+        k = first + step.argmax()
+        out.append(
+            f'The area of the mask jumps by {step.max():.0%} of its maximum '
+            f'from slice {k} to slice {k + 1}.'
+        )
     return out
 
-def _midline(mask, scan)->float: # column
-    "The middle of the tissue beside the lungs"
-    rows = (scan.voxels[mask.any((1,2))]>_TISSUE).sum((0,1))
-    return float(np.average(np.arange(mask.shape[2]), weights=rows+1e-9))
 
-def _side_faults(side:np.ndarray, # `(D,H,W)`: 1 right, 2 left
-                 scan:Scan, # HU, same shape
-                )->list: # sentences
+def _midline(mask, scan) -> float:  # column
+    "The middle of the tissue beside the lungs"
+    rows = (scan.voxels[mask.any((1, 2))] > _TISSUE).sum((0, 1))
+    return float(np.average(np.arange(mask.shape[2]), weights=rows + 1e-9))
+
+
+def _side_faults(
+    side: np.ndarray,  # `(D,H,W)`: 1 right, 2 left
+    scan: Scan,  # HU, same shape
+) -> list:  # sentences
     "A lung that is missing, or less than a fifth of the other"
-    if side.max()==2: return []
-    middle = _midline(side>0, scan)
-    found = 'right' if np.nonzero(side)[2].mean()<middle else 'left'
-    lost = 'left' if found=='right' else 'right'
+    if side.max() == 2:
+        return []
+    middle = _midline(side > 0, scan)
+    found = 'right' if np.nonzero(side)[2].mean() < middle else 'left'
+    lost = 'left' if found == 'right' else 'right'
     return [f'The {lost} lung is missing or less than a fifth of the {found} one.']
 
-def _litre_faults(litres:float)->list: # sentences
+
+def _litre_faults(litres: float) -> list:  # sentences
     "A volume that no adult has"
-    if _LITRES[0]<=litres<=_LITRES[1]: return []
-    return [f'The mask holds {litres:.1f} l. Both lungs of an adult hold {_LITRES[0]:g} l (breathed '
-            f'out, a small person) to {_LITRES[1]:g} l (breathed in, a tall person).']
+    if _LITRES[0] <= litres <= _LITRES[1]:
+        return []
+    return [
+        f'The mask holds {litres:.1f} l. Both lungs of an adult hold {_LITRES[0]:g} l (breathed '
+        f'out, a small person) to {_LITRES[1]:g} l (breathed in, a tall person).'
+    ]
 
 # %% ../../nbs/05_preprocess/02_lungs.ipynb #a10000e3
-def _view_faults(mask:np.ndarray, # bool `(D,H,W)`
-                 voxels:np.ndarray, # HU, same shape
-                 spacing:tuple, # mm
-                )->list: # sentences
+def _view_faults(
+    mask: np.ndarray,  # bool `(D,H,W)`
+    voxels: np.ndarray,  # HU, same shape
+    spacing: tuple,  # mm
+) -> list:  # sentences
     "A field of view or a range of slices that cuts the lungs"
-    area = mask.sum((1,2))
-    names = ('front','back',"patient's right","patient's left")
-    rims = (mask[:,0], mask[:,-1], mask[:,:,0], mask[:,:,-1])
-    pixel = spacing[0]*np.array([spacing[2],spacing[2],spacing[1],spacing[1]])/100
-    cm2 = np.array([rim.sum() for rim in rims])*pixel
-    out = [f'The field of view cuts the lungs at the {n}, over {c:.0f} cm².'
-           for n,c in zip(names,cm2) if c>5]
-    padding = voxels<-1100
-    beside = ndimage.binary_dilation(padding, _IN_PLANE)&mask
-    if (c:=beside.sum()*spacing[0]*spacing[1]/100)>5:
+    area = mask.sum((1, 2))
+    names = ('front', 'back', "patient's right", "patient's left")
+    rims = (mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1])
+    pixel = spacing[0] * np.array([spacing[2], spacing[2], spacing[1], spacing[1]]) / 100
+    cm2 = np.array([rim.sum() for rim in rims]) * pixel
+    out = [
+        f'The field of view cuts the lungs at the {n}, over {c:.0f} cm².'
+        for n, c in zip(names, cm2, strict=False)
+        if c > 5
+    ]
+    padding = voxels < -1100
+    beside = ndimage.binary_dilation(padding, _IN_PLANE) & mask
+    if (c := beside.sum() * spacing[0] * spacing[1] / 100) > 5:
         out.append(f'The field of view cuts the lungs: {c:.0f} cm² of them lie at the padding.')
-    for k,end in ((0,'first'),(-1,'last')):
-        if area[k]>.15*area.max():
-            out.append(f'The scan cuts the lungs: its {end} slice holds '
-                       f'{area[k]/area.max():.0%} of their largest area.')
+    for k, end in ((0, 'first'), (-1, 'last')):
+        if area[k] > 0.15 * area.max():
+            out.append(
+                f'The scan cuts the lungs: its {end} slice holds '
+                f'{area[k] / area.max():.0%} of their largest area.'
+            )
     return out
 
-def _dense_faults(side:np.ndarray, # `(D,H,W)`: 1 right, 2 left
-                  scan:Scan, # HU, same shape, few voxels
-                 )->list: # sentences
-    "Dense tissue between the mask and the chest wall"
-    lungs = [side==k for k in (1,2) if (side==k).any()]
-    gaps = np.any(_costal_gaps(lungs,scan,60.), axis=0)
-    share = gaps.sum()/(side>0).sum()
-    if share<.03: return []
-    return [f'Dense lung may be cut away: tissue of {gaps.sum()*scan.grid.voxel_ml:.0f} ml '
-            f'({share:.0%} of the mask) lies between the mask and the chest wall.']
 
-def _air_faults(mask:np.ndarray, # bool `(D,H,W)`
-                scan:Scan, # HU, same shape, few voxels
-               )->list: # sentences
+def _dense_faults(
+    side: np.ndarray,  # `(D,H,W)`: 1 right, 2 left
+    scan: Scan,  # HU, same shape, few voxels
+) -> list:  # sentences
+    "Dense tissue between the mask and the chest wall"
+    lungs = [side == k for k in (1, 2) if (side == k).any()]
+    gaps = np.any(_costal_gaps(lungs, scan, 60.0), axis=0)
+    share = gaps.sum() / (side > 0).sum()
+    if share < 0.03:
+        return []
+    return [
+        f'Dense lung may be cut away: tissue of {gaps.sum() * scan.grid.voxel_ml:.0f} ml '
+        f'({share:.0%} of the mask) lies between the mask and the chest wall.'
+    ]
+
+
+def _air_faults(
+    mask: np.ndarray,  # bool `(D,H,W)`
+    scan: Scan,  # HU, same shape, few voxels
+) -> list:  # sentences
     "Free air in the rib cage, beside the mask"
     middle = _midline(mask, scan)
-    pure = ndimage.uniform_filter(scan.voxels.astype('f4'),[1,3,3])<_AIR+50
-    area = np.cumsum(mask.sum((1,2)))
-    pure[:np.searchsorted(area,.33*area[-1])] = False # gas in the bowel
-    labels,size = _regions(pure&~mask&_rib_cage(mask,scan.spacing,middle))
+    pure = ndimage.uniform_filter(scan.voxels.astype('f4'), [1, 3, 3]) < _AIR + 50
+    area = np.cumsum(mask.sum((1, 2)))
+    pure[: np.searchsorted(area, 0.33 * area[-1])] = False  # gas in the bowel
+    labels, size = _regions(pure & ~mask & _rib_cage(mask, scan.spacing, middle))
     size[0] = 0
-    ml = size.max()*scan.grid.voxel_ml
-    if ml<150: return []
-    side = 'right' if np.nonzero(labels==size.argmax())[2].mean()<middle else 'left'
-    return [f'Air of {ml:.0f} ml on the {side} is not counted as lung: '
-            'a pneumothorax, or a giant bulla.']
+    ml = size.max() * scan.grid.voxel_ml
+    if ml < 150:
+        return []
+    side = 'right' if np.nonzero(labels == size.argmax())[2].mean() < middle else 'left'
+    return [
+        f'Air of {ml:.0f} ml on the {side} is not counted as lung: '
+        'a pneumothorax, or a giant bulla.'
+    ]
 
-def mask_warnings(mask:np.ndarray, # bool `(D,H,W)`, both lungs
-                  scan:Scan, # the scan it lies on, in HU
-                 )->tuple[str,...]: # plain sentences, empty if nothing is odd
+
+def mask_warnings(
+    mask: np.ndarray,  # bool `(D,H,W)`, both lungs
+    scan: Scan,  # the scan it lies on, in HU
+) -> tuple[str, ...]:  # plain sentences, empty if nothing is odd
     "What is odd about a lung mask. Raises `ValueError` where mask and scan differ in shape"
-    mask = np.asarray(mask,bool)
-    if mask.shape!=scan.shape:
+    mask = np.asarray(mask, bool)
+    if mask.shape != scan.shape:
         raise ValueError(f'a mask of shape {mask.shape} does not fit a scan of {scan.shape}')
-    if not mask.any(): return ('The mask is empty: no lung was found.',)
-    step = [1 if a==0 else max(1,int(4/s)) for a,s in enumerate(scan.spacing)]
-    few = tuple(slice(None,None,k) for k in step)
-    part = scan.replace(voxels=scan.voxels[few], spacing=tuple(np.multiply(step,scan.spacing)))
+    if not mask.any():
+        return ('The mask is empty: no lung was found.',)
+    step = [1 if a == 0 else max(1, int(4 / s)) for a, s in enumerate(scan.spacing)]
+    few = tuple(slice(None, None, k) for k in step)
+    part = scan.replace(voxels=scan.voxels[few], spacing=tuple(np.multiply(step, scan.spacing)))
     side = two_sides(mask[few], part.spacing)
-    return (*_slice_faults(mask.sum((1,2)), scan.spacing[0]),
-            *_side_faults(side, part),
-            *_litre_faults(lung_volume_l(mask,scan)),
-            *_view_faults(mask[few], part.voxels, part.spacing),
-            *_dense_faults(side, part),
-            *_air_faults(mask[few], part))
+    return (
+        *_slice_faults(mask.sum((1, 2)), scan.spacing[0]),
+        *_side_faults(side, part),
+        *_litre_faults(lung_volume_l(mask, scan)),
+        *_view_faults(mask[few], part.voxels, part.spacing),
+        *_dense_faults(side, part),
+        *_air_faults(mask[few], part),
+    )

@@ -9,280 +9,432 @@ __all__ = ['PREPS', 'sub_grid', 'faces', 'resample', 'Prep', 'Prepared', 'prepar
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+
 import joblib
 import numpy as np
-from ..scan import Grid, Scan, GeometryError, NotAChestError, UnitsError
+
+from ..scan import GeometryError, Grid, NotAChestError, Scan, UnitsError
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #5f5dff00
-def sub_grid(grid:Grid, # grid that the box lies in
-             box, # `(3,2)`: first and last face of the box in voxels of `grid`; the outermost are -½ and n-½
-             shape:tuple, # `(D,H,W)` of the result
-            )->Grid: # the box, cut into `shape` voxels
+def sub_grid(
+    grid: Grid,  # grid that the box lies in
+    box,  # `(3,2)`: first and last face of the box in voxels of `grid`; the outermost are -½ and n-½
+    shape: tuple,  # `(D,H,W)` of the result
+) -> Grid:  # the box, cut into `shape` voxels
     "Grid of a box cut into equal voxels: the box keeps its extent in mm"
-    box,n = np.asarray(box,float), np.asarray(shape)
-    step = (box[:,1]-box[:,0])/n
-    return Grid(tuple(int(k) for k in n), tuple((step*grid.spacing).tolist()), tuple(grid.to_mm(box[:,0]+step/2).tolist()), grid.direction)
+    box, n = np.asarray(box, float), np.asarray(shape)
+    step = (box[:, 1] - box[:, 0]) / n
+    return Grid(
+        tuple(int(k) for k in n),
+        tuple((step * grid.spacing).tolist()),
+        tuple(grid.to_mm(box[:, 0] + step / 2).tolist()),
+        grid.direction,
+    )
 
-def faces(grid:Grid, # any grid
-         )->np.ndarray: # `(3,2)`, in voxels
+
+def faces(
+    grid: Grid,  # any grid
+) -> np.ndarray:  # `(3,2)`, in voxels
     "First and last face of a whole grid along each axis"
-    return np.array([(-.5,n-.5) for n in grid.shape])
+    return np.array([(-0.5, n - 0.5) for n in grid.shape])
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #c3682595
-def _triangle(i, c, half)->np.ndarray: # `(m,n)` for samples `(1,n)` and centres `(m,1)`; rows sum to 1
+def _triangle(
+    i, c, half
+) -> np.ndarray:  # `(m,n)` for samples `(1,n)` and centres `(m,1)`; rows sum to 1
     "Weights of a triangle around each centre, @eq-triangle"
-    w = np.clip(1-abs(i-c)/half, 0, None)
-    return w/np.maximum(w.sum(1,keepdims=True), 1e-12)
+    w = np.clip(1 - abs(i - c) / half, 0, None)
+    return w / np.maximum(w.sum(1, keepdims=True), 1e-12)
 
-def _centred(w, i, c)->np.ndarray: # `(m,n)`; rows sum to 1 and have their mean at the centre
+
+def _centred(w, i, c) -> np.ndarray:  # `(m,n)`; rows sum to 1 and have their mean at the centre
     "Weights whose centre of mass is where it should be, @eq-moment"
-    mean = w@i.T; var = (w*(i-mean)**2).sum(1,keepdims=True)
-    return w*(1+(c-mean)/np.maximum(var,1e-12)*(i-mean))
+    mean = w @ i.T
+    var = (w * (i - mean) ** 2).sum(1, keepdims=True)
+    return w * (1 + (c - mean) / np.maximum(var, 1e-12) * (i - mean))
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #40db05c6
-def _axis_weights(n:int, # voxels of the scan along this axis
-                 start:float, # centre of the first new voxel, in voxels of the scan
-                 step:float, # size of a new voxel, in voxels of the scan
-                 m:int, # new voxels
-                 kind:str='linear', # 'linear' (exact on ramps), 'hold' (never outside the range), 'area' or 'nearest'
-                )->np.ndarray: # `(m,n)`; rows sum to 1, or to 0 where the centre is outside the scan
+def _axis_weights(
+    n: int,  # voxels of the scan along this axis
+    start: float,  # centre of the first new voxel, in voxels of the scan
+    step: float,  # size of a new voxel, in voxels of the scan
+    m: int,  # new voxels
+    kind: str = 'linear',  # 'linear' (exact on ramps), 'hold' (never outside the range), 'area' or 'nearest'
+) -> np.ndarray:  # `(m,n)`; rows sum to 1, or to 0 where the centre is outside the scan
     "Weights of one axis"
-    c,i = (start+step*np.arange(m))[:,None], np.arange(n)[None]
-    if kind=='area': return np.clip(np.minimum(c+step/2,i+.5)-np.maximum(c-step/2,i-.5), 0, None)/step
-    inside, last = (c>=-.5)&(c<=n-.5), np.clip(c,0,n-1)
-    if kind=='nearest': return 1.*(inside & (np.floor(last+.5)==i))
-    if kind=='hold': return inside*_triangle(i, last, max(1.,step))
-    if kind!='linear': raise ValueError(f"kind {kind!r} is not one of 'linear', 'hold', 'area', 'nearest'")
-    over = np.minimum(abs(c-last),.5) # half a voxel beyond the last sample the line goes on: widen until it sees two
-    return inside*_centred(_triangle(i, c, max(1.,step)+2*over), i, c)
+    c, i = (start + step * np.arange(m))[:, None], np.arange(n)[None]
+    if kind == 'area':
+        return (
+            np.clip(np.minimum(c + step / 2, i + 0.5) - np.maximum(c - step / 2, i - 0.5), 0, None)
+            / step
+        )
+    inside, last = (c >= -0.5) & (c <= n - 0.5), np.clip(c, 0, n - 1)
+    if kind == 'nearest':
+        return 1.0 * (inside & (np.floor(last + 0.5) == i))
+    if kind == 'hold':
+        return inside * _triangle(i, last, max(1.0, step))
+    if kind != 'linear':
+        raise ValueError(f"kind {kind!r} is not one of 'linear', 'hold', 'area', 'nearest'")
+    over = np.minimum(
+        abs(c - last), 0.5
+    )  # half a voxel beyond the last sample the line goes on: widen until it sees two
+    return inside * _centred(_triangle(i, c, max(1.0, step) + 2 * over), i, c)
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #41e01f06
-_FEW_PRODUCTS = 1<<18 # multiplications that one core does alone
+_FEW_PRODUCTS = 1 << 18  # multiplications that one core does alone
 
-def _blocks(w, n)->list: # (rows, columns, dense block); `n` numbers are multiplied by each weight
+
+def _blocks(
+    w, n
+) -> list:  # (rows, columns, dense block); `n` numbers are multiplied by each weight
     "The occupied parts of a banded matrix, each small enough for one core"
-    f = w.shape[1]/len(w); size = 4
-    while 2*size*(2*size*f+2*max(1,f))*n<=_FEW_PRODUCTS and size<64: size *= 2
+    f = w.shape[1] / len(w)
+    size = 4
+    while 2 * size * (2 * size * f + 2 * max(1, f)) * n <= _FEW_PRODUCTS and size < 64:
+        size *= 2
     out = []
     for j in range(0, len(w), size):
-        used = np.flatnonzero(w[j:j+size].any(0))
-        if len(used): out.append((slice(j,j+size), (k:=slice(used[0],used[-1]+1)), np.ascontiguousarray(w[j:j+size,k])))
+        used = np.flatnonzero(w[j : j + size].any(0))
+        if len(used):
+            out.append(
+                (
+                    slice(j, j + size),
+                    (k := slice(used[0], used[-1] + 1)),
+                    np.ascontiguousarray(w[j : j + size, k]),
+                )
+            )
     return out
 
-def _thread_count()->int: # as `OMP_NUM_THREADS` says, else one for each core that this process may use
+
+def _thread_count() -> (
+    int
+):  # as `OMP_NUM_THREADS` says, else one for each core that this process may use
     "Threads to work with"
-    return int(os.environ.get('OMP_NUM_THREADS','').split(',')[0] or joblib.cpu_count())
+    return int(os.environ.get('OMP_NUM_THREADS', '').split(',')[0] or joblib.cpu_count())
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #b40b6262
-def _slab(v, part, rows, columns, out)->None:
+def _slab(v, part, rows, columns, out) -> None:
     "Some slices of the result: sums of slices of `v`, a few rows at a time, each sum then reduced in its rows and its columns"
-    j,k,b = part; n = max(1, _FEW_PRODUCTS//(b.size*v.shape[2]))
-    sums, x = np.empty((len(b),*v.shape[1:]), out.dtype), np.empty((b.shape[1],n,v.shape[2]), out.dtype)
+    j, k, b = part
+    n = max(1, _FEW_PRODUCTS // (b.size * v.shape[2]))
+    sums, x = (
+        np.empty((len(b), *v.shape[1:]), out.dtype),
+        np.empty((b.shape[1], n, v.shape[2]), out.dtype),
+    )
     for r in range(0, v.shape[1], n):
-        y = x[:,:min(n,v.shape[1]-r)]; np.copyto(y, v[k,r:r+n])
-        sums[:,r:r+n] = (b@y.reshape(len(y),-1)).reshape(len(b),-1,v.shape[2])
-    for s,o in zip(sums, out[j]):
-        low = np.zeros((len(o),v.shape[2]), out.dtype)
-        for i,c,b in rows: np.matmul(b, s[c], out=low[i])
-        for i,c,b in columns: np.matmul(low[:,c], b.T, out=o[:,i])
+        y = x[:, : min(n, v.shape[1] - r)]
+        np.copyto(y, v[k, r : r + n])
+        sums[:, r : r + n] = (b @ y.reshape(len(y), -1)).reshape(len(b), -1, v.shape[2])
+    for s, o in zip(sums, out[j], strict=False):
+        low = np.zeros((len(o), v.shape[2]), out.dtype)
+        for i, c, b in rows:
+            np.matmul(b, s[c], out=low[i])
+        for i, c, b in columns:
+            np.matmul(low[:, c], b.T, out=o[:, i])
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #daed211e
-def _multiply_axes(v:np.ndarray, # `(D,H,W)`, any type
-                  weights, # three matrices `(m,n)`, one per axis
-                 )->np.ndarray: # `(m0,m1,m2)`, float32, or float64 where `v` is
+def _multiply_axes(
+    v: np.ndarray,  # `(D,H,W)`, any type
+    weights,  # three matrices `(m,n)`, one per axis
+) -> np.ndarray:  # `(m0,m1,m2)`, float32, or float64 where `v` is
     "Multiply each axis of a volume by its matrix: slices, then rows, then columns"
-    v = np.asarray(v); out = np.zeros([len(w) for w in weights], np.result_type(v.dtype,'f4') if v.dtype.kind=='f' else 'f4')
-    if not all(w.any() for w in weights): return out
-    used = [slice((k:=np.flatnonzero(w.any(0)))[0], k[-1]+1) for w in weights]
-    v,(A,B,C) = v[tuple(used)], [w[:,k].astype(out.dtype) for w,k in zip(weights,used)]
-    if len(A)>len(v) and out[0].size<v[0].size: # more slices, but smaller ones: make them small first
-        one = lambda n: np.eye(n, dtype=out.dtype)
-        return _multiply_axes(_multiply_axes(v, (one(len(v)),B,C)), (A,one(len(B)),one(len(C))))
-    rows,columns = _blocks(B, v.shape[2]), _blocks(C, len(B))
-    with ThreadPoolExecutor(_thread_count()) as pool: list(pool.map(lambda part: _slab(v, part, rows, columns, out), _blocks(A, _FEW_PRODUCTS)))
+    v = np.asarray(v)
+    out = np.zeros(
+        [len(w) for w in weights], np.result_type(v.dtype, 'f4') if v.dtype.kind == 'f' else 'f4'
+    )
+    if not all(w.any() for w in weights):
+        return out
+    used = [slice((k := np.flatnonzero(w.any(0)))[0], k[-1] + 1) for w in weights]
+    v, (A, B, C) = (
+        v[tuple(used)],
+        [w[:, k].astype(out.dtype) for w, k in zip(weights, used, strict=False)],
+    )
+    if (
+        len(A) > len(v) and out[0].size < v[0].size
+    ):  # more slices, but smaller ones: make them small first
+
+        def one(n):
+            return np.eye(n, dtype=out.dtype)
+
+        return _multiply_axes(_multiply_axes(v, (one(len(v)), B, C)), (A, one(len(B)), one(len(C))))
+    rows, columns = _blocks(B, v.shape[2]), _blocks(C, len(B))
+    with ThreadPoolExecutor(_thread_count()) as pool:
+        list(pool.map(lambda part: _slab(v, part, rows, columns, out), _blocks(A, _FEW_PRODUCTS)))
     return out
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #451c3278
-def resample(voxels:np.ndarray, # `(D,H,W)` on `grid`
-             grid:Grid, # where they lie
-             to:Grid, # where they are wanted; parallel to `grid`
-             kind:str='linear', # as in `_axis_weights`
-             fill:float=0., # value outside the scan
-            )->np.ndarray: # `to.shape`, float32 (float64 stays)
+def resample(
+    voxels: np.ndarray,  # `(D,H,W)` on `grid`
+    grid: Grid,  # where they lie
+    to: Grid,  # where they are wanted; parallel to `grid`
+    kind: str = 'linear',  # as in `_axis_weights`
+    fill: float = 0.0,  # value outside the scan
+) -> np.ndarray:  # `to.shape`, float32 (float64 stays)
     "Bring voxels onto a parallel grid in one antialiased step; raises `GeometryError` for turned grids"
-    if np.shape(voxels)!=tuple(grid.shape): raise GeometryError('resample', f'voxels of shape {np.shape(voxels)} on a grid of {tuple(grid.shape)}', 'Give the grid of these voxels.')
-    if not np.allclose(grid.direction, to.direction, atol=1e-4): raise GeometryError('resample', 'the grids are turned against each other', 'Resample with SimpleITK, or keep the direction of the scan.')
-    start,step = grid.to_index(to.origin), np.divide(to.spacing, grid.spacing)
-    ws = [_axis_weights(*a, kind) for a in zip(grid.shape, start, step, to.shape)]
+    if np.shape(voxels) != tuple(grid.shape):
+        raise GeometryError(
+            'resample',
+            f'voxels of shape {np.shape(voxels)} on a grid of {tuple(grid.shape)}',
+            'Give the grid of these voxels.',
+        )
+    if not np.allclose(grid.direction, to.direction, atol=1e-4):
+        raise GeometryError(
+            'resample',
+            'the grids are turned against each other',
+            'Resample with SimpleITK, or keep the direction of the scan.',
+        )
+    start, step = grid.to_index(to.origin), np.divide(to.spacing, grid.spacing)
+    ws = [_axis_weights(*a, kind) for a in zip(grid.shape, start, step, to.shape, strict=False)]
     out = _multiply_axes(voxels, ws)
     if fill:
-        for a,w in enumerate(ws): np.moveaxis(out, a, 0)[~w.any(1)] = fill
+        for a, w in enumerate(ws):
+            np.moveaxis(out, a, 0)[~w.any(1)] = fill
     return out
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #b0a28693
 @dataclass(frozen=True)
 class Prep:
     "What a network wants of a scan; a row of `PREPS`"
-    size:tuple|None=(64,224,224) # `(D,H,W)` in voxels; None: follows from `spacing`
-    spacing:tuple|None=None # mm, `(z,y,x)`; None: follows from `size`
-    crop:str|float|tuple='none' # 'none', 'lungs', or edges of a central box in mm: one, or `(z,y,x)`
-    margin:float=10. # mm around the lungs
-    trim:tuple=(0.,0.,0.) # share of each axis cut off on either side
-    window:tuple=(-1350.,150.) # values that become 0 and 1
-    units:str='HU' # unit that the window is in
-    grey:bool=False # take 8-bit scans too, as they are: 0 … 255 become 0 … 1, without a window
-    fill:float=0. # value outside the scan, in [0,1]
-    keep:str='all' # 'all', or 'lungs': what is not lung becomes `fill`
+
+    size: tuple | None = (64, 224, 224)  # `(D,H,W)` in voxels; None: follows from `spacing`
+    spacing: tuple | None = None  # mm, `(z,y,x)`; None: follows from `size`
+    crop: str | float | tuple = (
+        'none'  # 'none', 'lungs', or edges of a central box in mm: one, or `(z,y,x)`
+    )
+    margin: float = 10.0  # mm around the lungs
+    trim: tuple = (0.0, 0.0, 0.0)  # share of each axis cut off on either side
+    window: tuple = (-1350.0, 150.0)  # values that become 0 and 1
+    units: str = 'HU'  # unit that the window is in
+    grey: bool = False  # take 8-bit scans too, as they are: 0 … 255 become 0 … 1, without a window
+    fill: float = 0.0  # value outside the scan, in [0,1]
+    keep: str = 'all'  # 'all', or 'lungs': what is not lung becomes `fill`
 
     def __post_init__(self):
-        if self.keep not in ('all','lungs'): raise ValueError(f"keep {self.keep!r} is not 'all' or 'lungs'")
-        if self.size is None and self.spacing is None: raise ValueError('a Prep needs a size, a spacing or both')
-        if isinstance(self.crop,str) and self.crop not in ('none','lungs'): raise ValueError(f"crop {self.crop!r} is not 'none', 'lungs' or mm")
-        if not self.window[0]<self.window[1]: raise ValueError(f'window {self.window} is not (low, high)')
+        if self.keep not in ('all', 'lungs'):
+            raise ValueError(f"keep {self.keep!r} is not 'all' or 'lungs'")
+        if self.size is None and self.spacing is None:
+            raise ValueError('a Prep needs a size, a spacing or both')
+        if isinstance(self.crop, str) and self.crop not in ('none', 'lungs'):
+            raise ValueError(f"crop {self.crop!r} is not 'none', 'lungs' or mm")
+        if not self.window[0] < self.window[1]:
+            raise ValueError(f'window {self.window} is not (low, high)')
 
     @property
-    def needs_mm(self)->bool: return self.spacing is not None or self.crop!='none' # True where millimetres matter
+    def needs_mm(self) -> bool:
+        return self.spacing is not None or self.crop != 'none'  # True where millimetres matter
+
     @property
-    def needs_lungs(self)->bool: # True where a lung mask is used
+    def needs_lungs(self) -> bool:  # True where a lung mask is used
         return 'lungs' in (self.crop, self.keep)
+
     @property
-    def takes(self)->tuple: # units of scans that can be prepared
-        return (self.units, 'uint8') if self.grey and self.units!='uint8' else (self.units,)
+    def takes(self) -> tuple:  # units of scans that can be prepared
+        return (self.units, 'uint8') if self.grey and self.units != 'uint8' else (self.units,)
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #2a3813b9
 PREPS = {
-    'darnet': Prep(grey=True), # Shi et al. 2021: 64×224×224, 8-bit as it is; window for HU ours
-    'darnet_lungs': Prep(crop='lungs'), # ours: the same voxels, spent on the lungs
-    'darnet_release': Prep(trim=(0.,48/512,48/512), window=(0.,255.), units='uint8'), # released code
-    'darnet_tiny': Prep(size=(32,64,64), crop='lungs', margin=5., keep='lungs'), # ours: minutes on two cores
-    'dual': Prep(size=(138,256,256), spacing=(2.5,1.4336,1.4336), keep='lungs'), # Ouyang et al. 2020, III-D
-    'dual_tiny': Prep(size=(24,40,40), keep='lungs'), # ours: minutes on two cores
-    'prior': Prep(size=(96,96,96), crop='lungs', margin=0., window=(-1250.,250.)), # Wang et al. 2020, III-A
-    'prior_tiny': Prep(size=(32,32,32), crop='lungs', margin=0., window=(-1250.,250.), keep='lungs'), # ours: seconds on two cores
+    'darnet': Prep(grey=True),  # Shi et al. 2021: 64×224×224, 8-bit as it is; window for HU ours
+    'darnet_lungs': Prep(crop='lungs'),  # ours: the same voxels, spent on the lungs
+    'darnet_release': Prep(
+        trim=(0.0, 48 / 512, 48 / 512), window=(0.0, 255.0), units='uint8'
+    ),  # released code
+    'darnet_tiny': Prep(
+        size=(32, 64, 64), crop='lungs', margin=5.0, keep='lungs'
+    ),  # ours: minutes on two cores
+    'dual': Prep(
+        size=(138, 256, 256), spacing=(2.5, 1.4336, 1.4336), keep='lungs'
+    ),  # Ouyang et al. 2020, III-D
+    'dual_tiny': Prep(size=(24, 40, 40), keep='lungs'),  # ours: minutes on two cores
+    'prior': Prep(
+        size=(96, 96, 96), crop='lungs', margin=0.0, window=(-1250.0, 250.0)
+    ),  # Wang et al. 2020, III-A
+    'prior_tiny': Prep(
+        size=(32, 32, 32), crop='lungs', margin=0.0, window=(-1250.0, 250.0), keep='lungs'
+    ),  # ours: seconds on two cores
 }
 
-_USED_BY = { # row of `PREPS` → recipe that uses it
-    'darnet': 'darnet/paper', 'darnet_lungs': 'darnet/fixed', 'darnet_release': 'darnet/release',
-    'darnet_tiny': 'darnet/tiny', 'dual': 'dual_sampling/paper', 'dual_tiny': 'dual_sampling/tiny',
-    'prior': 'prior_attention/paper', 'prior_tiny': 'prior_attention/tiny'}
+_USED_BY = {  # row of `PREPS` → recipe that uses it
+    'darnet': 'darnet/paper',
+    'darnet_lungs': 'darnet/fixed',
+    'darnet_release': 'darnet/release',
+    'darnet_tiny': 'darnet/tiny',
+    'dual': 'dual_sampling/paper',
+    'dual_tiny': 'dual_sampling/tiny',
+    'prior': 'prior_attention/paper',
+    'prior_tiny': 'prior_attention/tiny',
+}
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #afc6942f
-def _rows_for(units)->str:
+def _rows_for(units) -> str:
     "Recipes and rows of `PREPS` that take a unit, in words"
-    found = [f'{_USED_BY[k]} (preprocessing {k})' for k,p in PREPS.items() if units in p.takes]
+    found = [f'{_USED_BY[k]} (preprocessing {k})' for k, p in PREPS.items() if units in p.takes]
     return ', '.join(found)
 
-def _window_of(scan:Scan, # any
-              prep:Prep, # row that is to prepare it
-             )->tuple: # values that become 0 and 1, in the unit of the scan
+
+def _window_of(
+    scan: Scan,  # any
+    prep: Prep,  # row that is to prepare it
+) -> tuple:  # values that become 0 and 1, in the unit of the scan
     "Window for the unit of a scan; raises `UnitsError` naming the recipes that take this unit"
-    if scan.units==prep.units: return prep.window
-    if scan.units in prep.takes: return (0., 255.)
+    if scan.units == prep.units:
+        return prep.window
+    if scan.units in prep.takes:
+        return (0.0, 255.0)
     can = _rows_for(scan.units)
     remedy = 'Convert the scan to HU first.'
-    if can: remedy = f'Recipes that take {scan.units} values: {can}.'
-    if prep.units=='HU' and scan.units=='uint8':
+    if can:
+        remedy = f'Recipes that take {scan.units} values: {can}.'
+    if prep.units == 'HU' and scan.units == 'uint8':
         remedy += ' Or read the original DICOM or NIfTI: grey values cannot be turned back into HU.'
-    raise UnitsError(scan.source or scan.scan_id or 'scan',
-                     f'{" or ".join(prep.takes)} needed, the voxels are {scan.units!r}', remedy)
+    raise UnitsError(
+        scan.source or scan.scan_id or 'scan',
+        f'{" or ".join(prep.takes)} needed, the voxels are {scan.units!r}',
+        remedy,
+    )
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #be879e24
-def _lungs_box(lungs:np.ndarray, # bool `(D,H,W)`
-              scan:Scan, # the scan they lie on
-              margin:float=0., # mm around them
-             )->np.ndarray: # `(3,2)`: first and last face in voxels
+def _lungs_box(
+    lungs: np.ndarray,  # bool `(D,H,W)`
+    scan: Scan,  # the scan they lie on
+    margin: float = 0.0,  # mm around them
+) -> np.ndarray:  # `(3,2)`: first and last face in voxels
     "The bounding box of the lungs; raises `GeometryError` or `NotAChestError`"
-    name,m = scan.source or scan.scan_id or 'scan', np.asarray(lungs,bool)
-    if m.shape!=scan.shape: raise GeometryError(name, f'its lung mask has shape {m.shape}, the scan {scan.shape}', 'Give a mask on the grid of the scan.')
-    if not m.any(): raise NotAChestError(name, 'its lung mask is empty', 'Look at the scan before cropping to its lungs.')
-    flat = m.any(0); used = [np.flatnonzero(a) for a in (m.any((1,2)),flat.any(1),flat.any(0))]
-    return np.array([(k[0]-.5-margin/s,k[-1]+.5+margin/s) for k,s in zip(used,scan.spacing)])
+    name, m = scan.source or scan.scan_id or 'scan', np.asarray(lungs, bool)
+    if m.shape != scan.shape:
+        raise GeometryError(
+            name,
+            f'its lung mask has shape {m.shape}, the scan {scan.shape}',
+            'Give a mask on the grid of the scan.',
+        )
+    if not m.any():
+        raise NotAChestError(
+            name, 'its lung mask is empty', 'Look at the scan before cropping to its lungs.'
+        )
+    flat = m.any(0)
+    used = [np.flatnonzero(a) for a in (m.any((1, 2)), flat.any(1), flat.any(0))]
+    return np.array(
+        [
+            (k[0] - 0.5 - margin / s, k[-1] + 0.5 + margin / s)
+            for k, s in zip(used, scan.spacing, strict=False)
+        ]
+    )
 
-def _needed(lungs, # mask, or None
-           what:str, # what asks for it
-          )->np.ndarray: # the mask
+
+def _needed(
+    lungs,  # mask, or None
+    what: str,  # what asks for it
+) -> np.ndarray:  # the mask
     "Raise `ValueError` where a row needs lungs and none were given"
-    if lungs is None: raise ValueError(f"{what} needs lungs=, a mask or a function of the scan such as lung_mask")
+    if lungs is None:
+        raise ValueError(f"{what} needs lungs=, a mask or a function of the scan such as lung_mask")
     return lungs
 
-def _crop_box(scan:Scan, # the scan to cut
-             prep:Prep, # how
-             lungs=None, # bool `(D,H,W)`, needed for the crop 'lungs'
-            )->np.ndarray: # `(3,2)`: first and last face in voxels of the scan
+
+def _crop_box(
+    scan: Scan,  # the scan to cut
+    prep: Prep,  # how
+    lungs=None,  # bool `(D,H,W)`, needed for the crop 'lungs'
+) -> np.ndarray:  # `(3,2)`: first and last face in voxels of the scan
     "The part of a scan that a row keeps; raises `GeometryError` or `NotAChestError`"
-    if prep.needs_mm and not scan.geometry_known: raise GeometryError(scan.source or scan.scan_id or 'scan', 'its spacing is unknown, and this preprocessing measures in mm', "Use a row with a size and the crop 'none', or read the original DICOM.")
-    cut = np.multiply(scan.shape,prep.trim); whole = faces(scan.grid)+np.stack([cut,-cut],1)
-    if prep.crop=='none': return whole
-    if prep.crop=='lungs':
-        return np.clip(_lungs_box(_needed(lungs,"the crop 'lungs'"),scan,prep.margin), whole[:,:1], whole[:,1:])
-    half = np.broadcast_to(np.asarray(prep.crop,float),3)/scan.spacing/2
-    return whole.mean(1)[:,None]+np.stack([-half,half],1)
+    if prep.needs_mm and not scan.geometry_known:
+        raise GeometryError(
+            scan.source or scan.scan_id or 'scan',
+            'its spacing is unknown, and this preprocessing measures in mm',
+            "Use a row with a size and the crop 'none', or read the original DICOM.",
+        )
+    cut = np.multiply(scan.shape, prep.trim)
+    whole = faces(scan.grid) + np.stack([cut, -cut], 1)
+    if prep.crop == 'none':
+        return whole
+    if prep.crop == 'lungs':
+        return np.clip(
+            _lungs_box(_needed(lungs, "the crop 'lungs'"), scan, prep.margin),
+            whole[:, :1],
+            whole[:, 1:],
+        )
+    half = np.broadcast_to(np.asarray(prep.crop, float), 3) / scan.spacing / 2
+    return whole.mean(1)[:, None] + np.stack([-half, half], 1)
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #65de52e1
-def _network_grid(grid:Grid, # grid of the scan
-                 box:np.ndarray, # `(3,2)` faces in voxels, from `_crop_box`
-                 prep:Prep, # size, spacing or both
-                )->Grid: # parallel to `grid`
+def _network_grid(
+    grid: Grid,  # grid of the scan
+    box: np.ndarray,  # `(3,2)` faces in voxels, from `_crop_box`
+    prep: Prep,  # size, spacing or both
+) -> Grid:  # parallel to `grid`
     "Grid of the network's voxels over a box"
-    if prep.spacing is None: return sub_grid(grid, box, prep.size)
-    step = np.array(prep.spacing)/grid.spacing
-    n = prep.size or np.maximum(1, np.round((box[:,1]-box[:,0])/step)).astype(int)
-    mid,half = box.mean(1), np.array(n)*step/2
-    return sub_grid(grid, np.stack([mid-half,mid+half],1), n)
+    if prep.spacing is None:
+        return sub_grid(grid, box, prep.size)
+    step = np.array(prep.spacing) / grid.spacing
+    n = prep.size or np.maximum(1, np.round((box[:, 1] - box[:, 0]) / step)).astype(int)
+    mid, half = box.mean(1), np.array(n) * step / 2
+    return sub_grid(grid, np.stack([mid - half, mid + half], 1), n)
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #99116324
 @dataclass(frozen=True, eq=False)
 class Prepared:
     "Network input that knows its way back to the scan"
-    voxels:np.ndarray # `(D,H,W)`, float32 in [0,1], read-only
-    grid:Grid # where they lie
-    scan_grid:Grid # where the scan's voxels lie
-    prep:Prep # the row that made it
-    kept:np.ndarray|None=None # bool `(D,H,W)`: what the row kept of the scan; None: all of it
-    lungs:str='none' # lung mask used: 'own' (given), 'built-in' (found by a function), 'none'
-    remarks:tuple=() # what was noticed while preparing
 
-    def back(self,
-             values, # `(d,h,w)` over the same extent: network input size or any feature size
-             order:int=1, # 1: linear, 0: nearest
-            )->np.ndarray: # on the scan's grid, float32; 0 outside the crop
+    voxels: np.ndarray  # `(D,H,W)`, float32 in [0,1], read-only
+    grid: Grid  # where they lie
+    scan_grid: Grid  # where the scan's voxels lie
+    prep: Prep  # the row that made it
+    kept: np.ndarray | None = None  # bool `(D,H,W)`: what the row kept of the scan; None: all of it
+    lungs: str = 'none'  # lung mask used: 'own' (given), 'built-in' (found by a function), 'none'
+    remarks: tuple = ()  # what was noticed while preparing
+
+    def back(
+        self,
+        values,  # `(d,h,w)` over the same extent: network input size or any feature size
+        order: int = 1,  # 1: linear, 0: nearest
+    ) -> np.ndarray:  # on the scan's grid, float32; 0 outside the crop
         "Bring values from network space to the scan's own voxels"
-        v = np.asarray(values); v = v if v.dtype.kind=='f' else v.astype('f4')
-        if v.ndim!=3: raise GeometryError('back', f'values of shape {v.shape}', 'Give one map (d,h,w).')
+        v = np.asarray(values)
+        v = v if v.dtype.kind == 'f' else v.astype('f4')
+        if v.ndim != 3:
+            raise GeometryError('back', f'values of shape {v.shape}', 'Give one map (d,h,w).')
         small = sub_grid(self.grid, faces(self.grid), v.shape)
         out = resample(v, small, self.scan_grid, 'hold' if order else 'nearest')
-        return np.clip(out, min(v.min(),0), max(v.max(),0), out=out)
+        return np.clip(out, min(v.min(), 0), max(v.max(), 0), out=out)
 
-    def forward(self,
-                mask:np.ndarray, # bool or integer labels `(D,H,W)` on the scan's grid
-                fraction:bool=False, # give the covered share instead of a decision
-               )->np.ndarray: # bool, labels, or float32 in [0,1] in network space
+    def forward(
+        self,
+        mask: np.ndarray,  # bool or integer labels `(D,H,W)` on the scan's grid
+        fraction: bool = False,  # give the covered share instead of a decision
+    ) -> np.ndarray:  # bool, labels, or float32 in [0,1] in network space
         "Bring a mask from the scan to network space by covered share"
-        m = np.asarray(mask); share = lambda k: np.clip(resample(k, self.scan_grid, self.grid, 'area'), 0, 1)
-        if m.dtype==bool or fraction: return share(m) if fraction else share(m)>=.5-1e-6
-        labels = np.unique(m[m!=0]); parts = [share(m==k) for k in labels]
-        best = np.stack([1-sum(parts),*parts]) if parts else np.ones((1,*self.grid.shape))
-        return np.concatenate([[0],labels]).astype(m.dtype)[best.argmax(0)]
+        m = np.asarray(mask)
+
+        def share(k):
+            return np.clip(resample(k, self.scan_grid, self.grid, 'area'), 0, 1)
+
+        if m.dtype == bool or fraction:
+            return share(m) if fraction else share(m) >= 0.5 - 1e-6
+        labels = np.unique(m[m != 0])
+        parts = [share(m == k) for k in labels]
+        best = np.stack([1 - sum(parts), *parts]) if parts else np.ones((1, *self.grid.shape))
+        return np.concatenate([[0], labels]).astype(m.dtype)[best.argmax(0)]
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #3d4878a1
-def prepare(scan:Scan, # in a unit that the row takes
-            prep:Prep, # a row of `PREPS`, or your own
-            lungs=None, # bool `(D,H,W)`, or a function of the scan that makes it; asked only where the row needs it
-           )->Prepared: # voxels in [0,1] and both grids
+def prepare(
+    scan: Scan,  # in a unit that the row takes
+    prep: Prep,  # a row of `PREPS`, or your own
+    lungs=None,  # bool `(D,H,W)`, or a function of the scan that makes it; asked only where the row needs it
+) -> Prepared:  # voxels in [0,1] and both grids
     "Crop, resample and window a scan in one step; raises `UnitsError`, `GeometryError` or `NotAChestError`"
-    lo,hi = _window_of(scan, prep)
+    lo, hi = _window_of(scan, prep)
     whose = ('built-in' if callable(lungs) else 'own') if prep.needs_lungs else 'none'
-    if callable(lungs): lungs = lungs(scan) if prep.needs_lungs else None
-    grid = _network_grid(scan.grid, _crop_box(scan,prep,lungs), prep)
-    v = resample(scan.voxels, scan.grid, grid, fill=lo+prep.fill*(hi-lo))
+    if callable(lungs):
+        lungs = lungs(scan) if prep.needs_lungs else None
+    grid = _network_grid(scan.grid, _crop_box(scan, prep, lungs), prep)
+    v = resample(scan.voxels, scan.grid, grid, fill=lo + prep.fill * (hi - lo))
     v -= lo
-    v /= hi-lo
+    v /= hi - lo
     v = np.clip(v, 0, 1, out=v).astype('f4', copy=False)
     seen = ()
-    if scan.units!=prep.units:
+    if scan.units != prep.units:
         seen = ('8-bit grey values, taken as they are: 0 … 255 became 0 … 1, no window of HU',)
     out = Prepared(v, grid, scan.grid, prep, lungs=whose, remarks=seen)
-    if prep.keep=='lungs':
+    if prep.keep == 'lungs':
         out = replace(out, kept=out.forward(_needed(lungs, "keep='lungs'")))
         v[~out.kept] = prep.fill
     v.flags.writeable = False

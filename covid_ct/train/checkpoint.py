@@ -6,82 +6,139 @@
 __all__ = ['TrainingState', 'save_state', 'load_state']
 
 # %% ../../nbs/08_train/07_checkpoint.ipynb #a680e6c0
-import time, warnings
+import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import pandas as pd
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+
 from .recipes import Recipe
-from .run_folder import RunError, load_weights, pack_optimizer, pack_random, read_tensors, unpack_optimizer, unpack_random, write_tensors, write_text
+from covid_ct.train.run_folder import (
+    RunError,
+    load_weights,
+    pack_optimizer,
+    pack_random,
+    read_tensors,
+    unpack_optimizer,
+    unpack_random,
+    write_tensors,
+    write_text,
+)
 
 # %% ../../nbs/08_train/07_checkpoint.ipynb #14cf97bc
 @dataclass
 class TrainingState:
     "A training on its way"
-    model:nn.Module # what is trained
-    net:nn.Module # the same, wrapped for the device
-    optimizer:object # of the wrapped
-    average:object # averaged weights, or None
-    accelerator:Accelerator # that prepared them
-    recipe:Recipe # by which
-    folder:Path # of the run
-    loss:object # of the recipe
-    config:dict # for config.json
-    history:list=field(default_factory=list) # a row per finished epoch
-    steps:int=0 # taken in all
-    at:int=0 # taken in this epoch
-    told:list=field(default_factory=list) # numbers of the steps of this epoch, of this process
-    began:tuple=None # generators when the epoch began
-    now:tuple=None # generators when the state was written
-    saved:float=0. # clock of the last state
+
+    model: nn.Module  # what is trained
+    net: nn.Module  # the same, wrapped for the device
+    optimizer: object  # of the wrapped
+    average: object  # averaged weights, or None
+    accelerator: Accelerator  # that prepared them
+    recipe: Recipe  # by which
+    folder: Path  # of the run
+    loss: object  # of the recipe
+    config: dict  # for config.json
+    history: list = field(default_factory=list)  # a row per finished epoch
+    steps: int = 0  # taken in all
+    at: int = 0  # taken in this epoch
+    told: list = field(default_factory=list)  # numbers of the steps of this epoch, of this process
+    began: tuple = None  # generators when the epoch began
+    now: tuple = None  # generators when the state was written
+    saved: float = 0.0  # clock of the last state
 
     @property
-    def shown(self)->nn.Module: return self.average.module if self.average else self.model # what is validated and kept
+    def shown(self) -> nn.Module:
+        return self.average.module if self.average else self.model  # what is validated and kept
 
 # %% ../../nbs/08_train/07_checkpoint.ipynb #b89d87b9
-def _names(pack, name): return {f'{name}.{k}':v for k,v in pack[0].items()}
-def _pack(tensors, name, plain): return {k[len(name)+1:]:v for k,v in tensors.items() if k.startswith(f'{name}.')}, plain
+def _names(pack, name):
+    return {f'{name}.{k}': v for k, v in pack[0].items()}
+
+
+def _pack(tensors, name, plain):
+    return {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f'{name}.')}, plain
+
 
 def save_state(
-    s:TrainingState, # between two steps
-)->None:
+    s: TrainingState,  # between two steps
+) -> None:
     "Write all that resuming needs; the state before stays beside it"
     mine = dict(now=pack_random(), began=s.began or pack_random(), told=s.told)
-    ranks = gather_object([mine]); s.saved = time.monotonic()
-    if not s.accelerator.is_main_process: return
-    (opt, plain), at, scaler = pack_optimizer(s.optimizer), s.folder/'checkpoints'/'state.safetensors', s.accelerator.scaler
-    tensors = {f'model.{k}':v for k,v in s.model.state_dict().items()} | opt | ({f'average.{k}':v for k,v in s.average.state_dict().items()} if s.average else {})
-    for i,r in enumerate(ranks): tensors |= _names(r['now'], f'now.{i}') | _names(r['began'], f'began.{i}')
-    if at.exists(): at.replace(at.with_name('state.previous.safetensors'))
-    write_tensors(at, tensors, history=s.history, steps=s.steps, at=s.at, optimizer=plain, scaler=scaler.state_dict() if scaler else None,
-                  ranks=[dict(now=r['now'][1], began=r['began'][1], told=r['told']) for r in ranks])
+    ranks = gather_object([mine])
+    s.saved = time.monotonic()
+    if not s.accelerator.is_main_process:
+        return
+    (opt, plain), at, scaler = (
+        pack_optimizer(s.optimizer),
+        s.folder / 'checkpoints' / 'state.safetensors',
+        s.accelerator.scaler,
+    )
+    tensors = (
+        {f'model.{k}': v for k, v in s.model.state_dict().items()}
+        | opt
+        | ({f'average.{k}': v for k, v in s.average.state_dict().items()} if s.average else {})
+    )
+    for i, r in enumerate(ranks):
+        tensors |= _names(r['now'], f'now.{i}') | _names(r['began'], f'began.{i}')
+    if at.exists():
+        at.replace(at.with_name('state.previous.safetensors'))
+    write_tensors(
+        at,
+        tensors,
+        history=s.history,
+        steps=s.steps,
+        at=s.at,
+        optimizer=plain,
+        scaler=scaler.state_dict() if scaler else None,
+        ranks=[dict(now=r['now'][1], began=r['began'][1], told=r['told']) for r in ranks],
+    )
 
 # %% ../../nbs/08_train/07_checkpoint.ipynb #bdbf6ca2
 def _newest(folder):
     "Content of the newest state that is whole, or None; a damaged one is told"
     trouble = None
-    for name in ('state','state.previous'):
-        p = folder/'checkpoints'/f'{name}.safetensors'
-        if not p.exists(): continue
-        try: return read_tensors(p)
-        except RunError as e: trouble = e; warnings.warn(f'{p.name} is damaged; looking at the one before. ({e.fault})', RuntimeWarning, stacklevel=4)
-    if trouble: raise trouble
+    for name in ('state', 'state.previous'):
+        p = folder / 'checkpoints' / f'{name}.safetensors'
+        if not p.exists():
+            continue
+        try:
+            return read_tensors(p)
+        except RunError as e:
+            trouble = e
+            warnings.warn(
+                f'{p.name} is damaged; looking at the one before. ({e.fault})',
+                RuntimeWarning,
+                stacklevel=4,
+            )
+    if trouble:
+        raise trouble
+
 
 def load_state(
-    s:TrainingState, # fresh
-)->None:
+    s: TrainingState,  # fresh
+) -> None:
     "Go back to the newest state that is whole, if there is one; raises `RunError` if all are damaged or the network does not fit"
     found = _newest(s.folder)
-    if not found: return
+    if not found:
+        return
     (tensors, plain), rank, world = found, s.accelerator.process_index, s.accelerator.num_processes
-    load_weights(s.model, _pack(tensors, 'model', 0)[0], s.folder); unpack_optimizer(s.optimizer, tensors, plain['optimizer'])
-    if s.average: load_weights(s.average, _pack(tensors, 'average', 0)[0], s.folder)
-    if plain['scaler'] and s.accelerator.scaler: s.accelerator.scaler.load_state_dict(plain['scaler'])
+    load_weights(s.model, _pack(tensors, 'model', 0)[0], s.folder)
+    unpack_optimizer(s.optimizer, tensors, plain['optimizer'])
+    if s.average:
+        load_weights(s.average, _pack(tensors, 'average', 0)[0], s.folder)
+    if plain['scaler'] and s.accelerator.scaler:
+        s.accelerator.scaler.load_state_dict(plain['scaler'])
     ranks, s.history, s.steps, s.at = plain['ranks'], plain['history'], plain['steps'], plain['at']
-    i, same = min(rank, len(ranks)-1), len(ranks)==world
-    s.now, s.began = (_pack(tensors, f'{k}.{i}', ranks[i][k]) for k in ('now','began'))
-    s.told = ranks[rank]['told'] if same else [t for r in ranks for t in r['told']] if rank==0 else []
+    i, same = min(rank, len(ranks) - 1), len(ranks) == world
+    s.now, s.began = (_pack(tensors, f'{k}.{i}', ranks[i][k]) for k in ('now', 'began'))
+    s.told = (
+        ranks[rank]['told'] if same else [t for r in ranks for t in r['told']] if rank == 0 else []
+    )
     unpack_random(*s.now)
-    if s.accelerator.is_main_process and s.history: write_text(s.folder/'metrics.csv', pd.DataFrame(s.history).to_csv(index=False))
+    if s.accelerator.is_main_process and s.history:
+        write_text(s.folder / 'metrics.csv', pd.DataFrame(s.history).to_csv(index=False))

@@ -7,118 +7,187 @@ __all__ = ['protocol', 'dual_metrics', 'result_table', 'group_table', 'paired_ta
 
 # %% ../../nbs/08_train/10_dual.ipynb #1e0e9dbc
 from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 from scipy.stats import ttest_rel
+
 from ..batches.samplers import dual_samplers, size_groups
 from ..cohort.splits import fold_parts, test_part
 from ..evaluate.metrics import METRICS, all_metrics
-from ..models.dual_sampling import DUAL_CLASSES, RATIO_GROUPS, DUAL_TABLE_ROWS, Mixing, check_ratio, combine_predictions, ratio_group, search_mixing
+from covid_ct.models.dual_sampling import (
+    DUAL_CLASSES,
+    DUAL_TABLE_ROWS,
+    RATIO_GROUPS,
+    Mixing,
+    check_ratio,
+    combine_predictions,
+    ratio_group,
+    search_mixing,
+)
 from ..scan import CohortError
 
 # %% ../../nbs/08_train/10_dual.ipynb #9d3c85c1
-def _branches()->list: # of `(network, loss, sampler)`
+def _branches() -> list:  # of `(network, loss, sampler)`
     "The networks behind the rows of Table II, each once"
-    return list(dict.fromkeys((v.network, v.loss, s) for v in DUAL_TABLE_ROWS.values() for s in v.samplers))
+    return list(
+        dict.fromkeys((v.network, v.loss, s) for v in DUAL_TABLE_ROWS.values() for s in v.samplers)
+    )
+
 
 def _check_protocol_cohort(
-    cohort:pd.DataFrame, # one row per scan
-)->pd.DataFrame: # the same rows
+    cohort: pd.DataFrame,  # one row per scan
+) -> pd.DataFrame:  # the same rows
     "Raise `CohortError` for what the protocol cannot use: columns, ratios, labels, folds, groups"
-    lacking = [c for c in ('patient_id','scan_id','label','infection_ratio','fold') if c not in cohort]
-    if lacking: raise CohortError('cohort', f'has no column {lacking[0]!r}', 'Ratios come from masks (infected over lung voxels), folds from split_patients.')
+    lacking = [
+        c for c in ('patient_id', 'scan_id', 'label', 'infection_ratio', 'fold') if c not in cohort
+    ]
+    if lacking:
+        raise CohortError(
+            'cohort',
+            f'has no column {lacking[0]!r}',
+            'Ratios come from masks (infected over lung voxels), folds from split_patients.',
+        )
     check_ratio(cohort.infection_ratio)
     size_groups(cohort, DUAL_CLASSES[::-1])
-    if not len(test_part(cohort)): raise CohortError('cohort', 'has no test set', 'Split it with split_patients(cohort, test=.2).')
+    if not len(test_part(cohort)):
+        raise CohortError(
+            'cohort', 'has no test set', 'Split it with split_patients(cohort, test=.2).'
+        )
     return cohort
 
+
 def _train_branch(
-    cohort:pd.DataFrame, # with `fold`
-    branch:tuple, # of `_branches`
-    fit_one:Callable, # `fit_one(network, loss, sampler, train, valid, seed)` → function of rows → probability of COVID `(N,)`
-    seed:int=0, # of the run
-)->pd.DataFrame: # scan_id patient_id label infection_ratio fold part prob
+    cohort: pd.DataFrame,  # with `fold`
+    branch: tuple,  # of `_branches`
+    fit_one: Callable,  # `fit_one(network, loss, sampler, train, valid, seed)` → function of rows → probability of COVID `(N,)`
+    seed: int = 0,  # of the run
+) -> pd.DataFrame:  # scan_id patient_id label infection_ratio fold part prob
     "One network through all folds: out-of-fold predictions and, by each fold's model, the test set"
     tables = []
-    for k in sorted(cohort.fold[cohort.fold>=0].unique()):
-        train,valid = (t.reset_index(drop=True) for t in fold_parts(cohort, k)); test = test_part(cohort)
+    for k in sorted(cohort.fold[cohort.fold >= 0].unique()):
+        train, valid = (t.reset_index(drop=True) for t in fold_parts(cohort, k))
+        test = test_part(cohort)
         sampler = dual_samplers(train, seed=seed, classes=DUAL_CLASSES[::-1])[branch[2]]
         predict = fit_one(*branch[:2], sampler, train, valid, seed)
-        for part,rows in (('valid',valid), ('test',test)):
-            tables.append(rows[['scan_id','patient_id','label','infection_ratio']].assign(fold=k, part=part, prob=np.asarray(predict(rows), 'f8')))
+        for part, rows in (('valid', valid), ('test', test)):
+            tables.append(
+                rows[['scan_id', 'patient_id', 'label', 'infection_ratio']].assign(
+                    fold=k, part=part, prob=np.asarray(predict(rows), 'f8')
+                )
+            )
     return pd.concat(tables, ignore_index=True)
 
 # %% ../../nbs/08_train/10_dual.ipynb #aedd6ed1
 def protocol(
-    cohort:pd.DataFrame, # see `_check_protocol_cohort`
-    fit_one:Callable, # as in `_train_branch`
-    mixing=Mixing(), # weights of Eq. 5, or 'search' for those that serve the validation folds best
-    seed:int=0, # of the run
-)->pd.DataFrame: # as from `_train_branch`, with `variant`; the weights used are in `.attrs['mixing']`
+    cohort: pd.DataFrame,  # see `_check_protocol_cohort`
+    fit_one: Callable,  # as in `_train_branch`
+    mixing=Mixing(),  # weights of Eq. 5, or 'search' for those that serve the validation folds best
+    seed: int = 0,  # of the run
+) -> (
+    pd.DataFrame
+):  # as from `_train_branch`, with `variant`; the weights used are in `.attrs['mixing']`
     "Predictions of the four rows of Table II (Ouyang et al. 2020, IV-D); raises `CohortError`"
     made = {b: _train_branch(_check_protocol_cohort(cohort), b, fit_one, seed) for b in _branches()}
     out = []
-    for name,v in DUAL_TABLE_ROWS.items():
-        us,*ss = (made[v.network, v.loss, s] for s in v.samplers)
-        if not ss: out.append(us.assign(variant=name)); continue
-        at = (us.part=='valid').to_numpy()
-        if mixing=='search': mixing = search_mixing(us.prob[at], ss[0].prob[at], us.infection_ratio[at], us.label[at]=='covid')
-        out.append(us.assign(prob=combine_predictions(us.prob, ss[0].prob, us.infection_ratio, mixing), variant=name))
-    table = pd.concat(out, ignore_index=True); table.attrs['mixing'] = mixing
+    for name, v in DUAL_TABLE_ROWS.items():
+        us, *ss = (made[v.network, v.loss, s] for s in v.samplers)
+        if not ss:
+            out.append(us.assign(variant=name))
+            continue
+        at = (us.part == 'valid').to_numpy()
+        if mixing == 'search':
+            mixing = search_mixing(
+                us.prob[at], ss[0].prob[at], us.infection_ratio[at], us.label[at] == 'covid'
+            )
+        out.append(
+            us.assign(
+                prob=combine_predictions(us.prob, ss[0].prob, us.infection_ratio, mixing),
+                variant=name,
+            )
+        )
+    table = pd.concat(out, ignore_index=True)
+    table.attrs['mixing'] = mixing
     return table
 
 # %% ../../nbs/08_train/10_dual.ipynb #dee2486d
 def dual_metrics(
-    table:pd.DataFrame, # with `label` and `prob`
-    weights=None, # `(R,N)` ≥ 0, one row per resampled cohort; None: one cohort, each scan once
-)->dict: # metric → `(R,)`; nan where a class is missing
+    table: pd.DataFrame,  # with `label` and `prob`
+    weights=None,  # `(R,N)` ≥ 0, one row per resampled cohort; None: one cohort, each scan once
+) -> dict:  # metric → `(R,)`; nan where a class is missing
     "Metrics of COVID against CAP at 0.5 for many weighted cohorts; F1 is the mean of both classes, as the paper's is"
-    t = pd.DataFrame(dict(label=table.label, prob_cap=1-table.prob, prob_covid=table.prob))
-    with np.errstate(invalid='ignore', divide='ignore'): m = all_metrics(t, 'covid', DUAL_CLASSES, weights)
-    return {k: m['macro' if k=='F1' else 'covid vs rest', k] for k in METRICS}
+    t = pd.DataFrame(dict(label=table.label, prob_cap=1 - table.prob, prob_covid=table.prob))
+    with np.errstate(invalid='ignore', divide='ignore'):
+        m = all_metrics(t, 'covid', DUAL_CLASSES, weights)
+    return {k: m['macro' if k == 'F1' else 'covid vs rest', k] for k in METRICS}
+
 
 def _dual_scores(
-    table:pd.DataFrame, # with `label` and `prob`
-)->dict: # of `METRICS`; nan where a class is missing
+    table: pd.DataFrame,  # with `label` and `prob`
+) -> dict:  # of `METRICS`; nan where a class is missing
     "The same for one cohort, as numbers"
-    return {k: float(v[0]) for k,v in dual_metrics(table).items()}
+    return {k: float(v[0]) for k, v in dual_metrics(table).items()}
 
 # %% ../../nbs/08_train/10_dual.ipynb #e9eca8ee
 def result_table(
-    results:pd.DataFrame, # of `protocol`
-)->pd.DataFrame: # index (metric, variant); columns TV, test, std
+    results: pd.DataFrame,  # of `protocol`
+) -> pd.DataFrame:  # index (metric, variant); columns TV, test, std
     "Table II (Ouyang et al. 2020): combined validation folds, and mean ± std of the models on the test set"
     rows = {}
     for v in DUAL_TABLE_ROWS:
-        t = results[results.variant==v]
-        test = pd.DataFrame([_dual_scores(s) for _,s in t[t.part=='test'].groupby('fold')])
-        tv = _dual_scores(t[t.part=='valid'])
-        rows |= {(m,v): (tv[m], test[m].mean(), test[m].std()) for m in METRICS}
-    index = [(m,v) for m in METRICS for v in DUAL_TABLE_ROWS]
-    return pd.DataFrame([rows[i] for i in index], pd.MultiIndex.from_tuples(index, names=['metric','variant']), ['TV','test','std'])
+        t = results[results.variant == v]
+        test = pd.DataFrame([_dual_scores(s) for _, s in t[t.part == 'test'].groupby('fold')])
+        tv = _dual_scores(t[t.part == 'valid'])
+        rows |= {(m, v): (tv[m], test[m].mean(), test[m].std()) for m in METRICS}
+    index = [(m, v) for m in METRICS for v in DUAL_TABLE_ROWS]
+    return pd.DataFrame(
+        [rows[i] for i in index],
+        pd.MultiIndex.from_tuples(index, names=['metric', 'variant']),
+        ['TV', 'test', 'std'],
+    )
+
 
 def group_table(
-    results:pd.DataFrame, # of `protocol`
-)->pd.DataFrame: # index (metric, variant), columns (group, TV | test | std)
+    results: pd.DataFrame,  # of `protocol`
+) -> pd.DataFrame:  # index (metric, variant), columns (group, TV | test | std)
     "Table III (Ouyang et al. 2020): the same in each group of infection ratios"
     groups = ratio_group(results.infection_ratio)
-    return pd.concat({g: result_table(results[groups==g]) for g in RATIO_GROUPS if (groups==g).any()}, axis=1)
+    return pd.concat(
+        {g: result_table(results[groups == g]) for g in RATIO_GROUPS if (groups == g).any()}, axis=1
+    )
 
 # %% ../../nbs/08_train/10_dual.ipynb #1ea65c01
 def paired_table(
-    results:pd.DataFrame, # of `protocol`
-    against:str='RN34 + US', # the variant that the others are held beside
-    metric:str='accuracy', # one of `METRICS`, for the reading over models
-)->pd.DataFrame: # a row per variant and reading: difference, t, p, pairs
+    results: pd.DataFrame,  # of `protocol`
+    against: str = 'RN34 + US',  # the variant that the others are held beside
+    metric: str = 'accuracy',  # one of `METRICS`, for the reading over models
+) -> pd.DataFrame:  # a row per variant and reading: difference, t, p, pairs
     "Paired t-tests on the test set (Ouyang et al. 2020, IV-D), over models and over scans"
-    test = results[results.part=='test']
-    models = {v: [_dual_scores(s)[metric] for _,s in test[test.variant==v].groupby('fold')] for v in DUAL_TABLE_ROWS}
-    truth = np.where(test.label=='covid', test.prob, 1-test.prob)
-    scans = test.assign(truth=truth).groupby(['variant','scan_id']).truth.mean()
+    test = results[results.part == 'test']
+    models = {
+        v: [_dual_scores(s)[metric] for _, s in test[test.variant == v].groupby('fold')]
+        for v in DUAL_TABLE_ROWS
+    }
+    truth = np.where(test.label == 'covid', test.prob, 1 - test.prob)
+    scans = test.assign(truth=truth).groupby(['variant', 'scan_id']).truth.mean()
     rows = []
     for v in DUAL_TABLE_ROWS:
-        if v==against: continue
-        for reading,(a,b) in {f'models, {metric}':(models[v], models[against]), 'scans, probability of the truth':(scans[v], scans[against])}.items():
-            d = np.subtract(a, b); t = ttest_rel(a, b) if np.ptp(d)>0 else None
-            rows.append(dict(variant=v, reading=reading, difference=float(d.mean()), t=float(t.statistic) if t else np.nan, p=float(t.pvalue) if t else np.nan, pairs=len(d)))
+        if v == against:
+            continue
+        for reading, (a, b) in {
+            f'models, {metric}': (models[v], models[against]),
+            'scans, probability of the truth': (scans[v], scans[against]),
+        }.items():
+            d = np.subtract(a, b)
+            t = ttest_rel(a, b) if np.ptp(d) > 0 else None
+            rows.append(
+                dict(
+                    variant=v,
+                    reading=reading,
+                    difference=float(d.mean()),
+                    t=float(t.statistic) if t else np.nan,
+                    p=float(t.pvalue) if t else np.nan,
+                    pairs=len(d),
+                )
+            )
     return pd.DataFrame(rows)

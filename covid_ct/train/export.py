@@ -6,64 +6,124 @@
 __all__ = ['ExportError', 'trace', 'write_onnx', 'export_run']
 
 # %% ../../nbs/08_train/13_export.ipynb #ca3c176d
-import importlib, json, logging, tempfile, warnings
+import importlib
+import json
+import logging
+import tempfile
+import warnings
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import nn
+
 from .. import __version__
-from ..scan import DataError, write_atomic
-from ..preprocess.resample import PREPS
 from ..models.zoo import ROWS
+from ..preprocess.resample import PREPS
+from ..scan import DataError, write_atomic
 from .loop import load_run
 
 # %% ../../nbs/08_train/13_export.ipynb #8de24e79
-class ExportError(DataError): "A network that cannot be written for elsewhere, or that answers differently there"
+class ExportError(DataError):
+    "A network that cannot be written for elsewhere, or that answers differently there"
+
 
 def trace(
-    model:nn.Module, # in evaluation mode
-    example:torch.Tensor, # input, `(B,…)` with B ≥ 2
-)->torch.export.ExportedProgram: # for any number of scans
+    model: nn.Module,  # in evaluation mode
+    example: torch.Tensor,  # input, `(B,…)` with B ≥ 2
+) -> torch.export.ExportedProgram:  # for any number of scans
     "A network as a program of tensor operations; raises `ExportError` where it decides by the values it sees"
-    if model.training: raise ExportError('model', 'is in training mode', 'Call model.eval() first.')
+    if model.training:
+        raise ExportError('model', 'is in training mode', 'Call model.eval() first.')
     with torch.no_grad():
-        model(example)                                                     # what it draws once and for all is drawn now
-        try: return torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim('scans', min=1, max=1024)},))
-        except Exception as e: raise ExportError(type(model).__name__, f'cannot be followed ({str(e).strip().splitlines()[0][:120]})', 'Its forward decides by values of its input: export a row of the zoo that does not.') from e
+        model(example)  # what it draws once and for all is drawn now
+        try:
+            return torch.export.export(
+                model, (example,), dynamic_shapes=({0: torch.export.Dim('scans', min=1, max=1024)},)
+            )
+        except Exception as e:
+            raise ExportError(
+                type(model).__name__,
+                f'cannot be followed ({str(e).strip().splitlines()[0][:120]})',
+                'Its forward decides by values of its input: export a row of the zoo that does not.',
+            ) from e
 
 # %% ../../nbs/08_train/13_export.ipynb #f06bf185
 def write_onnx(
-    model:nn.Module, # in evaluation mode
-    example:torch.Tensor, # input, `(B,…)` with B ≥ 2
-    out, # file to write
-    about:dict=None, # metadata, text by name
-)->float: # largest difference to the network on the example and on one scan of it
+    model: nn.Module,  # in evaluation mode
+    example: torch.Tensor,  # input, `(B,…)` with B ≥ 2
+    out,  # file to write
+    about: dict = None,  # metadata, text by name
+) -> float:  # largest difference to the network on the example and on one scan of it
     "Write a network as ONNX and hold it beside the original (`ExportError` above 10⁻⁴); needs the extra `export`"
-    try: onnxruntime, _ = map(importlib.import_module, ('onnxruntime','onnxscript'))
-    except ImportError as e: raise ExportError('export', f'{e.name} is not installed', 'pip install "covid_ct[export]"') from e
+    try:
+        onnxruntime, _ = map(importlib.import_module, ('onnxruntime', 'onnxscript'))
+    except ImportError as e:
+        raise ExportError(
+            'export', f'{e.name} is not installed', 'pip install "covid_ct[export]"'
+        ) from e
     logging.getLogger('onnxscript').setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as d, warnings.catch_warnings():
-        warnings.simplefilter('ignore'); tmp = Path(d)/'model.onnx'
-        program = torch.onnx.export(trace(model, example), dynamo=True, verbose=False, input_names=['image'], output_names=['logits'])
-        program.model.metadata_props.update(about or {}); program.save(tmp)
+        warnings.simplefilter('ignore')
+        tmp = Path(d) / 'model.onnx'
+        program = torch.onnx.export(
+            trace(model, example),
+            dynamo=True,
+            verbose=False,
+            input_names=['image'],
+            output_names=['logits'],
+        )
+        program.model.metadata_props.update(about or {})
+        program.save(tmp)
         session = onnxruntime.InferenceSession(tmp, providers=['CPUExecutionProvider'])
-        with torch.no_grad(): far = max(float(np.abs(session.run(None, {'image':x.numpy()})[0]-model(x).numpy()).max()) for x in (example, example[:1]))
-        if not far<=1e-4: raise ExportError(out, f'answers differ by {far:.2g} from the network', 'Nothing was written. Report it with the recipe.')
+        with torch.no_grad():
+            far = max(
+                float(np.abs(session.run(None, {'image': x.numpy()})[0] - model(x).numpy()).max())
+                for x in (example, example[:1])
+            )
+        if not far <= 1e-4:
+            raise ExportError(
+                out,
+                f'answers differ by {far:.2g} from the network',
+                'Nothing was written. Report it with the recipe.',
+            )
         write_atomic(out, tmp.read_bytes())
     return far
 
 # %% ../../nbs/08_train/13_export.ipynb #dfae8f78
 def export_run(
-    run, # folder of `fit`
-    out, # file to write, as model.onnx
-    which:str='best', # 'best' or 'last' weights
-    model:nn.Module=None, # to load into, for a network that is not in the zoo
-    size:tuple=None, # of one input `(C,…)`; None: that of the recipe
-)->float: # largest difference to the network
+    run,  # folder of `fit`
+    out,  # file to write, as model.onnx
+    which: str = 'best',  # 'best' or 'last' weights
+    model: nn.Module = None,  # to load into, for a network that is not in the zoo
+    size: tuple = None,  # of one input `(C,…)`; None: that of the recipe
+) -> float:  # largest difference to the network
     "Write the network of a run as ONNX; raises `RunError` for the folder, `ExportError` for the rest"
     net, r, config = load_run(run, which, model)
     prep = PREPS.get(r.prep)
-    size = size or ((1,*prep.size) if prep and prep.size else ROWS[r.model].input_size if r.model in ROWS else None)
-    if not size: raise ExportError(run, 'does not say the size of its input', 'Give size=, as (1, 64, 224, 224).')
-    about = dict(covid_ct=__version__, classes=json.dumps(r.classes), task=r.task, recipe=f'{r.system} {r.name} {r.hash}', prep=repr(prep), trained_on=config['trained_on'], use='teaching and research, not for clinical use')
-    return write_onnx(net, torch.rand(2, *size, generator=torch.Generator().manual_seed(0)), out, {k: str(v) for k,v in about.items()})
+    size = size or (
+        (1, *prep.size)
+        if prep and prep.size
+        else ROWS[r.model].input_size
+        if r.model in ROWS
+        else None
+    )
+    if not size:
+        raise ExportError(
+            run, 'does not say the size of its input', 'Give size=, as (1, 64, 224, 224).'
+        )
+    about = dict(
+        covid_ct=__version__,
+        classes=json.dumps(r.classes),
+        task=r.task,
+        recipe=f'{r.system} {r.name} {r.hash}',
+        prep=repr(prep),
+        trained_on=config['trained_on'],
+        use='teaching and research, not for clinical use',
+    )
+    return write_onnx(
+        net,
+        torch.rand(2, *size, generator=torch.Generator().manual_seed(0)),
+        out,
+        {k: str(v) for k, v in about.items()},
+    )

@@ -9,32 +9,60 @@ __all__ = ['launch', 'slurm_script']
 import torch
 from accelerate import debug_launcher, notebook_launcher
 from accelerate.state import AcceleratorState
+
 from .optimize import TrainError
 
 # %% ../../nbs/08_train/12_launch.ipynb #47461e1d
 def launch(
-    function, # what each process calls; usually it calls `fit`
-    *args, # its arguments
-    processes:int=0, # how many; 0: one for each GPU
-)->None:
+    function,  # what each process calls; usually it calls `fit`
+    *args,  # its arguments
+    processes: int = 0,  # how many; 0: one for each GPU
+) -> None:
     "Call a function in several processes from a notebook; raises `TrainError` where there is nothing to share the work"
     n, gpus = processes or torch.cuda.device_count(), torch.cuda.device_count()
-    if n<2: raise TrainError('launch', f'{n} process is no crowd', 'Call the function itself, or give processes=.')
-    if gpus and n>gpus: raise TrainError('launch', f'{n} processes for {gpus} GPU(s)', f'Use processes={gpus}.')
-    AcceleratorState._reset_state(reset_partial_state=True)            # what a training of one process left here
-    notebook_launcher(function, args, num_processes=n) if gpus else debug_launcher(function, args, num_processes=n)
+    if n < 2:
+        raise TrainError(
+            'launch', f'{n} process is no crowd', 'Call the function itself, or give processes=.'
+        )
+    if gpus and n > gpus:
+        raise TrainError('launch', f'{n} processes for {gpus} GPU(s)', f'Use processes={gpus}.')
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # what a training of one process left here
+    notebook_launcher(function, args, num_processes=n) if gpus else debug_launcher(
+        function, args, num_processes=n
+    )
 
 # %% ../../nbs/08_train/12_launch.ipynb #1a15ba2e
 def slurm_script(
-    command:str, # what each process runs, as 'train.py --out run'
-    nodes:int=1, # machines
-    gpus:int=4, # of each
-    hours:float=24, # after which the cluster ends it
-    name:str='covid_ct', # of the job
-)->str: # text of a file for `sbatch`
+    command: str,  # what each process runs, as 'train.py --out run'
+    nodes: int = 1,  # machines
+    gpus: int = 4,  # of each
+    hours: float = 24,  # after which the cluster ends it
+    name: str = 'covid_ct',  # of the job
+) -> str:  # text of a file for `sbatch`
     "A job for SLURM that is asked to save before its time is over and queues itself again"
-    if min(nodes, gpus)<1 or hours<=0: raise TrainError('slurm_script', f'{nodes} nodes, {gpus} GPUs, {hours} hours', 'Give at least one of each.')
-    h, m = divmod(round(60*hours), 60)
-    return '\n'.join(['#!/bin/bash', f'#SBATCH --job-name={name}', f'#SBATCH --nodes={nodes}', '#SBATCH --ntasks-per-node=1', f'#SBATCH --gpus-per-node={gpus}', f'#SBATCH --time={h}:{m:02d}:00',
-        '#SBATCH --signal=USR1@120', '#SBATCH --requeue', 'set -u', 'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)', 'export OMP_NUM_THREADS=4',
-        f'srun torchrun --nnodes {nodes} --nproc_per_node {gpus} --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$head:29500" {command}', ''])
+    if min(nodes, gpus) < 1 or hours <= 0:
+        raise TrainError(
+            'slurm_script',
+            f'{nodes} nodes, {gpus} GPUs, {hours} hours',
+            'Give at least one of each.',
+        )
+    h, m = divmod(round(60 * hours), 60)
+    return '\n'.join(
+        [
+            '#!/bin/bash',
+            f'#SBATCH --job-name={name}',
+            f'#SBATCH --nodes={nodes}',
+            '#SBATCH --ntasks-per-node=1',
+            f'#SBATCH --gpus-per-node={gpus}',
+            f'#SBATCH --time={h}:{m:02d}:00',
+            '#SBATCH --signal=USR1@120',
+            '#SBATCH --requeue',
+            'set -u',
+            'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+            'export OMP_NUM_THREADS=4',
+            f'srun torchrun --nnodes {nodes} --nproc_per_node {gpus} --rdzv_backend c10d --rdzv_id "$SLURM_JOB_ID" --rdzv_endpoint "$head:29500" {command}',
+            '',
+        ]
+    )

@@ -6,9 +6,12 @@
 __all__ = ['predict_batches', 'build_model', 'Engine', 'fit', 'load_run']
 
 # %% ../../nbs/08_train/08_loop.ipynb #1bf08561
-import json, time, warnings
+import json
+import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import torch
@@ -16,309 +19,597 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import convert_to_fp32, gather_object, send_to_device, set_seed
 from torch import nn
-from ..scan import DataError, evaluating
+
 from ..cohort.splits import split_hash, write_split
 from ..models.zoo import build
-from .losses import build_loss
-from .recipes import Recipe, RecipeError, from_dict
-from .run_folder import (AuditWarning, Run, RunError, audit_hint, best_epoch, check_disk, describe_run, history_figure, load_weights, open_run, pack_random, positive_class,
-                                read_config, read_tensors, unpack_random, write_documents, write_tensors, write_text)
+from ..scan import DataError, evaluating
 from .checkpoint import TrainingState, load_state, save_state
-from .optimize import TrainError, check_finite, half_error, make_average, make_optimizer, learning_rate, recompute, split_batch, train_step
+from .losses import build_loss
+from covid_ct.train.optimize import (
+    TrainError,
+    check_finite,
+    half_error,
+    learning_rate,
+    make_average,
+    make_optimizer,
+    recompute,
+    split_batch,
+    train_step,
+)
+from .progress import ProgressDisplay, TimedBatches, peak_memory, stop_on_signal
+from .recipes import Recipe, RecipeError, from_dict
+from covid_ct.train.run_folder import (
+    AuditWarning,
+    Run,
+    RunError,
+    audit_hint,
+    best_epoch,
+    check_disk,
+    describe_run,
+    history_figure,
+    load_weights,
+    open_run,
+    pack_random,
+    positive_class,
+    read_config,
+    read_tensors,
+    unpack_random,
+    write_documents,
+    write_tensors,
+    write_text,
+)
 from .tasks import TASKS
-from .progress import TimedBatches, ProgressDisplay, peak_memory, stop_on_signal
 
 # %% ../../nbs/08_train/08_loop.ipynb #64afb03a
 def predict_batches(
-    model:nn.Module, # `forward` gives logits `(B,K)`
-    batches, # iterable of Batch dicts
-    classes=('healthy','cap','covid'), # labels in the order of the outputs
-    task:str='classify', # key of `TASKS`
-)->pd.DataFrame: # one row per scan: for a class its probabilities, for a mask its counts
+    model: nn.Module,  # `forward` gives logits `(B,K)`
+    batches,  # iterable of Batch dicts
+    classes=('healthy', 'cap', 'covid'),  # labels in the order of the outputs
+    task: str = 'classify',  # key of `TASKS`
+) -> pd.DataFrame:  # one row per scan: for a class its probabilities, for a mask its counts
     "Answers of a network, scan by scan; the mode of every module is restored. Raises `TrainError` for no batches, `TaskError` for outputs that do not fit"
     device = next((p.device for p in model.parameters()), torch.device('cpu'))
     answer = TASKS[task].rows
     with evaluating(model), torch.inference_mode():
         parts = [answer(dict(logits=model(b['image'].to(device))), b, classes) for b in batches]
-    if not parts: raise TrainError('predict', 'the batches are empty', 'An iterator can be used once: give a list or a loader.')
+    if not parts:
+        raise TrainError(
+            'predict',
+            'the batches are empty',
+            'An iterator can be used once: give a list or a loader.',
+        )
     return pd.concat(parts, ignore_index=True)
 
 # %% ../../nbs/08_train/08_loop.ipynb #92fcbe96
 class _WithOutputs(nn.Module):
     "A model whose `forward` returns the dict of `outputs`, so that wrappers around `forward` see all of it"
-    def __init__(self,
-                 model:nn.Module, # with `outputs(x)`, or a `forward` that gives logits
-                 channels_last:bool=False, # lay weights and volumes out with the channels innermost
-                ):
+
+    def __init__(
+        self,
+        model: nn.Module,  # with `outputs(x)`, or a `forward` that gives logits
+        channels_last: bool = False,  # lay weights and volumes out with the channels innermost
+    ):
         super().__init__()
-        self.model, self.format = model, {5:torch.channels_last_3d, 4:torch.channels_last} if channels_last else {}
-        for p in model.parameters() if channels_last else (): p.data = p.data.contiguous(memory_format=self.format.get(p.ndim, torch.contiguous_format))
-    def forward(self, x:torch.Tensor)->dict:
+        self.model, self.format = (
+            model,
+            {5: torch.channels_last_3d, 4: torch.channels_last} if channels_last else {},
+        )
+        for p in model.parameters() if channels_last else ():
+            p.data = p.data.contiguous(
+                memory_format=self.format.get(p.ndim, torch.contiguous_format)
+            )
+
+    def forward(self, x: torch.Tensor) -> dict:
         x = x.contiguous(memory_format=self.format[x.ndim]) if x.ndim in self.format else x
-        return self.model.outputs(x) if hasattr(self.model, 'outputs') else dict(logits=self.model(x))
+        return (
+            self.model.outputs(x) if hasattr(self.model, 'outputs') else dict(logits=self.model(x))
+        )
 
 # %% ../../nbs/08_train/08_loop.ipynb #50a10001
 def build_model(
-    recipe:Recipe, # its `model` and `model_kwargs`
-)->nn.Module: # with fresh weights
+    recipe: Recipe,  # its `model` and `model_kwargs`
+) -> nn.Module:  # with fresh weights
     "Network of a recipe; raises `RecipeError` for settings that it does not take"
-    try: return build(recipe.model, **recipe.model_kwargs)
-    except DataError: raise
+    try:
+        return build(recipe.model, **recipe.model_kwargs)
+    except DataError:
+        raise
     except Exception as e:
-        raise RecipeError(f'recipe {recipe.system} {recipe.name}',
-                          f'{recipe.model} does not take model_kwargs={recipe.model_kwargs!r} ({e})',
-                          'Compare with another recipe of this network.') from e
+        raise RecipeError(
+            f'recipe {recipe.system} {recipe.name}',
+            f'{recipe.model} does not take model_kwargs={recipe.model_kwargs!r} ({e})',
+            'Compare with another recipe of this network.',
+        ) from e
 
 # %% ../../nbs/08_train/08_loop.ipynb #88274481
 def _make_accelerator(
-    precision:str='no', # 'no', 'bf16' or 'fp16'
-    trackers=(), # names of Accelerate's trackers, as 'tensorboard'
-    folder=None, # where trackers that write files put them
-)->Accelerator: # for the device there is
+    precision: str = 'no',  # 'no', 'bf16' or 'fp16'
+    trackers=(),  # names of Accelerate's trackers, as 'tensorboard'
+    folder=None,  # where trackers that write files put them
+) -> Accelerator:  # for the device there is
     "Accelerator of a precision, also after one of another; raises `TrainError` where the device cannot, or a tracker is not installed"
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision!=precision: AcceleratorState._reset_state()
-    try: acc = Accelerator(mixed_precision=precision, log_with=list(trackers) or None, project_dir=str(folder) if trackers else None)
-    except ValueError as e: raise TrainError('fit', f'precision {precision!r} with trackers {list(trackers)} does not work here ({e})', "Use 'no' or 'bf16', and trackers that Accelerate knows.") from e
-    if precision=='bf16' and acc.device.type=='cpu' and not half_error()<.1: warnings.warn("bf16 gradients of very small maps are wrong on this processor: use 'no' here, and bf16 on a GPU.", RuntimeWarning, stacklevel=2)
-    if precision=='fp16' and acc.device.type=='cpu': raise TrainError('recipe', "precision 'fp16' needs a GPU", "Use 'no' or 'bf16'.")
-    lacking = set(map(str, trackers))-set(map(str, acc.log_with))
-    if lacking: raise TrainError('fit', f'tracker {sorted(lacking)[0]!r} is not installed', 'Install it, or leave it out: metrics.csv is always written.')
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()
+    try:
+        acc = Accelerator(
+            mixed_precision=precision,
+            log_with=list(trackers) or None,
+            project_dir=str(folder) if trackers else None,
+        )
+    except ValueError as e:
+        raise TrainError(
+            'fit',
+            f'precision {precision!r} with trackers {list(trackers)} does not work here ({e})',
+            "Use 'no' or 'bf16', and trackers that Accelerate knows.",
+        ) from e
+    if precision == 'bf16' and acc.device.type == 'cpu' and not half_error() < 0.1:
+        warnings.warn(
+            "bf16 gradients of very small maps are wrong on this processor: use 'no' here, and bf16 on a GPU.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    if precision == 'fp16' and acc.device.type == 'cpu':
+        raise TrainError('recipe', "precision 'fp16' needs a GPU", "Use 'no' or 'bf16'.")
+    lacking = set(map(str, trackers)) - set(map(str, acc.log_with))
+    if lacking:
+        raise TrainError(
+            'fit',
+            f'tracker {sorted(lacking)[0]!r} is not installed',
+            'Install it, or leave it out: metrics.csv is always written.',
+        )
     return acc
 
 # %% ../../nbs/08_train/08_loop.ipynb #9a336512
-def _mean(told): return {k: float(np.average([t[k] for t in told], weights=[t['scans'] for t in told])) for k in (told[0] if told else ()) if k!='scans'}
+def _mean(told):
+    return {
+        k: float(np.average([t[k] for t in told], weights=[t['scans'] for t in told]))
+        for k in (told[0] if told else ())
+        if k != 'scans'
+    }
+
 
 def _mine(batch, acc):
     "Scans of a batch that this process takes, how many count (none, if there are fewer scans than processes), and how many the batch has"
     rank, world = acc.process_index, acc.num_processes
-    if not isinstance(batch, dict) or not len(batch.get('image', ())): raise TrainError('batch', f'is a {type(batch).__name__} without scans under "image"', 'Give dicts with image, label or mask, scan_id and patient_id.')
-    n = batch.get('of', len(batch['image'])); mine = batch if 'of' in batch else split_batch(batch, world)[min(rank, n-1)]
-    return send_to_device(mine, acc.device), len(mine['image'])*(rank<n), n
+    if not isinstance(batch, dict) or not len(batch.get('image', ())):
+        raise TrainError(
+            'batch',
+            f'is a {type(batch).__name__} without scans under "image"',
+            'Give dicts with image, label or mask, scan_id and patient_id.',
+        )
+    n = batch.get('of', len(batch['image']))
+    mine = batch if 'of' in batch else split_batch(batch, world)[min(rank, n - 1)]
+    return send_to_device(mine, acc.device), len(mine['image']) * (rank < n), n
+
 
 def _train_epoch(
-    net:nn.Module, # gives the dict of outputs
-    batches, # iterable of Batch dicts, the same in every process
-    loss, # callable (outputs, batch) → (total, parts)
-    optimizer, # over the weights of `net`
-    accelerator:Accelerator, # that prepared both
-    accumulate:int=1, # parts of a batch whose gradients are summed
-    clip:float=0., # longest gradient; 0: any
-    before=lambda: None, # called before each step, as to set its size
-    after=lambda told: None, # called after each step with its numbers
-    told:list=None, # numbers of the steps of this epoch so far; added to
-)->dict: # means over scans: `loss`, its parts, `grad_norm`
+    net: nn.Module,  # gives the dict of outputs
+    batches,  # iterable of Batch dicts, the same in every process
+    loss,  # callable (outputs, batch) → (total, parts)
+    optimizer,  # over the weights of `net`
+    accelerator: Accelerator,  # that prepared both
+    accumulate: int = 1,  # parts of a batch whose gradients are summed
+    clip: float = 0.0,  # longest gradient; 0: any
+    before=lambda: None,  # called before each step, as to set its size
+    after=lambda told: None,  # called after each step with its numbers
+    told: list = None,  # numbers of the steps of this epoch so far; added to
+) -> dict:  # means over scans: `loss`, its parts, `grad_norm`
     "One pass over the training set; raises `TrainError` naming the scans where the loss is not finite"
-    net.train(); told = [] if told is None else told
+    net.train()
+    told = [] if told is None else told
     for batch in batches:
-        before(); mine, scans, n = _mine(batch, accelerator)
-        told.append(train_step(net, mine, loss, optimizer, accelerator, accumulate, clip, scans*accelerator.num_processes/n) | dict(scans=scans)); after(told[-1])
-    if not told: raise TrainError('train', 'gave no batches', 'An iterator can be used once: give a list or a loader.')
+        before()
+        mine, scans, n = _mine(batch, accelerator)
+        told.append(
+            train_step(
+                net,
+                mine,
+                loss,
+                optimizer,
+                accelerator,
+                accumulate,
+                clip,
+                scans * accelerator.num_processes / n,
+            )
+            | dict(scans=scans)
+        )
+        after(told[-1])
+    if not told:
+        raise TrainError(
+            'train', 'gave no batches', 'An iterator can be used once: give a list or a loader.'
+        )
     return _mean(gather_object(told))
 
 # %% ../../nbs/08_train/08_loop.ipynb #010aacf4
 def _valid_epoch(
-    net:nn.Module, # gives the dict of outputs
-    batches, # iterable of Batch dicts, not augmented
-    loss, # callable (outputs, batch) → (total, parts)
-    accelerator:Accelerator, # that chose device and precision
-    classes, # labels in the order of the outputs
-    task:str='classify', # key of `TASKS`
-)->tuple: # means over scans (`loss` and its parts), table of predictions
+    net: nn.Module,  # gives the dict of outputs
+    batches,  # iterable of Batch dicts, not augmented
+    loss,  # callable (outputs, batch) → (total, parts)
+    accelerator: Accelerator,  # that chose device and precision
+    classes,  # labels in the order of the outputs
+    task: str = 'classify',  # key of `TASKS`
+) -> tuple:  # means over scans (`loss` and its parts), table of predictions
     "One look at the validation set; raises `TrainError` like `_train_epoch`"
-    net.eval(); found, rank, world = [], accelerator.process_index, accelerator.num_processes
+    net.eval()
+    found, rank, world = [], accelerator.process_index, accelerator.num_processes
     with torch.inference_mode():
-        for i,batch in enumerate(batches):
+        for i, batch in enumerate(batches):
             mine, scans, _ = _mine(batch, accelerator)
-            with accelerator.autocast(): out = convert_to_fp32(net(mine['image']))
-            total, named = loss(out, mine); check_finite(total.item(), mine, where='validation')
+            with accelerator.autocast():
+                out = convert_to_fp32(net(mine['image']))
+            total, named = loss(out, mine)
+            check_finite(total.item(), mine, where='validation')
             rows = TASKS[task].rows(out, mine, classes)[:scans]
-            found.append((rows.set_axis([(i, j*world+rank) for j in range(scans)]), dict(loss=total.item(), **{k: float(v) for k,v in named.items()}, scans=scans)))
+            found.append(
+                (
+                    rows.set_axis([(i, j * world + rank) for j in range(scans)]),
+                    dict(loss=total.item(), **{k: float(v) for k, v in named.items()}, scans=scans),
+                )
+            )
     found = gather_object(found)
-    if not found: raise TrainError('valid', 'gave no batches', 'An iterator can be used once: give a list or a loader.')
-    return _mean([f[1] for f in found]), pd.concat([f[0] for f in found]).sort_index().reset_index(drop=True)
+    if not found:
+        raise TrainError(
+            'valid', 'gave no batches', 'An iterator can be used once: give a list or a loader.'
+        )
+    return _mean([f[1] for f in found]), pd.concat([f[0] for f in found]).sort_index().reset_index(
+        drop=True
+    )
 
 # %% ../../nbs/08_train/08_loop.ipynb #bdb0847c
 def _save_epoch(
-    s:TrainingState, # with the new row in its history
-    predictions:pd.DataFrame, # on the validation set, of this epoch
-)->None:
+    s: TrainingState,  # with the new row in its history
+    predictions: pd.DataFrame,  # on the validation set, of this epoch
+) -> None:
     "Write what an epoch left"
-    history, weights, at, main = pd.DataFrame(s.history), s.shown.state_dict(), s.folder/'checkpoints', s.accelerator.is_main_process
-    if main and best_epoch(history, s.recipe.keep)==len(history)-1:
-        write_tensors(at/'best.safetensors', weights, epoch=len(history))
-        write_text(s.folder/'predictions.csv', predictions.assign(part='valid').to_csv(index=False))
+    history, weights, at, main = (
+        pd.DataFrame(s.history),
+        s.shown.state_dict(),
+        s.folder / 'checkpoints',
+        s.accelerator.is_main_process,
+    )
+    if main and best_epoch(history, s.recipe.keep) == len(history) - 1:
+        write_tensors(at / 'best.safetensors', weights, epoch=len(history))
+        write_text(
+            s.folder / 'predictions.csv', predictions.assign(part='valid').to_csv(index=False)
+        )
     save_state(s)
-    if main: write_tensors(at/'last.safetensors', weights, epoch=len(history)); write_text(s.folder/'metrics.csv', history.to_csv(index=False))
+    if main:
+        write_tensors(at / 'last.safetensors', weights, epoch=len(history))
+        write_text(s.folder / 'metrics.csv', history.to_csv(index=False))
 
 # %% ../../nbs/08_train/08_loop.ipynb #7c8d47d2
 @dataclass(frozen=True)
 class Engine:
     "How a machine carries a recipe out; nothing here changes what is learned beyond rounding"
-    compile:bool=False # translate the network with `torch.compile`: the first step takes minutes, the others less
-    recompute:bool=False # keep less of the forward pass and compute it again: less memory, a third more time
-    channels_last:bool=False # order of volumes in memory that tensor cores like
-    save_minutes:float=10. # a state is written at least this often, also in the middle of an epoch
-    trackers:tuple=() # Accelerate's, as ('tensorboard',); metrics.csv is always written
-    show:str='auto' # 'notebook', 'bar', 'lines' or 'none'; 'auto' looks where it is
+
+    compile: bool = False  # translate the network with `torch.compile`: the first step takes minutes, the others less
+    recompute: bool = (
+        False  # keep less of the forward pass and compute it again: less memory, a third more time
+    )
+    channels_last: bool = False  # order of volumes in memory that tensor cores like
+    save_minutes: float = (
+        10.0  # a state is written at least this often, also in the middle of an epoch
+    )
+    trackers: tuple = ()  # Accelerate's, as ('tensorboard',); metrics.csv is always written
+    show: str = 'auto'  # 'notebook', 'bar', 'lines' or 'none'; 'auto' looks where it is
 
 # %% ../../nbs/08_train/08_loop.ipynb #8d102e5d
 def _rows_of(batches):
     "Scans behind batches that keep a table of them, else None"
     data = getattr(batches, 'dataset', getattr(batches, 'data', None))
     rows = getattr(data, 'cohort', None)
-    known = isinstance(rows, pd.DataFrame) and {'scan_id','patient_id'}<=set(rows)
+    known = isinstance(rows, pd.DataFrame) and {'scan_id', 'patient_id'} <= set(rows)
     return rows if known else None
+
 
 def _split_behind(train, valid, fold):
     "The split that two sets of batches amount to, or None; the training set is one fold"
     sets = [_rows_of(train), _rows_of(valid)]
-    if any(rows is None for rows in sets): return None
+    if any(rows is None for rows in sets):
+        return None
     k = fold or 0
-    return pd.concat([rows.assign(fold=f) for rows,f in zip(sets, (k+1,k))], ignore_index=True)
+    return pd.concat(
+        [rows.assign(fold=f) for rows, f in zip(sets, (k + 1, k), strict=False)], ignore_index=True
+    )
+
 
 def _facts(out, going, about, split):
     "What is said of a run: what the folder says already, what the caller says, the split"
     old = read_config(out) if going else {}
-    kept = {k: old[k] for k in ('trained_on','split_hash','fold') if k in old}
-    told = {k:v for k,v in about.items() if v not in ('', None)}
+    kept = {k: old[k] for k in ('trained_on', 'split_hash', 'fold') if k in old}
+    told = {k: v for k, v in about.items() if v not in ('', None)}
     return kept | told | ({} if split is None else dict(split_hash=split_hash(split)))
+
 
 def _start(model, recipe, out, resume, about, engine, split):
     "State of a new or resumed training, its folder made, its split written"
-    said = split_hash(split) if split is not None else about.get('split_hash','')
+    said = split_hash(split) if split is not None else about.get('split_hash', '')
     going = open_run(out, recipe, resume, said, about.get('fold'))
     about = _facts(out, going, about, split)
     set_seed(recipe.seed)
     acc = _make_accelerator(recipe.precision, engine.trackers, out)
-    check_disk(out, model, recipe.ema>0); model.to(acc.device); average = make_average(model, recipe.ema)
-    if engine.recompute: recompute(model)
-    if acc.num_processes>1 and acc.device.type=='cuda': nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    check_disk(out, model, recipe.ema > 0)
+    model.to(acc.device)
+    average = make_average(model, recipe.ema)
+    if engine.recompute:
+        recompute(model)
+    if acc.num_processes > 1 and acc.device.type == 'cuda':
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     net = _WithOutputs(model, engine.channels_last)
-    if engine.compile: net.compile()
+    if engine.compile:
+        net.compile()
     net, optimizer = acc.prepare(net, make_optimizer(model, recipe))
-    s = TrainingState(model, net, optimizer, average, acc, recipe, Path(out), build_loss(recipe.loss, **recipe.loss_kwargs), describe_run(model, recipe, acc.device, about), saved=time.monotonic())
+    s = TrainingState(
+        model,
+        net,
+        optimizer,
+        average,
+        acc,
+        recipe,
+        Path(out),
+        build_loss(recipe.loss, **recipe.loss_kwargs),
+        describe_run(model, recipe, acc.device, about),
+        saved=time.monotonic(),
+    )
     s.config['hardware']['processes'] = acc.num_processes
-    if going: load_state(s)
+    if going:
+        load_state(s)
     acc.wait_for_everyone()
     if acc.is_main_process:
         s.folder.mkdir(parents=True, exist_ok=True)
-        write_text(s.folder/'config.json', json.dumps(s.config, indent=1))
-        if split is not None: write_split(split, s.folder/'split.csv')
-    if engine.trackers: acc.init_trackers('covid_ct', {k:v for k,v in s.config['recipe'].items() if isinstance(v, (int,float,str))})
+        write_text(s.folder / 'config.json', json.dumps(s.config, indent=1))
+        if split is not None:
+            write_split(split, s.folder / 'split.csv')
+    if engine.trackers:
+        acc.init_trackers(
+            'covid_ct',
+            {k: v for k, v in s.config['recipe'].items() if isinstance(v, (int, float, str))},
+        )
     return s
 
 # %% ../../nbs/08_train/08_loop.ipynb #0c3afbf7
 def _batches(s, train, epoch):
     "Batches of an epoch, without those that were seen before it was interrupted"
     getattr(train, 'set_epoch', lambda e: None)(epoch)
-    if s.at: unpack_random(*s.began)
-    else: s.began = pack_random()
-    if hasattr(train, 'skip'): train.skip(s.at); it = iter(train)
+    if s.at:
+        unpack_random(*s.began)
+    else:
+        s.began = pack_random()
+    if hasattr(train, 'skip'):
+        train.skip(s.at)
+        it = iter(train)
     else:
         it = iter(train)
-        for _ in range(s.at): next(it)
-    if s.at: unpack_random(*s.now)
+        for _ in range(s.at):
+            next(it)
+    if s.at:
+        unpack_random(*s.now)
     yield from it
+
 
 def _agree(acc, wish):
     "The strongest wish of all processes: 0 go on, 1 save, 2 save and stop"
-    return wish if acc.num_processes==1 else int(acc.gather(torch.tensor([wish], device=acc.device)).max())
+    return (
+        wish
+        if acc.num_processes == 1
+        else int(acc.gather(torch.tensor([wish], device=acc.device)).max())
+    )
+
 
 def _step_hooks(s, epoch, steps, watch, asked, engine):
     "What happens before and after a step"
+
     def before():
-        for g in s.optimizer.param_groups: g['lr'] = learning_rate(s.recipe, epoch, s.steps, steps)
+        for g in s.optimizer.param_groups:
+            g['lr'] = learning_rate(s.recipe, epoch, s.steps, steps)
+
     def after(told):
-        s.steps += 1; s.at += 1; watch.step(told['loss'])
-        if s.average: s.average.update_parameters(s.model)
-        wish = _agree(s.accelerator, 2 if asked else int(time.monotonic()-s.saved>60*engine.save_minutes))
-        if wish: save_state(s)
-        if wish==2: raise KeyboardInterrupt
+        s.steps += 1
+        s.at += 1
+        watch.step(told['loss'])
+        if s.average:
+            s.average.update_parameters(s.model)
+        wish = _agree(
+            s.accelerator,
+            2 if asked else int(time.monotonic() - s.saved > 60 * engine.save_minutes),
+        )
+        if wish:
+            save_state(s)
+        if wish == 2:
+            raise KeyboardInterrupt
+
     return before, after
 
 # %% ../../nbs/08_train/08_loop.ipynb #fcf6b439
 def _epoch(s, train, valid, epoch, steps, watch, asked, engine):
     "Train, validate and save one epoch"
-    r, task, clock, lr, first = s.recipe, TASKS[s.recipe.task], TimedBatches(_batches(s, train, epoch)), learning_rate(s.recipe, epoch, s.steps-s.at, steps), sum(t['scans'] for t in s.told)
-    watch.begin(epoch); before, after = _step_hooks(s, epoch, steps, watch, asked, engine)
-    means = _train_epoch(s.net, clock, s.loss, s.optimizer, s.accelerator, r.accumulate, r.clip, before, after, s.told)
-    worked, scans = clock.seconds, sum(t['scans'] for t in s.told)-first
-    seen, table = _valid_epoch(_WithOutputs(s.shown, engine.channels_last), valid, s.loss, s.accelerator, r.classes, r.task)
+    r, task, clock, lr, first = (
+        s.recipe,
+        TASKS[s.recipe.task],
+        TimedBatches(_batches(s, train, epoch)),
+        learning_rate(s.recipe, epoch, s.steps - s.at, steps),
+        sum(t['scans'] for t in s.told),
+    )
+    watch.begin(epoch)
+    before, after = _step_hooks(s, epoch, steps, watch, asked, engine)
+    means = _train_epoch(
+        s.net,
+        clock,
+        s.loss,
+        s.optimizer,
+        s.accelerator,
+        r.accumulate,
+        r.clip,
+        before,
+        after,
+        s.told,
+    )
+    worked, scans = clock.seconds, sum(t['scans'] for t in s.told) - first
+    seen, table = _valid_epoch(
+        _WithOutputs(s.shown, engine.channels_last), valid, s.loss, s.accelerator, r.classes, r.task
+    )
     scores = {**seen, **task.scores(table, r.classes, positive_class(r))}
-    s.history.append(dict(epoch=epoch+1, steps=s.steps, lr=lr, grad_norm=means.pop('grad_norm'), **{f'train_{k}':v for k,v in means.items()}, **{f'valid_{k}':v for k,v in scores.items()},
-        seconds=round(clock.seconds, 3), waited=round(clock.waited/worked, 3), scans_per_second=round(scans*s.accelerator.num_processes/worked, 2), peak_memory_mb=round(peak_memory(s.accelerator.device))))
+    s.history.append(
+        dict(
+            epoch=epoch + 1,
+            steps=s.steps,
+            lr=lr,
+            grad_norm=means.pop('grad_norm'),
+            **{f'train_{k}': v for k, v in means.items()},
+            **{f'valid_{k}': v for k, v in scores.items()},
+            seconds=round(clock.seconds, 3),
+            waited=round(clock.waited / worked, 3),
+            scans_per_second=round(scans * s.accelerator.num_processes / worked, 2),
+            peak_memory_mb=round(peak_memory(s.accelerator.device)),
+        )
+    )
     s.at, s.told, s.began = 0, [], None
-    _save_epoch(s, table); s.accelerator.log({k:v for k,v in s.history[-1].items() if k!='epoch'}, step=s.steps)
-    watch.epoch(s.history[-1], [f'valid_{k}' for k in ('loss',*task.shown)], lambda: history_figure(Run(s.folder, s.model, r, s.config, pd.DataFrame(s.history), table)))
+    _save_epoch(s, table)
+    s.accelerator.log({k: v for k, v in s.history[-1].items() if k != 'epoch'}, step=s.steps)
+    watch.epoch(
+        s.history[-1],
+        [f'valid_{k}' for k in ('loss', *task.shown)],
+        lambda: history_figure(Run(s.folder, s.model, r, s.config, pd.DataFrame(s.history), table)),
+    )
 
 # %% ../../nbs/08_train/08_loop.ipynb #6b8a460c
 def _finish(s, interrupted):
     "The run as it stands, its best weights loaded, its documents written"
-    at, history, main = s.folder/'checkpoints', pd.DataFrame(s.history), s.accelerator.is_main_process
-    if interrupted and main: write_tensors(at/'last.safetensors', s.shown.state_dict(), epoch=len(s.history), interrupted=True)
+    at, history, main = (
+        s.folder / 'checkpoints',
+        pd.DataFrame(s.history),
+        s.accelerator.is_main_process,
+    )
+    if interrupted and main:
+        write_tensors(
+            at / 'last.safetensors', s.shown.state_dict(), epoch=len(s.history), interrupted=True
+        )
     s.accelerator.wait_for_everyone()
-    if s.history: load_weights(s.model, read_tensors(at/'best.safetensors')[0], at)
-    table = pd.read_csv(s.folder/'predictions.csv', dtype=dict(scan_id=str, patient_id=str, label=str)) if s.history else pd.DataFrame()
+    if s.history:
+        load_weights(s.model, read_tensors(at / 'best.safetensors')[0], at)
+    table = (
+        pd.read_csv(
+            s.folder / 'predictions.csv', dtype=dict(scan_id=str, patient_id=str, label=str)
+        )
+        if s.history
+        else pd.DataFrame()
+    )
     run = Run(s.folder, s.model.eval(), s.recipe, s.config, history, table, interrupted)
-    hint = audit_hint(run.best.get('valid_accuracy', 0), s.config['trained_on']) if s.recipe.task=='classify' and len(s.recipe.classes)==3 else ''
+    hint = (
+        audit_hint(run.best.get('valid_accuracy', 0), s.config['trained_on'])
+        if s.recipe.task == 'classify' and len(s.recipe.classes) == 3
+        else ''
+    )
     said = [*s.config['warnings'], *([hint] if hint else [])]
     s.config |= dict(status='interrupted' if interrupted else 'finished', warnings=said)
-    if hint: warnings.warn(hint, AuditWarning, stacklevel=3)
-    if main: write_documents(run)
+    if hint:
+        warnings.warn(hint, AuditWarning, stacklevel=3)
+    if main:
+        write_documents(run)
     return run
+
 
 def _trouble(s, error):
     "Note where a training failed"
-    if not s.accelerator.is_main_process: return
-    write_text(s.folder/'trouble.json', json.dumps(dict(epoch=len(s.history)+1, step=s.steps, where=error.source, fault=error.fault, remedy=error.remedy), indent=1))
-    write_text(s.folder/'config.json', json.dumps(s.config | dict(status='failed'), indent=1))
+    if not s.accelerator.is_main_process:
+        return
+    write_text(
+        s.folder / 'trouble.json',
+        json.dumps(
+            dict(
+                epoch=len(s.history) + 1,
+                step=s.steps,
+                where=error.source,
+                fault=error.fault,
+                remedy=error.remedy,
+            ),
+            indent=1,
+        ),
+    )
+    write_text(s.folder / 'config.json', json.dumps(s.config | dict(status='failed'), indent=1))
 
 # %% ../../nbs/08_train/08_loop.ipynb #a8889b9d
 def fit(
-    model:nn.Module, # gives logits `(B,K)`, or `(B,C,…)` to segment; trained in place
-    train, # iterable of Batch dicts, iterated once per epoch after `set_epoch`, if it has one
-    valid, # iterable of Batch dicts, not augmented
-    recipe:Recipe, # how
-    out, # folder of the run
-    resume=False, # False: a new run; True: go on with one; 'auto': either
-    about:dict=None, # facts for config.json: `trained_on`, `fold`, anything else that JSON can hold
-    progress:bool=True, # show something
-    engine:Engine=Engine(), # how the machine does it
-    split:pd.DataFrame|None=None, # `scan_id patient_id fold`; None: what loaders of this package know
-)->Run: # with the best weights in its model
+    model: nn.Module,  # gives logits `(B,K)`, or `(B,C,…)` to segment; trained in place
+    train,  # iterable of Batch dicts, iterated once per epoch after `set_epoch`, if it has one
+    valid,  # iterable of Batch dicts, not augmented
+    recipe: Recipe,  # how
+    out,  # folder of the run
+    resume=False,  # False: a new run; True: go on with one; 'auto': either
+    about: dict = None,  # facts for config.json: `trained_on`, `fold`, anything else that JSON can hold
+    progress: bool = True,  # show something
+    engine: Engine = Engine(),  # how the machine does it
+    split: pd.DataFrame
+    | None = None,  # `scan_id patient_id fold`; None: what loaders of this package know
+) -> Run:  # with the best weights in its model
     "Train by a recipe into a run folder; raises `RunError` for the folder, `TrainError` for the training. Ctrl-C ends early and keeps what was learned"
     about = about or {}
     if split is None and not about.get('split_hash'):
         split = _split_behind(train, valid, about.get('fold'))
     s = _start(model, recipe, out, resume, about, engine, split)
-    steps, interrupted = recipe.epochs*len(train) if hasattr(train, '__len__') else 0, False
-    for loader in (train, valid): getattr(loader, 'share', lambda *a: None)(s.accelerator.process_index, s.accelerator.num_processes)
-    watch = ProgressDisplay(recipe.epochs, steps or None, s.steps, engine.show if progress and s.accelerator.is_main_process else 'none')
+    steps, interrupted = recipe.epochs * len(train) if hasattr(train, '__len__') else 0, False
+    for loader in (train, valid):
+        getattr(loader, 'share', lambda *a: None)(
+            s.accelerator.process_index, s.accelerator.num_processes
+        )
+    watch = ProgressDisplay(
+        recipe.epochs,
+        steps or None,
+        s.steps,
+        engine.show if progress and s.accelerator.is_main_process else 'none',
+    )
     try:
         with stop_on_signal() as asked:
-            for epoch in range(len(s.history), recipe.epochs): _epoch(s, train, valid, epoch, steps, watch, asked, engine)
-    except KeyboardInterrupt: interrupted = True
+            for epoch in range(len(s.history), recipe.epochs):
+                _epoch(s, train, valid, epoch, steps, watch, asked, engine)
+    except KeyboardInterrupt:
+        interrupted = True
     except torch.cuda.OutOfMemoryError as e:
-        _trouble(s, full := TrainError(f'batch of {recipe.batch_size}', f'does not fit into the memory of {s.accelerator.device}', 'Cut it by accumulate=, or use Engine(recompute=True) or bf16. What was saved is kept.')); raise full from e
-    except TrainError as e: _trouble(s, e); raise
-    finally: watch.close(); s.accelerator.end_training() if engine.trackers else None
+        _trouble(
+            s,
+            full := TrainError(
+                f'batch of {recipe.batch_size}',
+                f'does not fit into the memory of {s.accelerator.device}',
+                'Cut it by accumulate=, or use Engine(recompute=True) or bf16. What was saved is kept.',
+            ),
+        )
+        raise full from e
+    except TrainError as e:
+        _trouble(s, e)
+        raise
+    finally:
+        watch.close()
+        s.accelerator.end_training() if engine.trackers else None
     return _finish(s, interrupted)
 
 # %% ../../nbs/08_train/08_loop.ipynb #e29c3fa4
 def load_run(
-    folder, # of `fit`
-    which:str='best', # 'best' or 'last' weights
-    model:nn.Module=None, # to load into; None: build the row of the zoo that the recipe names
-)->tuple: # `(model, recipe, config)`; the model on the CPU, in evaluation mode
+    folder,  # of `fit`
+    which: str = 'best',  # 'best' or 'last' weights
+    model: nn.Module = None,  # to load into; None: build the row of the zoo that the recipe names
+) -> tuple:  # `(model, recipe, config)`; the model on the CPU, in evaluation mode
     "Load a trained network; raises `RunError` for a folder that is foreign or damaged"
-    if which not in ('best','last'): raise RunError(folder, f'no weights called {which!r}', "Use 'best' or 'last'.")
+    if which not in ('best', 'last'):
+        raise RunError(folder, f'no weights called {which!r}', "Use 'best' or 'last'.")
     c = read_config(folder)
-    try: r = from_dict(c['recipe'])
-    except DataError as e: raise RunError(folder, f'its recipe cannot be used: {e.fault}', e.remedy) from e
-    if r.hash!=c['recipe_hash']: raise RunError(folder, 'its recipe does not fit its hash', 'config.json was changed by hand: restore it.')
-    tensors, _ = read_tensors(Path(folder)/'checkpoints'/f'{which}.safetensors')
-    if model is None and not r.model: raise RunError(folder, 'its network is not in the zoo', 'Give model=, built as it was for training.')
+    try:
+        r = from_dict(c['recipe'])
+    except DataError as e:
+        raise RunError(folder, f'its recipe cannot be used: {e.fault}', e.remedy) from e
+    if r.hash != c['recipe_hash']:
+        raise RunError(
+            folder,
+            'its recipe does not fit its hash',
+            'config.json was changed by hand: restore it.',
+        )
+    tensors, _ = read_tensors(Path(folder) / 'checkpoints' / f'{which}.safetensors')
+    if model is None and not r.model:
+        raise RunError(
+            folder, 'its network is not in the zoo', 'Give model=, built as it was for training.'
+        )
     if model is None:
-        try: model = build_model(r)
-        except RecipeError as e: raise RunError(folder, e.fault, 'Restore config.json.') from e
+        try:
+            model = build_model(r)
+        except RecipeError as e:
+            raise RunError(folder, e.fault, 'Restore config.json.') from e
     return load_weights(model, tensors, folder).eval(), r, c

@@ -9,55 +9,95 @@ __all__ = ['LOSSES', 'LossError', 'weighted_mean', 'CrossEntropy', 'Focal', 'sof
 # %% ../../nbs/08_train/01_losses.ipynb #5fdc9f0c
 from collections.abc import Callable
 from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from ..scan import DataError
 
 # %% ../../nbs/08_train/01_losses.ipynb #8da5eed8
-class LossError(DataError): "A batch, or a choice of loss, that gives no loss"
+class LossError(DataError):
+    "A batch, or a choice of loss, that gives no loss"
 
-def _lifted(x): return x if x.dtype==torch.float64 else x.float() # half precision would lose sums and logarithms
+
+def _lifted(x):
+    return (
+        x if x.dtype == torch.float64 else x.float()
+    )  # half precision would lose sums and logarithms
+
 
 def _log_prob(
-    outputs:dict, # of a model, with `logits` `(B,K)`
-    batch:dict, # with `label` `(B,)`, class indices from 0
-)->tuple: # `(logp, label)`: log-probability of the true class `(B,)`, its index `(B,)`
+    outputs: dict,  # of a model, with `logits` `(B,K)`
+    batch: dict,  # with `label` `(B,)`, class indices from 0
+) -> tuple:  # `(logp, label)`: log-probability of the true class `(B,)`, its index `(B,)`
     "Log-probability of the truth, in float32 or better; raises `LossError` for shapes or labels that do not fit"
-    if 'logits' not in outputs or 'label' not in batch: raise LossError('loss', 'needs outputs["logits"] and batch["label"]', 'See the Batch and Model contracts.')
+    if 'logits' not in outputs or 'label' not in batch:
+        raise LossError(
+            'loss',
+            'needs outputs["logits"] and batch["label"]',
+            'See the Batch and Model contracts.',
+        )
     z, y = outputs['logits'], batch['label'].to(outputs['logits'].device)
-    if z.ndim!=2 or y.shape!=z.shape[:1] or not len(y): raise LossError('loss', f'logits {tuple(z.shape)} and labels {tuple(y.shape)} do not fit', 'Give (B,K) and (B,), B ≥ 1.')
-    bad = y[(y<0)|(y>=z.shape[1])].tolist()
-    if bad: raise LossError('batch', f'label {bad[0]} is none of the {z.shape[1]} classes', 'Count classes from 0, and build the network for all of them.')
-    return F.log_softmax(_lifted(z), 1).gather(1, y[:,None])[:,0], y
+    if z.ndim != 2 or y.shape != z.shape[:1] or not len(y):
+        raise LossError(
+            'loss',
+            f'logits {tuple(z.shape)} and labels {tuple(y.shape)} do not fit',
+            'Give (B,K) and (B,), B ≥ 1.',
+        )
+    bad = y[(y < 0) | (y >= z.shape[1])].tolist()
+    if bad:
+        raise LossError(
+            'batch',
+            f'label {bad[0]} is none of the {z.shape[1]} classes',
+            'Count classes from 0, and build the network for all of them.',
+        )
+    return F.log_softmax(_lifted(z), 1).gather(1, y[:, None])[:, 0], y
 
 # %% ../../nbs/08_train/01_losses.ipynb #1efbbea7
 def weighted_mean(
-    loss:torch.Tensor, # loss of each scan, `(B,)`
-    label:torch.Tensor, # class index of each scan, `(B,)`
-    weights=None, # weight of each class, `(K,)`, ≥ 0; None: all alike
-)->torch.Tensor: # a scalar
+    loss: torch.Tensor,  # loss of each scan, `(B,)`
+    label: torch.Tensor,  # class index of each scan, `(B,)`
+    weights=None,  # weight of each class, `(K,)`, ≥ 0; None: all alike
+) -> torch.Tensor:  # a scalar
     "Mean over a batch in which each scan counts as much as its class (@eq-mean)"
-    if weights is None: return loss.mean()
-    if int(label.max())>=len(weights): raise LossError('loss', f'{len(weights)} weights, but a label {int(label.max())}', 'Give one weight per class.')
+    if weights is None:
+        return loss.mean()
+    if int(label.max()) >= len(weights):
+        raise LossError(
+            'loss',
+            f'{len(weights)} weights, but a label {int(label.max())}',
+            'Give one weight per class.',
+        )
     w = torch.as_tensor(weights, dtype=loss.dtype, device=loss.device)[label]
-    return (w*loss).sum()/w.sum().clamp_min(torch.finfo(loss.dtype).tiny)
+    return (w * loss).sum() / w.sum().clamp_min(torch.finfo(loss.dtype).tiny)
 
 # %% ../../nbs/08_train/01_losses.ipynb #03b90bce
 def _check_weights(weights):
-    if weights is not None and (not len(weights) or not np.isfinite(weights).all() or min(weights)<0 or not any(weights)):
-        raise LossError('loss', f'class weights {tuple(weights)}', 'Give one finite number ≥ 0 per class, at least one above 0.')
+    if weights is not None and (
+        not len(weights) or not np.isfinite(weights).all() or min(weights) < 0 or not any(weights)
+    ):
+        raise LossError(
+            'loss',
+            f'class weights {tuple(weights)}',
+            'Give one finite number ≥ 0 per class, at least one above 0.',
+        )
+
 
 @dataclass(frozen=True)
 class CrossEntropy:
     "Cross-entropy of the true class (Shi et al. 2021, IV-B)"
-    weights:tuple|None=None # weight of each class, `(K,)`; None: all alike
 
-    def __post_init__(self): _check_weights(self.weights)
-    def __call__(self,
-                 outputs:dict, # of a model, with `logits` `(B,K)`
-                 batch:dict, # with `label` `(B,)`
-                )->tuple: # `(total, parts)`: scalar, and a dict of detached scalars
+    weights: tuple | None = None  # weight of each class, `(K,)`; None: all alike
+
+    def __post_init__(self):
+        _check_weights(self.weights)
+
+    def __call__(
+        self,
+        outputs: dict,  # of a model, with `logits` `(B,K)`
+        batch: dict,  # with `label` `(B,)`
+    ) -> tuple:  # `(total, parts)`: scalar, and a dict of detached scalars
         "Loss of a batch"
         logp, y = _log_prob(outputs, batch)
         loss = weighted_mean(-logp, y, self.weights)
@@ -67,172 +107,280 @@ class CrossEntropy:
 @dataclass(frozen=True)
 class Focal:
     "Cross-entropy that turns easy scans down (Lin et al. 2017, Eq. 4)"
-    gamma:float=2. # how much, ≥ 0; 0 is cross-entropy
-    weights:tuple|None=None # weight of each class, `(K,)`; None: all alike
+
+    gamma: float = 2.0  # how much, ≥ 0; 0 is cross-entropy
+    weights: tuple | None = None  # weight of each class, `(K,)`; None: all alike
 
     def __post_init__(self):
         _check_weights(self.weights)
-        if not 0<=self.gamma<float('inf'): raise LossError('Focal', f'gamma={self.gamma}', 'Use a finite number ≥ 0; the paper found 2 best.')
+        if not 0 <= self.gamma < float('inf'):
+            raise LossError(
+                'Focal', f'gamma={self.gamma}', 'Use a finite number ≥ 0; the paper found 2 best.'
+            )
 
-    def __call__(self,
-                 outputs:dict, # of a model, with `logits` `(B,K)`
-                 batch:dict, # with `label` `(B,)`
-                )->tuple: # `(total, parts)`: scalar, and a dict of detached scalars
+    def __call__(
+        self,
+        outputs: dict,  # of a model, with `logits` `(B,K)`
+        batch: dict,  # with `label` `(B,)`
+    ) -> tuple:  # `(total, parts)`: scalar, and a dict of detached scalars
         "Loss of a batch (@eq-focal)"
         logp, y = _log_prob(outputs, batch)
         hard = -torch.expm1(logp).clamp_max(-torch.finfo(logp.dtype).tiny)
-        loss = weighted_mean(-hard**self.gamma*logp, y, self.weights)
-        return loss, dict(focal=loss.detach(), cross_entropy=weighted_mean(-logp.detach(), y, self.weights))
+        loss = weighted_mean(-(hard**self.gamma) * logp, y, self.weights)
+        return loss, dict(
+            focal=loss.detach(), cross_entropy=weighted_mean(-logp.detach(), y, self.weights)
+        )
 
 # %% ../../nbs/08_train/01_losses.ipynb #56aab673
 def _inverse_frequency(
-    labels, # label of each training scan, strings as in `classes`
-    classes, # labels in the order of the network's outputs
-)->tuple: # weight of each class, `(K,)`; their mean over the scans is 1
+    labels,  # label of each training scan, strings as in `classes`
+    classes,  # labels in the order of the network's outputs
+) -> tuple:  # weight of each class, `(K,)`; their mean over the scans is 1
     "Weights that make every class count alike (@eq-inverse); raises `LossError` for a class without a scan"
-    labels = list(labels); count = [labels.count(c) for c in classes]
-    if not all(count): raise LossError('labels', f'no scan of class {list(classes)[count.index(0)]!r}', 'Drop the class or add scans of it.')
-    return tuple(sum(count)/(len(count)*n) for n in count)
+    labels = list(labels)
+    count = [labels.count(c) for c in classes]
+    if not all(count):
+        raise LossError(
+            'labels',
+            f'no scan of class {list(classes)[count.index(0)]!r}',
+            'Drop the class or add scans of it.',
+        )
+    return tuple(sum(count) / (len(count) * n) for n in count)
 
 # %% ../../nbs/08_train/01_losses.ipynb #3bfb2815
 def soft_dice(
-    prob:torch.Tensor, # probability of each class, `(B,C,*S)`, in [0,1]
-    mask:torch.Tensor, # true class of each voxel, `(B,*S)`, from 0
-    power:int=1, # of the probability below the line: 1, or 2 as in V-Net
-)->tuple: # `(dice, present)`: `(C,)` in [0,1], and which classes the mask holds, bool `(C,)`
+    prob: torch.Tensor,  # probability of each class, `(B,C,*S)`, in [0,1]
+    mask: torch.Tensor,  # true class of each voxel, `(B,*S)`, from 0
+    power: int = 1,  # of the probability below the line: 1, or 2 as in V-Net
+) -> tuple:  # `(dice, present)`: `(C,)` in [0,1], and which classes the mask holds, bool `(C,)`
     "Overlap of every class over the whole batch (Milletari et al. 2016, @eq-dice); 0 for a class that is nowhere"
     axes = [0, *range(2, prob.ndim)]
-    truth = mask[:,None]==torch.arange(prob.shape[1], device=mask.device).view(-1, *[1]*(mask.ndim-1))
+    truth = mask[:, None] == torch.arange(prob.shape[1], device=mask.device).view(
+        -1, *[1] * (mask.ndim - 1)
+    )
     size = truth.sum(axes)
-    below = (prob**power).sum(axes)+size
-    return 2*(prob*truth).sum(axes)/torch.where(below>0, below, 1), size>0
+    below = (prob**power).sum(axes) + size
+    return 2 * (prob * truth).sum(axes) / torch.where(below > 0, below, 1), size > 0
 
 # %% ../../nbs/08_train/01_losses.ipynb #578fee00
 def _voxel_loss(
-    outputs:dict, # of a model, with `logits` `(B,C,*S)`
-    batch:dict, # with `mask` `(B,*S)`, integers, class indices from 0
-)->tuple: # `(loss, logits, mask)`: cross-entropy of each voxel `(B,*S)`, and what it came from
+    outputs: dict,  # of a model, with `logits` `(B,C,*S)`
+    batch: dict,  # with `mask` `(B,*S)`, integers, class indices from 0
+) -> tuple:  # `(loss, logits, mask)`: cross-entropy of each voxel `(B,*S)`, and what it came from
     "Cross-entropy voxel by voxel; raises `LossError` for shapes or labels that do not fit"
-    if 'logits' not in outputs or 'mask' not in batch: raise LossError('loss', 'needs outputs["logits"] and batch["mask"]', 'Give scores of every voxel and its true class.')
+    if 'logits' not in outputs or 'mask' not in batch:
+        raise LossError(
+            'loss',
+            'needs outputs["logits"] and batch["mask"]',
+            'Give scores of every voxel and its true class.',
+        )
     z, y = _lifted(outputs['logits']), batch['mask'].to(outputs['logits'].device)
-    if z.ndim<3 or y.shape!=(len(z),*z.shape[2:]) or not y.numel():
-        raise LossError('loss', f'logits {tuple(z.shape)} and mask {tuple(y.shape)} do not fit', 'Give (B,C,D,H,W) and (B,D,H,W), or (B,C,H,W) and (B,H,W).')
-    if y.is_floating_point() or y.min()<0 or y.max()>=z.shape[1]:
-        raise LossError('batch', f'mask {y.dtype} with values {y.min().item()} … {y.max().item()} for {z.shape[1]} classes', 'Give whole numbers from 0, one per class.')
+    if z.ndim < 3 or y.shape != (len(z), *z.shape[2:]) or not y.numel():
+        raise LossError(
+            'loss',
+            f'logits {tuple(z.shape)} and mask {tuple(y.shape)} do not fit',
+            'Give (B,C,D,H,W) and (B,D,H,W), or (B,C,H,W) and (B,H,W).',
+        )
+    if y.is_floating_point() or y.min() < 0 or y.max() >= z.shape[1]:
+        raise LossError(
+            'batch',
+            f'mask {y.dtype} with values {y.min().item()} … {y.max().item()} for {z.shape[1]} classes',
+            'Give whole numbers from 0, one per class.',
+        )
     return F.cross_entropy(z, y.long(), reduction='none'), z, y
 
 # %% ../../nbs/08_train/01_losses.ipynb #d2faead0
 @dataclass(frozen=True)
 class SegmentationLoss:
     "Cross-entropy of voxels and soft Dice of the classes that are there (@eq-dice)"
-    weights:tuple|None=None # weight of each class in the cross-entropy, `(C,)`; None: all alike
-    dice:float=0. # weight of the Dice part, ≥ 0
-    entropy:float=1. # weight of the cross-entropy, ≥ 0; 0 is V-Net's loss, blind to false alarms where a class is absent
-    background:bool=False # class 0 counts in the Dice part
-    power:int=1 # below the line of Dice: 1 or 2
+
+    weights: tuple | None = (
+        None  # weight of each class in the cross-entropy, `(C,)`; None: all alike
+    )
+    dice: float = 0.0  # weight of the Dice part, ≥ 0
+    entropy: float = 1.0  # weight of the cross-entropy, ≥ 0; 0 is V-Net's loss, blind to false alarms where a class is absent
+    background: bool = False  # class 0 counts in the Dice part
+    power: int = 1  # below the line of Dice: 1 or 2
 
     def __post_init__(self):
         _check_weights(self.weights)
-        if not (0<=self.dice<float('inf') and 0<=self.entropy<float('inf') and self.dice+self.entropy>0) or self.power not in (1,2):
-            raise LossError('SegmentationLoss', f'dice={self.dice}, entropy={self.entropy}, power={self.power}', 'Use finite weights ≥ 0, one of them above 0, and power 1 or 2.')
+        if not (
+            0 <= self.dice < float('inf')
+            and 0 <= self.entropy < float('inf')
+            and self.dice + self.entropy > 0
+        ) or self.power not in (1, 2):
+            raise LossError(
+                'SegmentationLoss',
+                f'dice={self.dice}, entropy={self.entropy}, power={self.power}',
+                'Use finite weights ≥ 0, one of them above 0, and power 1 or 2.',
+            )
 
-    def __call__(self,
-                 outputs:dict, # of a model, with `logits` `(B,C,*S)`
-                 batch:dict, # with `mask` `(B,*S)`
-                )->tuple: # `(total, parts)`: scalar, and a dict of detached scalars
+    def __call__(
+        self,
+        outputs: dict,  # of a model, with `logits` `(B,C,*S)`
+        batch: dict,  # with `mask` `(B,*S)`
+    ) -> tuple:  # `(total, parts)`: scalar, and a dict of detached scalars
         "Loss of a batch"
         each, z, y = _voxel_loss(outputs, batch)
         ce = weighted_mean(each.flatten(), y.flatten().long(), self.weights)
         dice, there = soft_dice(z.softmax(1), y, self.power)
-        if not self.background: dice, there = dice[1:], there[1:]
-        miss = ((1-dice)*there).sum()/there.sum().clamp_min(1)
-        return self.entropy*ce+self.dice*miss, dict(cross_entropy=ce.detach(), dice=miss.detach())
+        if not self.background:
+            dice, there = dice[1:], there[1:]
+        miss = ((1 - dice) * there).sum() / there.sum().clamp_min(1)
+        return self.entropy * ce + self.dice * miss, dict(
+            cross_entropy=ce.detach(), dice=miss.detach()
+        )
 
 # %% ../../nbs/08_train/01_losses.ipynb #074bdd04
 def attention_error(
-    attention:torch.Tensor, # map of each scan, `(P,…)`, in [0,1]
-    mask:torch.Tensor, # infection of each scan, same shape, bool or in [0,1]
-)->torch.Tensor: # `(P,)`, in [0,1]
+    attention: torch.Tensor,  # map of each scan, `(P,…)`, in [0,1]
+    mask: torch.Tensor,  # infection of each scan, same shape, bool or in [0,1]
+) -> torch.Tensor:  # `(P,)`, in [0,1]
     "Squared error of an attention map over the sum of both maps (Ouyang et al. 2020, Eq. 3); 0 where both are empty"
     a, m = _lifted(attention).flatten(1), mask.flatten(1).to(_lifted(attention).dtype)
-    size = a.sum(1)+m.sum(1)
-    return (a-m).square().sum(1)/torch.where(size>0, size, 1)
+    size = a.sum(1) + m.sum(1)
+    return (a - m).square().sum(1) / torch.where(size > 0, size, 1)
 
 # %% ../../nbs/08_train/01_losses.ipynb #5a8ddc7f
 @dataclass(frozen=True)
 class AttentionLoss:
     "Cross-entropy of the class and, for COVID scans, the error of the attention map (Ouyang et al. 2020, Eq. 4)"
-    positive:int=1 # index of the class whose scans are compared with their mask
-    scale:float=.5 # λ, ≥ 0
-    weights:tuple|None=None # weight of each class, `(K,)`; None: all alike
+
+    positive: int = 1  # index of the class whose scans are compared with their mask
+    scale: float = 0.5  # λ, ≥ 0
+    weights: tuple | None = None  # weight of each class, `(K,)`; None: all alike
 
     def __post_init__(self):
         _check_weights(self.weights)
-        if not 0<=self.scale<float('inf') or self.positive<0: raise LossError('AttentionLoss', f'scale={self.scale}, positive={self.positive}', 'Use a finite scale ≥ 0 (the paper: 0.5) and the index of a class.')
+        if not 0 <= self.scale < float('inf') or self.positive < 0:
+            raise LossError(
+                'AttentionLoss',
+                f'scale={self.scale}, positive={self.positive}',
+                'Use a finite scale ≥ 0 (the paper: 0.5) and the index of a class.',
+            )
 
-    def __call__(self,
-                 outputs:dict, # of a model, with `logits` `(B,K)` and `attention` `(B,1,D,H,W)` in [0,1]
-                 batch:dict, # with `label` `(B,)` and `infection` `(B,1,D,H,W)`
-                )->tuple: # `(total, parts)`: scalar, and a dict of detached scalars
+    def __call__(
+        self,
+        outputs: dict,  # of a model, with `logits` `(B,K)` and `attention` `(B,1,D,H,W)` in [0,1]
+        batch: dict,  # with `label` `(B,)` and `infection` `(B,1,D,H,W)`
+    ) -> tuple:  # `(total, parts)`: scalar, and a dict of detached scalars
         "Loss of a batch (@eq-attention)"
         logp, y = _log_prob(outputs, batch)
-        ours = y==self.positive
+        ours = y == self.positive
         maps, masks = _maps(outputs, batch)
-        error = attention_error(maps[ours], masks[ours]).sum()/ours.sum().clamp_min(1)
+        error = attention_error(maps[ours], masks[ours]).sum() / ours.sum().clamp_min(1)
         ce = weighted_mean(-logp, y, self.weights)
-        return ce+self.scale*error, dict(cross_entropy=ce.detach(), attention=error.detach())
+        return ce + self.scale * error, dict(cross_entropy=ce.detach(), attention=error.detach())
+
 
 def _maps(outputs, batch):
     "Attention and infection of a batch, checked"
-    if 'attention' not in outputs or 'infection' not in batch: raise LossError('loss', 'needs outputs["attention"] and batch["infection"]', 'Use a network with online attention and a cohort with infection masks.')
+    if 'attention' not in outputs or 'infection' not in batch:
+        raise LossError(
+            'loss',
+            'needs outputs["attention"] and batch["infection"]',
+            'Use a network with online attention and a cohort with infection masks.',
+        )
     a, m = outputs['attention'], batch['infection'].to(outputs['attention'].device)
-    if a.shape!=m.shape: raise LossError('loss', f'attention {tuple(a.shape)} and infection {tuple(m.shape)} do not fit', 'Bring the attention map to the size of the input.')
-    if a.min()<0 or a.max()>1: raise LossError('loss', f'attention from {a.min().item():.3g} to {a.max().item():.3g}', 'Normalise the map to [0,1] first.')
+    if a.shape != m.shape:
+        raise LossError(
+            'loss',
+            f'attention {tuple(a.shape)} and infection {tuple(m.shape)} do not fit',
+            'Bring the attention map to the size of the input.',
+        )
+    if a.min() < 0 or a.max() > 1:
+        raise LossError(
+            'loss',
+            f'attention from {a.min().item():.3g} to {a.max().item():.3g}',
+            'Normalise the map to [0,1] first.',
+        )
     return a, m
 
 # %% ../../nbs/08_train/01_losses.ipynb #8ff4d908
 def _split_label(
-    label:torch.Tensor, # class of each scan, `(B,)`
-    negative:int=0, # class without disease
-)->tuple: # `(detection, kind)`: 0 or 1 `(B,)`; index among the other classes `(B,)`, meaningless where detection is 0
+    label: torch.Tensor,  # class of each scan, `(B,)`
+    negative: int = 0,  # class without disease
+) -> tuple:  # `(detection, kind)`: 0 or 1 `(B,)`; index among the other classes `(B,)`, meaningless where detection is 0
     "One label as two: is there disease, and which"
-    return (label!=negative).long(), (label-(label>negative).long()).clamp_min(0)
+    return (label != negative).long(), (label - (label > negative).long()).clamp_min(0)
 
 # %% ../../nbs/08_train/01_losses.ipynb #77433803
 @dataclass(frozen=True)
 class MultiTask:
     "Cross-entropy of detection, of type over the positives, and of all classes (Wang et al. 2020, Eq. 7)"
-    negative:int=0 # index of the class without disease
-    scales:tuple=(1.,1.,1.) # weight of detection, type and combined loss, each ≥ 0; the paper has ones
-    weights:tuple|None=None # weight of each class in the combined loss, `(K,)`; None: all alike
+
+    negative: int = 0  # index of the class without disease
+    scales: tuple = (
+        1.0,
+        1.0,
+        1.0,
+    )  # weight of detection, type and combined loss, each ≥ 0; the paper has ones
+    weights: tuple | None = (
+        None  # weight of each class in the combined loss, `(K,)`; None: all alike
+    )
 
     def __post_init__(self):
         _check_weights(self.weights)
-        if len(self.scales)!=3: raise LossError('MultiTask', f'{len(self.scales)} scales', 'Give three: detection, type, combined.')
+        if len(self.scales) != 3:
+            raise LossError(
+                'MultiTask', f'{len(self.scales)} scales', 'Give three: detection, type, combined.'
+            )
         _check_weights(self.scales)
 
-    def __call__(self,
-                 outputs:dict, # of a model, with `logits` `(B,K)`, `detection` `(B,2)`, `type` `(B,K-1)`
-                 batch:dict, # with `label` `(B,)`
-                )->tuple: # `(total, parts)`: scalar, and a dict of detached scalars
+    def __call__(
+        self,
+        outputs: dict,  # of a model, with `logits` `(B,K)`, `detection` `(B,2)`, `type` `(B,K-1)`
+        batch: dict,  # with `label` `(B,)`
+    ) -> tuple:  # `(total, parts)`: scalar, and a dict of detached scalars
         "Loss of a batch (@eq-multi)"
-        if not {'detection','type'}<=set(outputs): raise LossError('loss', 'needs outputs["detection"] and outputs["type"]', 'Use a network with both heads, or the loss cross_entropy.')
+        if not {'detection', 'type'} <= set(outputs):
+            raise LossError(
+                'loss',
+                'needs outputs["detection"] and outputs["type"]',
+                'Use a network with both heads, or the loss cross_entropy.',
+            )
         logp, y = _log_prob(outputs, batch)
-        found, kind = _split_label(y, self.negative); sick = found==1
-        seen = lambda head, truth: -_log_prob(dict(logits=head), dict(label=truth))[0]
-        parts = dict(detection=seen(outputs['detection'], found).mean(),
-                     type=seen(outputs['type'][sick], kind[sick]).mean() if sick.any() else 0*_lifted(outputs['type']).sum(),
-                     combined=weighted_mean(-logp, y, self.weights))
-        return sum(s*v for s,v in zip(self.scales, parts.values())), {k: v.detach() for k,v in parts.items()}
+        found, kind = _split_label(y, self.negative)
+        sick = found == 1
+
+        def seen(head, truth):
+            return -_log_prob(dict(logits=head), dict(label=truth))[0]
+
+        parts = dict(
+            detection=seen(outputs['detection'], found).mean(),
+            type=seen(outputs['type'][sick], kind[sick]).mean()
+            if sick.any()
+            else 0 * _lifted(outputs['type']).sum(),
+            combined=weighted_mean(-logp, y, self.weights),
+        )
+        return sum(s * v for s, v in zip(self.scales, parts.values(), strict=False)), {
+            k: v.detach() for k, v in parts.items()
+        }
 
 # %% ../../nbs/08_train/01_losses.ipynb #5228b4e9
-LOSSES = {'cross_entropy': CrossEntropy, 'focal': Focal, 'segmentation': SegmentationLoss, 'attention': AttentionLoss, 'multi_task': MultiTask}
+LOSSES = {
+    'cross_entropy': CrossEntropy,
+    'focal': Focal,
+    'segmentation': SegmentationLoss,
+    'attention': AttentionLoss,
+    'multi_task': MultiTask,
+}
+
 
 def build_loss(
-    name:str, # a key of `LOSSES`
-    **kwargs, # its settings, as `gamma`
-)->Callable: # takes `(outputs, batch)`, returns `(total, parts)`
+    name: str,  # a key of `LOSSES`
+    **kwargs,  # its settings, as `gamma`
+) -> Callable:  # takes `(outputs, batch)`, returns `(total, parts)`
     "Loss by name; raises `LossError` for an unknown name or setting"
-    if name not in LOSSES: raise LossError('recipe', f'unknown loss {name!r}', f'Use one of {", ".join(LOSSES)}.')
-    try: return LOSSES[name](**{k: tuple(v) if isinstance(v, list) else v for k,v in kwargs.items()})
-    except TypeError as e: raise LossError(name, f'does not take {", ".join(kwargs)}', f'It has the settings {", ".join(LOSSES[name].__dataclass_fields__)}.') from e
+    if name not in LOSSES:
+        raise LossError('recipe', f'unknown loss {name!r}', f'Use one of {", ".join(LOSSES)}.')
+    try:
+        return LOSSES[name](
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in kwargs.items()}
+        )
+    except TypeError as e:
+        raise LossError(
+            name,
+            f'does not take {", ".join(kwargs)}',
+            f'It has the settings {", ".join(LOSSES[name].__dataclass_fields__)}.',
+        ) from e

@@ -7,9 +7,10 @@ __all__ = ['TrainError', 'learning_rate', 'make_optimizer', 'split_batch', 'chec
            'make_average', 'recompute']
 
 # %% ../../nbs/08_train/05_optimize.ipynb #2244e2f1
+import math
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
-import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,139 +18,221 @@ from accelerate import Accelerator, DistributedType
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
+
 from ..scan import DataError
 from .recipes import Recipe
 
 # %% ../../nbs/08_train/05_optimize.ipynb #6230b998
-class TrainError(DataError): "A training that cannot start or cannot go on"
+class TrainError(DataError):
+    "A training that cannot start or cannot go on"
 
 # %% ../../nbs/08_train/05_optimize.ipynb #d0e57afe
 def learning_rate(
-    recipe:Recipe, # its lr, schedule, warmup, decay, decay_every and milestones
-    epoch:int, # counted from 0
-    step:int=0, # steps taken since the beginning
-    steps:int=0, # steps of the whole training; 0: not known, a cosine falls epoch by epoch
-)->float: # step size
+    recipe: Recipe,  # its lr, schedule, warmup, decay, decay_every and milestones
+    epoch: int,  # counted from 0
+    step: int = 0,  # steps taken since the beginning
+    steps: int = 0,  # steps of the whole training; 0: not known, a cosine falls epoch by epoch
+) -> float:  # step size
     "Step size at a moment of a training (@eq-rate)"
-    lr = recipe.lr*min(1., (step+1)/recipe.warmup if recipe.warmup else 1.)
-    if recipe.schedule=='cosine': return lr*(1+math.cos(math.pi*(step/steps if steps else epoch/recipe.epochs)))/2
-    return lr*recipe.decay**(sum(m<=epoch for m in recipe.milestones)+(step//recipe.decay_every if recipe.decay_every else 0))
+    lr = recipe.lr * min(1.0, (step + 1) / recipe.warmup if recipe.warmup else 1.0)
+    if recipe.schedule == 'cosine':
+        return lr * (1 + math.cos(math.pi * (step / steps if steps else epoch / recipe.epochs))) / 2
+    return lr * recipe.decay ** (
+        sum(m <= epoch for m in recipe.milestones)
+        + (step // recipe.decay_every if recipe.decay_every else 0)
+    )
+
 
 def make_optimizer(
-    model:nn.Module, # what to train
-    recipe:Recipe, # its optimizer, lr and weight_decay
-)->torch.optim.Optimizer: # over all weights that want a gradient
+    model: nn.Module,  # what to train
+    recipe: Recipe,  # its optimizer, lr and weight_decay
+) -> torch.optim.Optimizer:  # over all weights that want a gradient
     "Optimizer of a recipe"
-    kind = dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW, sgd=partial(torch.optim.SGD, momentum=.9))[recipe.optimizer]
-    return kind([p for p in model.parameters() if p.requires_grad], lr=recipe.lr, weight_decay=recipe.weight_decay)
+    kind = dict(
+        adam=torch.optim.Adam, adamw=torch.optim.AdamW, sgd=partial(torch.optim.SGD, momentum=0.9)
+    )[recipe.optimizer]
+    return kind(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+    )
 
 # %% ../../nbs/08_train/05_optimize.ipynb #bce5c26c
 def split_batch(
-    batch:dict, # tensors and lists whose first axis counts scans
-    n:int, # how many parts
-)->list: # up to n batches, none empty; scan i goes to part i mod n
+    batch: dict,  # tensors and lists whose first axis counts scans
+    n: int,  # how many parts
+) -> list:  # up to n batches, none empty; scan i goes to part i mod n
     "A batch in parts that differ by one scan at most"
     size = len(batch['image'])
-    return [{k: v[i::n] if torch.is_tensor(v) or isinstance(v, list) else v for k,v in batch.items()} for i in range(min(n, size))] if n>1 else [batch]
+    return (
+        [
+            {
+                k: v[i::n] if torch.is_tensor(v) or isinstance(v, list) else v
+                for k, v in batch.items()
+            }
+            for i in range(min(n, size))
+        ]
+        if n > 1
+        else [batch]
+    )
 
 # %% ../../nbs/08_train/05_optimize.ipynb #deb782ef
 def check_finite(
-    value:float, # a loss, or the norm of a gradient
-    batch:dict, # that it came from
-    what:str='loss', # what is not finite
-    where:str='training', # in which part of the work
-)->None:
+    value: float,  # a loss, or the norm of a gradient
+    batch: dict,  # that it came from
+    what: str = 'loss',  # what is not finite
+    where: str = 'training',  # in which part of the work
+) -> None:
     "Raise `TrainError` naming the scans of a batch whose loss or gradient is NaN or infinite"
-    if not np.isfinite(value): raise TrainError(f'scans {", ".join(map(str, batch.get("scan_id", ["?"])))}', f'the {what} is {value} in {where}',
-                                                'Look at these scans first; if they are sound, lower lr, set clip, or use bf16 instead of fp16.')
+    if not np.isfinite(value):
+        raise TrainError(
+            f'scans {", ".join(map(str, batch.get("scan_id", ["?"])))}',
+            f'the {what} is {value} in {where}',
+            'Look at these scans first; if they are sound, lower lr, set clip, or use bf16 instead of fp16.',
+        )
 
 # %% ../../nbs/08_train/05_optimize.ipynb #a5c26705
 def _plain(accelerator):
     "Whether nothing stands between us and PyTorch: no scaler, no engine that owns the weights"
-    return accelerator.scaler is None and accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+    return accelerator.scaler is None and accelerator.distributed_type in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+    )
+
 
 def _gradient_norm(
-    net:nn.Module, # after the way back
-    accelerator:Accelerator, # that prepared it
-    clip:float=0., # longest gradient that is let through; 0: any
-)->float: # before it was shortened
+    net: nn.Module,  # after the way back
+    accelerator: Accelerator,  # that prepared it
+    clip: float = 0.0,  # longest gradient that is let through; 0: any
+) -> float:  # before it was shortened
     "Length of the gradient of all weights, and the gradient shortened to `clip`"
-    if clip or not _plain(accelerator): return accelerator.clip_grad_norm_(net.parameters(), clip or math.inf).item()
+    if clip or not _plain(accelerator):
+        return accelerator.clip_grad_norm_(net.parameters(), clip or math.inf).item()
     lengths = torch._foreach_norm([p.grad for p in net.parameters() if p.grad is not None])
     return torch.linalg.vector_norm(torch.stack(lengths)).item()
 
 # %% ../../nbs/08_train/05_optimize.ipynb #804ede1c
 def train_step(
-    net:nn.Module, # prepared by the accelerator, gives the dict of outputs
-    batch:dict, # of this process, on its device
-    loss, # callable (outputs, batch) → (total, parts)
-    optimizer, # over the weights of `net`
-    accelerator:Accelerator, # that prepared both
-    accumulate:int=1, # parts whose gradients are summed
-    clip:float=0., # longest gradient, as its norm; 0: any length
-    share:float=1., # weight of this process: its scans × processes / scans of all
-)->dict: # loss, its parts, grad_norm, scans
+    net: nn.Module,  # prepared by the accelerator, gives the dict of outputs
+    batch: dict,  # of this process, on its device
+    loss,  # callable (outputs, batch) → (total, parts)
+    optimizer,  # over the weights of `net`
+    accelerator: Accelerator,  # that prepared both
+    accumulate: int = 1,  # parts whose gradients are summed
+    clip: float = 0.0,  # longest gradient, as its norm; 0: any length
+    share: float = 1.0,  # weight of this process: its scans × processes / scans of all
+) -> dict:  # loss, its parts, grad_norm, scans
     "One step of the optimizer (@eq-accumulate); raises `TrainError` naming the scans where loss or gradient is not finite"
-    opt, back = (getattr(optimizer, 'optimizer', optimizer), torch.Tensor.backward) if _plain(accelerator) else (optimizer, accelerator.backward)
-    opt.zero_grad(); n, parts, sums = len(batch['image']), split_batch(batch, accumulate), {}
-    for i,part in enumerate(parts):
-        w = len(part['image'])/n
-        with accelerator.no_sync(net) if i<len(parts)-1 else nullcontext():
+    opt, back = (
+        (getattr(optimizer, 'optimizer', optimizer), torch.Tensor.backward)
+        if _plain(accelerator)
+        else (optimizer, accelerator.backward)
+    )
+    opt.zero_grad()
+    n, parts, sums = len(batch['image']), split_batch(batch, accumulate), {}
+    for i, part in enumerate(parts):
+        w = len(part['image']) / n
+        with accelerator.no_sync(net) if i < len(parts) - 1 else nullcontext():
             total, named = loss(net(part['image']), part)
-            back(total if w*share==1 else total*(w*share))
-        value = total.item(); check_finite(value, part)                                 # asked only now, so that a GPU need not stop for the answer
-        for k,v in dict(loss=value, **named).items(): sums[k] = sums.get(k,0.)+w*float(v)
+            back(total if w * share == 1 else total * (w * share))
+        value = total.item()
+        check_finite(value, part)  # asked only now, so that a GPU need not stop for the answer
+        for k, v in dict(loss=value, **named).items():
+            sums[k] = sums.get(k, 0.0) + w * float(v)
     norm = _gradient_norm(net, accelerator, clip)
-    if not accelerator.scaler: check_finite(norm, batch, 'gradient')                    # fp16 looks for its scale by way of infinite gradients
+    if not accelerator.scaler:
+        check_finite(
+            norm, batch, 'gradient'
+        )  # fp16 looks for its scale by way of infinite gradients
     opt.step()
     return dict(sums, grad_norm=norm, scans=n)
 
 # %% ../../nbs/08_train/05_optimize.ipynb #0b8f0bc5
 @cache
 def half_error(
-    size:int=2, # voxels along each side of the map
-)->float: # largest error over the largest slope; nan where there is none
+    size: int = 2,  # voxels along each side of the map
+) -> float:  # largest error over the largest slope; nan where there is none
     "How far the gradient of a small convolution in bf16 is off on this processor"
-    x, w = (torch.randn(s, generator=torch.Generator().manual_seed(0)) for s in ((6,16,size,size,size), (32,16,3,3,3)))
+    x, w = (
+        torch.randn(s, generator=torch.Generator().manual_seed(0))
+        for s in ((6, 16, size, size, size), (32, 16, 3, 3, 3))
+    )
+
     def slope(half):
-        with torch.autocast('cpu', torch.bfloat16, enabled=half): y = F.conv3d(x, v := w.clone().requires_grad_(), padding=1)
+        with torch.autocast('cpu', torch.bfloat16, enabled=half):
+            y = F.conv3d(x, v := w.clone().requires_grad_(), padding=1)
         return torch.autograd.grad(y.float().square().mean(), v)[0]
+
     exact = slope(False)
-    return float((slope(True)-exact).abs().max()/exact.abs().max())
+    return float((slope(True) - exact).abs().max() / exact.abs().max())
 
 # %% ../../nbs/08_train/05_optimize.ipynb #6fe0198b
 def make_average(
-    model:nn.Module, # what is trained
-    decay:float, # a of @eq-ema, [0,1); 0: none
-)->AveragedModel|None: # call `update_parameters(model)` after each step
+    model: nn.Module,  # what is trained
+    decay: float,  # a of @eq-ema, [0,1); 0: none
+) -> AveragedModel | None:  # call `update_parameters(model)` after each step
     "Moving average of the weights (Polyak and Juditsky 1992)"
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True) if decay else None
+    return (
+        AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        if decay
+        else None
+    )
 
 # %% ../../nbs/08_train/05_optimize.ipynb #b77d4732
 @contextmanager
 def _still(module):
     "Batch normalisation inside uses the batch and moves no running mean"
-    norms = [(m, m.momentum, m.num_batches_tracked) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for m,_,_ in norms: m.momentum, m.num_batches_tracked = 0., None
-    try: yield
+    norms = [
+        (m, m.momentum, m.num_batches_tracked)
+        for m in module.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    for m, _, _ in norms:
+        m.momentum, m.num_batches_tracked = 0.0, None
+    try:
+        yield
     finally:
-        for m,momentum,seen in norms: m.momentum, m.num_batches_tracked = momentum, seen
+        for m, momentum, seen in norms:
+            m.momentum, m.num_batches_tracked = momentum, seen
+
 
 def _blocks_of(
-    model:nn.Module, # any
-)->list: # modules
+    model: nn.Module,  # any
+) -> list:  # modules
     "What is worth recomputing: the members of the outermost sequences, or the parts of the model where there is none"
-    inside = lambda m: [b for c in m.children() for b in (list(c) if isinstance(c, (nn.Sequential, nn.ModuleList)) else inside(c))]
-    return [b for b in (inside(model) if not isinstance(model, nn.Sequential) else list(model)) if any(True for _ in b.parameters())]
+
+    def inside(m):
+        return [
+            b
+            for c in m.children()
+            for b in (list(c) if isinstance(c, (nn.Sequential, nn.ModuleList)) else inside(c))
+        ]
+
+    return [
+        b
+        for b in (inside(model) if not isinstance(model, nn.Sequential) else list(model))
+        if any(True for _ in b.parameters())
+    ]
+
 
 def recompute(
-    model:nn.Module, # trained with gradients
-)->nn.Module: # the same; its state has the same names
+    model: nn.Module,  # trained with gradients
+) -> nn.Module:  # the same; its state has the same names
     "Let the blocks of a network forget their activations and compute them again on the way back (Chen et al. 2016)"
     for block in _blocks_of(model):
         forward = block.forward
+
         def lean(*args, _f=forward, _b=block, **kwargs):
-            if not torch.is_grad_enabled() or not _b.training: return _f(*args, **kwargs)
-            return checkpoint(_f, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _still(_b)), **kwargs)
+            if not torch.is_grad_enabled() or not _b.training:
+                return _f(*args, **kwargs)
+            return checkpoint(
+                _f,
+                *args,
+                use_reentrant=False,
+                context_fn=lambda: (nullcontext(), _still(_b)),
+                **kwargs,
+            )
+
         block.forward = lean
     return model

@@ -6,83 +6,149 @@
 __all__ = ['TimedBatches', 'peak_memory', 'ProgressDisplay', 'stop_on_signal']
 
 # %% ../../nbs/08_train/06_progress.ipynb #c14fdc96
-import os, signal, sys, threading, time
+import os
+import signal
+import sys
+import threading
+import time
 from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html import escape
+
 import torch
 from tqdm import tqdm
+
 from ..plot import to_png
 
 # %% ../../nbs/08_train/06_progress.ipynb #a410123a
-def _viewer()->str: # 'notebook', 'bar' or 'lines'
+def _viewer() -> str:  # 'notebook', 'bar' or 'lines'
     "Where a training is watched"
     shell = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)()
-    if type(shell).__name__=='ZMQInteractiveShell': return 'notebook'
+    if type(shell).__name__ == 'ZMQInteractiveShell':
+        return 'notebook'
     return 'bar' if sys.stderr.isatty() else 'lines'
 
 # %% ../../nbs/08_train/06_progress.ipynb #db57128c
 class TimedBatches:
     "Batches, and the seconds that were spent waiting for them"
-    def __init__(self, batches): self.batches, self.waited, self.start = batches, 0., time.perf_counter() # iterable
-    def __iter__(self)->Iterator:
+
+    def __init__(self, batches):
+        self.batches, self.waited, self.start = batches, 0.0, time.perf_counter()  # iterable
+
+    def __iter__(self) -> Iterator:
         it, end = iter(self.batches), object()
         while True:
-            asked = time.perf_counter(); batch = next(it, end); self.waited += time.perf_counter()-asked
-            if batch is end: return
+            asked = time.perf_counter()
+            batch = next(it, end)
+            self.waited += time.perf_counter() - asked
+            if batch is end:
+                return
             yield batch
+
     @property
-    def seconds(self)->float: return time.perf_counter()-self.start
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
 
 def peak_memory(
-    device:torch.device, # where it trains
-)->float: # MB, the most at any time so far
+    device: torch.device,  # where it trains
+) -> float:  # MB, the most at any time so far
     "Memory of the accelerator, or of this process where there is none; nan where the system does not say"
-    if device.type=='cuda': return torch.cuda.max_memory_allocated(device)/1e6
-    try: import resource
-    except ImportError: return float('nan')
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)/1e6
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        import resource
+    except ImportError:
+        return float('nan')
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == 'darwin' else 1024)
+        / 1e6
+    )
 
 # %% ../../nbs/08_train/06_progress.ipynb #cc683eb9
 class ProgressDisplay:
     "A bar with curves, a bar, plain lines, or nothing"
-    def __init__(self,
-                 epochs:int, # of the whole training
-                 steps:int=None, # of the whole training, if it is known
-                 done:int=0, # of them, before this call
-                 show:str='auto', # 'auto', 'notebook', 'bar', 'lines' or 'none'
-                ):
-        self.show, self.epochs, self.figure, self.said = _viewer() if show=='auto' else show, epochs, None, ''
-        if self.show=='notebook': from tqdm.notebook import tqdm as bar
-        else: bar = tqdm
-        self.bar = bar(total=steps, initial=done, mininterval=.5, disable=self.show not in ('notebook','bar'))
-    def begin(self, epoch:int)->None: self.bar.set_description(f'epoch {epoch+1}/{self.epochs}')
-    def step(self, loss:float)->None:
+
+    def __init__(
+        self,
+        epochs: int,  # of the whole training
+        steps: int = None,  # of the whole training, if it is known
+        done: int = 0,  # of them, before this call
+        show: str = 'auto',  # 'auto', 'notebook', 'bar', 'lines' or 'none'
+    ):
+        self.show, self.epochs, self.figure, self.said = (
+            _viewer() if show == 'auto' else show,
+            epochs,
+            None,
+            '',
+        )
+        if self.show == 'notebook':
+            from tqdm.notebook import tqdm as bar
+        else:
+            bar = tqdm
+        self.bar = bar(
+            total=steps, initial=done, mininterval=0.5, disable=self.show not in ('notebook', 'bar')
+        )
+
+    def begin(self, epoch: int) -> None:
+        self.bar.set_description(f'epoch {epoch + 1}/{self.epochs}')
+
+    def step(self, loss: float) -> None:
         "One step was taken"
-        if not self.bar.disable: self.bar.set_postfix_str(f'loss {loss:.3f}{self.said if self.show=="bar" else ""}', refresh=False); self.bar.update()
-    def epoch(self, now:dict, shown=(), picture=None)->None:
+        if not self.bar.disable:
+            self.bar.set_postfix_str(
+                f'loss {loss:.3f}{self.said if self.show == "bar" else ""}', refresh=False
+            )
+            self.bar.update()
+
+    def epoch(self, now: dict, shown=(), picture=None) -> None:
         "An epoch is over: its row of the history, the columns to tell, a function that draws the curves"
-        self.said = ''.join(f', {k.replace("_"," ")} {now[k]:.3f}' for k in shown)
-        if self.show=='lines': print(f'epoch {now["epoch"]}/{self.epochs}  {now["seconds"]:.0f} s, waited {now["waited"]:.0%}, train loss {now["train_loss"]:.3f}{self.said}', file=sys.stderr, flush=True)
-        if self.show=='notebook' and picture: self._draw(picture())
+        self.said = ''.join(f', {k.replace("_", " ")} {now[k]:.3f}' for k in shown)
+        if self.show == 'lines':
+            print(
+                f'epoch {now["epoch"]}/{self.epochs}  {now["seconds"]:.0f} s, waited {now["waited"]:.0%}, train loss {now["train_loss"]:.3f}{self.said}',
+                file=sys.stderr,
+                flush=True,
+            )
+        if self.show == 'notebook' and picture:
+            self._draw(picture())
+
     def _draw(self, figure):
         from IPython.display import HTML, display
-        page = HTML(f'<img alt="{escape(figure.alt)}" src="data:image/png;base64,{b64encode(to_png(figure)).decode()}">') # as a bare picture it would reach the page without its alt text
-        if self.figure is None: self.figure = display(page, display_id=True)
-        else: self.figure.update(page)
-    def close(self)->None: self.bar.close()
+
+        page = HTML(
+            f'<img alt="{escape(figure.alt)}" src="data:image/png;base64,{b64encode(to_png(figure)).decode()}">'
+        )  # as a bare picture it would reach the page without its alt text
+        if self.figure is None:
+            self.figure = display(page, display_id=True)
+        else:
+            self.figure.update(page)
+
+    def close(self) -> None:
+        self.bar.close()
 
 # %% ../../nbs/08_train/06_progress.ipynb #fe877b87
 @contextmanager
-def stop_on_signal()->Iterator:
+def stop_on_signal() -> Iterator:
     "A list that fills when the training should end; the second Ctrl-C raises `KeyboardInterrupt`"
     asked = []
+
     def note(number, frame):
-        if asked and number==signal.SIGINT: raise KeyboardInterrupt
-        asked.append(number); os.write(2, b'\nStopping after this step. Once more to stop at once.\n')
-    names = [getattr(signal, n) for n in ('SIGINT','SIGTERM','SIGUSR1') if hasattr(signal, n)] if threading.current_thread() is threading.main_thread() else []
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+        os.write(2, b'\nStopping after this step. Once more to stop at once.\n')
+
+    names = (
+        [getattr(signal, n) for n in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, n)]
+        if threading.current_thread() is threading.main_thread()
+        else []
+    )
     old = {n: signal.signal(n, note) for n in names}
-    try: yield asked
+    try:
+        yield asked
     finally:
-        for n,handler in old.items(): signal.signal(n, handler)
+        for n, handler in old.items():
+            signal.signal(n, handler)

@@ -7,313 +7,602 @@ __all__ = ['RECIPES', 'RecipeError', 'Recipe', 'sourced_fields', 'to_dict', 'fro
            'source_table', 'recipe']
 
 # %% ../../nbs/08_train/03_recipes.ipynb #6aba1c28
-import hashlib, json
+import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+
 import pandas as pd
-from ..scan import DataError
+
 from ..batches.augment import AUGMENTS
-from ..preprocess.resample import PREPS
 from ..batches.slices import SLICE_CLASSES
 from ..models.zoo import ROWS
+from ..preprocess.resample import PREPS
+from ..scan import DataError
 from .losses import build_loss
 from .tasks import TASKS
 
 # %% ../../nbs/08_train/03_recipes.ipynb #0be2a362
-class RecipeError(DataError): "A recipe with an unknown, impossible or contradictory field"
+class RecipeError(DataError):
+    "A recipe with an unknown, impossible or contradictory field"
+
 
 def _plain(r, k):
     "A copy of a dict field as JSON would give it back; anything else as it is"
-    if not isinstance(getattr(r, k), dict): return getattr(r, k)
-    try: return json.loads(json.dumps(getattr(r, k)))
+    if not isinstance(getattr(r, k), dict):
+        return getattr(r, k)
+    try:
+        return json.loads(json.dumps(getattr(r, k)))
     except (TypeError, ValueError) as e:
-        raise RecipeError(f'recipe {r.system} {r.name}', f'{k} cannot be written as JSON ({e})',
-                          'Use numbers, words, lists and dicts.') from e
+        raise RecipeError(
+            f'recipe {r.system} {r.name}',
+            f'{k} cannot be written as JSON ({e})',
+            'Use numbers, words, lists and dicts.',
+        ) from e
 
-RECIPES = {} # `(system, name)` → recipe; filled below
-_SAMPLERS, _OPTIMIZERS = ('uniform','class_balanced','size_balanced','composition'), ('adam','adamw','sgd')
-_PRECISIONS, _KEEPS, _SCHEDULES = ('no','bf16','fp16'), ('accuracy','auc','loss','dice'), ('step','cosine')
-_SYMBOLS = dict(schedule=_SCHEDULES, task=tuple(TASKS), sampler=_SAMPLERS, optimizer=_OPTIMIZERS, precision=_PRECISIONS, keep=_KEEPS)
+
+RECIPES = {}  # `(system, name)` → recipe; filled below
+_SAMPLERS, _OPTIMIZERS = (
+    ('uniform', 'class_balanced', 'size_balanced', 'composition'),
+    ('adam', 'adamw', 'sgd'),
+)
+_PRECISIONS, _KEEPS, _SCHEDULES = (
+    ('no', 'bf16', 'fp16'),
+    ('accuracy', 'auc', 'loss', 'dice'),
+    ('step', 'cosine'),
+)
+_SYMBOLS = dict(
+    schedule=_SCHEDULES,
+    task=tuple(TASKS),
+    sampler=_SAMPLERS,
+    optimizer=_OPTIMIZERS,
+    precision=_PRECISIONS,
+    keep=_KEEPS,
+)
 
 # %% ../../nbs/08_train/03_recipes.ipynb #e1532458
-_LATER = dict(schedule='step', warmup=0, clip=0., accumulate=1, ema=0., slice_size=369) # fields that older runs do not have, and what stood in their place
+_LATER = dict(
+    schedule='step', warmup=0, clip=0.0, accumulate=1, ema=0.0, slice_size=369
+)  # fields that older runs do not have, and what stood in their place
+
 
 @dataclass(frozen=True)
 class Recipe:
     "A training run as data, named after its row and what was changed; raises `RecipeError`"
-    system:str # network of a paper, as 'darnet'
-    name:str # row of that system, as 'tiny'
-    classes:tuple # labels in the order of the network's outputs, `(K,)`
-    task:str='classify' # key of `TASKS`
-    prep:str='' # key of `PREPS`; '': the caller brings batches
-    model:str='' # key of the zoo's `ROWS`; '': the caller brings a module
-    model_kwargs:dict=field(default_factory=dict) # arguments of the network
-    batch_size:int=8 # scans in a step
-    optimizer:str='adam' # one of `_OPTIMIZERS`
-    lr:float=1e-3 # step size at the start
-    weight_decay:float=0. # pull of weights to zero
-    epochs:int=10 # passes over the training set
-    milestones:tuple=() # epochs at which the step size falls, counted from 0
-    decay:float=.1 # what it is multiplied with there
-    decay_every:int=0 # steps after which it falls too, again and again; 0: never
-    schedule:str='step' # one of `_SCHEDULES`; 'cosine' falls to 0 and uses neither milestones nor decay
-    warmup:int=0 # steps in which the step size rises from nothing
-    clip:float=0. # longest gradient, as its norm; 0: any length
-    accumulate:int=1 # parts that a batch is cut into, whose gradients are summed
-    ema:float=0. # weight of the past in averaged weights, as .999; 0: no average
-    loss:str='cross_entropy' # key of `LOSSES`
-    loss_kwargs:dict=field(default_factory=dict) # settings of the loss
-    augment:str='none' # key of `AUGMENTS`
-    sampler:str='uniform' # one of `_SAMPLERS`
-    sampler_kwargs:dict=field(default_factory=dict) # settings of the sampler
-    precision:str='no' # 'no' is float32; one of `_PRECISIONS`
-    keep:str='loss' # value on the validation set by which the best epoch is kept
-    seed:int=0 # seed of weights, order and views; the split has its own
-    slice_size:int=369 # pixels of a side, for a network that sees slices
-    faults:tuple=() # known faults of the original that this row names and does not repeat
-    sources:dict=field(default_factory=dict) # field → where its value comes from
+
+    system: str  # network of a paper, as 'darnet'
+    name: str  # row of that system, as 'tiny'
+    classes: tuple  # labels in the order of the network's outputs, `(K,)`
+    task: str = 'classify'  # key of `TASKS`
+    prep: str = ''  # key of `PREPS`; '': the caller brings batches
+    model: str = ''  # key of the zoo's `ROWS`; '': the caller brings a module
+    model_kwargs: dict = field(default_factory=dict)  # arguments of the network
+    batch_size: int = 8  # scans in a step
+    optimizer: str = 'adam'  # one of `_OPTIMIZERS`
+    lr: float = 1e-3  # step size at the start
+    weight_decay: float = 0.0  # pull of weights to zero
+    epochs: int = 10  # passes over the training set
+    milestones: tuple = ()  # epochs at which the step size falls, counted from 0
+    decay: float = 0.1  # what it is multiplied with there
+    decay_every: int = 0  # steps after which it falls too, again and again; 0: never
+    schedule: str = (
+        'step'  # one of `_SCHEDULES`; 'cosine' falls to 0 and uses neither milestones nor decay
+    )
+    warmup: int = 0  # steps in which the step size rises from nothing
+    clip: float = 0.0  # longest gradient, as its norm; 0: any length
+    accumulate: int = 1  # parts that a batch is cut into, whose gradients are summed
+    ema: float = 0.0  # weight of the past in averaged weights, as .999; 0: no average
+    loss: str = 'cross_entropy'  # key of `LOSSES`
+    loss_kwargs: dict = field(default_factory=dict)  # settings of the loss
+    augment: str = 'none'  # key of `AUGMENTS`
+    sampler: str = 'uniform'  # one of `_SAMPLERS`
+    sampler_kwargs: dict = field(default_factory=dict)  # settings of the sampler
+    precision: str = 'no'  # 'no' is float32; one of `_PRECISIONS`
+    keep: str = 'loss'  # value on the validation set by which the best epoch is kept
+    seed: int = 0  # seed of weights, order and views; the split has its own
+    slice_size: int = 369  # pixels of a side, for a network that sees slices
+    faults: tuple = ()  # known faults of the original that this row names and does not repeat
+    sources: dict = field(default_factory=dict)  # field → where its value comes from
 
     def __post_init__(self):
-        for k in ('classes','milestones','faults'):
+        for k in ('classes', 'milestones', 'faults'):
             v = getattr(self, k)
-            if isinstance(v, list): object.__setattr__(self, k, tuple(v))
-        for k in ('model_kwargs','loss_kwargs','sampler_kwargs','sources'): object.__setattr__(self, k, _plain(self, k))
+            if isinstance(v, list):
+                object.__setattr__(self, k, tuple(v))
+        for k in ('model_kwargs', 'loss_kwargs', 'sampler_kwargs', 'sources'):
+            object.__setattr__(self, k, _plain(self, k))
         if isinstance(self.sources, dict):
-            unused = {k:'ours: not used' for k in _LATER if getattr(self, k)==_LATER[k]}
+            unused = {k: 'ours: not used' for k in _LATER if getattr(self, k) == _LATER[k]}
             object.__setattr__(self, 'sources', unused | self.sources)
-        for fault,remedy in _check_recipe(self):
+        for fault, remedy in _check_recipe(self):
             raise RecipeError(f'recipe {self.system} {self.name}', fault, remedy)
         object.__setattr__(self, 'name', name_of(to_dict(self)))
 
-    def __hash__(self)->int: return hash(self.hash)
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
     @property
-    def hash(self)->str: return _recipe_hash(self)
+    def hash(self) -> str:
+        return _recipe_hash(self)
+
     @property
-    def masks(self)->tuple: return _LOSS_MASKS.get(self.loss, ()) # masks that its loss needs
+    def masks(self) -> tuple:
+        return _LOSS_MASKS.get(self.loss, ())  # masks that its loss needs
 
 # %% ../../nbs/08_train/03_recipes.ipynb #78dbbdb1
-_FREE = ('system','name','faults','sources') # what needs no source: names, and the sources themselves
-_LOSS_MASKS = dict(attention=('lung','infection')) # loss → masks of a scan that it needs
+_FREE = (
+    'system',
+    'name',
+    'faults',
+    'sources',
+)  # what needs no source: names, and the sources themselves
+_LOSS_MASKS = dict(attention=('lung', 'infection'))  # loss → masks of a scan that it needs
 
-def sourced_fields()->list:
+
+def sourced_fields() -> list:
     "Fields that need a source"
     return [f.name for f in fields(Recipe) if f.name not in _FREE]
 
 # %% ../../nbs/08_train/03_recipes.ipynb #b712035f
-_KINDS = {str:'a word', int:'a whole number', float:'a number',
-          tuple:'a list', dict:'a dict, as {"depth": 32}'}
-_LISTS = dict(classes=', as ["cap", "covid"]', milestones=', as [30, 60]',
-              faults=' of sentences')
-_NO_LIMIT, _ABOVE_0 = float('inf'), 5e-324 # the smallest number above 0
-_RANGES = {k: (1, _NO_LIMIT, ' of at least 1') for k in
-           ('batch_size','epochs','accumulate','slice_size')} | {
-    k: (_ABOVE_0, _NO_LIMIT, ' above 0, not infinite') for k in ('lr','decay')} | {
-    k: (0, _NO_LIMIT, ' of 0 or more') for k in ('weight_decay','decay_every','warmup','clip')} | {
-    'ema':(0, 1, ' from 0 to below 1'), 'seed':(0, 2**32, ' from 0 to below 2³²')}
+_KINDS = {
+    str: 'a word',
+    int: 'a whole number',
+    float: 'a number',
+    tuple: 'a list',
+    dict: 'a dict, as {"depth": 32}',
+}
+_LISTS = dict(classes=', as ["cap", "covid"]', milestones=', as [30, 60]', faults=' of sentences')
+_NO_LIMIT, _ABOVE_0 = float('inf'), 5e-324  # the smallest number above 0
+_RANGES = (
+    {
+        k: (1, _NO_LIMIT, ' of at least 1')
+        for k in ('batch_size', 'epochs', 'accumulate', 'slice_size')
+    }
+    | {k: (_ABOVE_0, _NO_LIMIT, ' above 0, not infinite') for k in ('lr', 'decay')}
+    | {
+        k: (0, _NO_LIMIT, ' of 0 or more')
+        for k in ('weight_decay', 'decay_every', 'warmup', 'clip')
+    }
+    | {'ema': (0, 1, ' from 0 to below 1'), 'seed': (0, 2**32, ' from 0 to below 2³²')}
+)
+
 
 def _is(value, kind):
     "Whether a value is of the kind that a field asks for; a whole number is a number too"
-    if isinstance(value, bool): return False
+    if isinstance(value, bool):
+        return False
     return isinstance(value, (int, float) if kind is float else kind)
+
 
 def _wrong_kinds(r):
     "Values of the wrong type or out of range"
     for f in fields(Recipe):
         value, (low, high, words) = getattr(r, f.name), _RANGES.get(f.name, (0, 0, ''))
-        good = _is(value, f.type) and (not words or low<=value<high)
+        good = _is(value, f.type) and (not words or low <= value < high)
         words = words or _LISTS.get(f.name, '')
-        if not good: yield f'{f.name}={value!r}', f'Give {_KINDS[f.type]}{words}.'
-    for k,kind in dict(classes=str, faults=str, milestones=int).items():
+        if not good:
+            yield f'{f.name}={value!r}', f'Give {_KINDS[f.type]}{words}.'
+    for k, kind in dict(classes=str, faults=str, milestones=int).items():
         odd = [v for v in getattr(r, k) if not _is(v, kind)]
-        if odd: yield f'{k} holds {odd[0]!r}', f'Give a list, each {_KINDS[kind]}.'
+        if odd:
+            yield f'{k} holds {odd[0]!r}', f'Give a list, each {_KINDS[kind]}.'
+
 
 def _check_recipe(
-    r:Recipe, # with any values
-)->Iterator: # of `(fault, remedy)`
+    r: Recipe,  # with any values
+) -> Iterator:  # of `(fault, remedy)`
     "What is wrong with a recipe, one fault after the other; those after the first assume it mended"
     yield from _wrong_kinds(r)
-    if len(r.classes)<2 or len(set(r.classes))<len(r.classes):
+    if len(r.classes) < 2 or len(set(r.classes)) < len(r.classes):
         yield f'classes {r.classes}', 'Give two or more different labels.'
     known = _SYMBOLS | dict(augment=tuple(AUGMENTS))
-    if r.prep: known['prep'] = tuple(PREPS)
-    if r.model: known['model'] = tuple(ROWS)
-    for k,words in known.items():
-        if getattr(r,k) not in words:
-            yield f'unknown {k} {getattr(r,k)!r}', f'Use one of {", ".join(words)}.'
+    if r.prep:
+        known['prep'] = tuple(PREPS)
+    if r.model:
+        known['model'] = tuple(ROWS)
+    for k, words in known.items():
+        if getattr(r, k) not in words:
+            yield f'unknown {k} {getattr(r, k)!r}', f'Use one of {", ".join(words)}.'
     yield from _contradictions(r)
-    lacking = [k for k in sourced_fields() if not str(r.sources.get(k,'')).strip()]
+    lacking = [k for k in sourced_fields() if not str(r.sources.get(k, '')).strip()]
     if lacking:
-        yield (f'no source for {", ".join(lacking[:4])}',
-               'Say in sources where each value comes from; change() does it for you.')
-    strange = sorted(set(r.sources)-set(sourced_fields()))
+        yield (
+            f'no source for {", ".join(lacking[:4])}',
+            'Say in sources where each value comes from; change() does it for you.',
+        )
+    strange = sorted(set(r.sources) - set(sourced_fields()))
     if strange:
-        yield f'a source for {strange[0]!r}, which is no field', f'Fields are {", ".join(sourced_fields())}.'
+        yield (
+            f'a source for {strange[0]!r}, which is no field',
+            f'Fields are {", ".join(sourced_fields())}.',
+        )
 
 # %% ../../nbs/08_train/03_recipes.ipynb #cbedbc03
 def _contradictions(r):
     "Values that are fine alone and wrong together"
-    if r.task in TASKS and r.keep not in ('loss', *TASKS[r.task].shown): yield f'keep={r.keep!r} in a task that is judged by {", ".join(TASKS[r.task].shown)}', f'Use loss or {TASKS[r.task].shown[0]}.'
-    if list(r.milestones)!=sorted(set(r.milestones)) or any(m<1 for m in r.milestones):
+    if r.task in TASKS and r.keep not in ('loss', *TASKS[r.task].shown):
+        yield (
+            f'keep={r.keep!r} in a task that is judged by {", ".join(TASKS[r.task].shown)}',
+            f'Use loss or {TASKS[r.task].shown[0]}.',
+        )
+    if list(r.milestones) != sorted(set(r.milestones)) or any(m < 1 for m in r.milestones):
         yield f'milestones {r.milestones}', 'Let them rise, from epoch 1 on.'
-    if r.schedule=='cosine' and (r.milestones or r.decay_every): yield 'a cosine with milestones or decay_every', 'Use one way for the step size to fall.'
-    if r.accumulate>r.batch_size: yield f'{r.accumulate} parts of a batch of {r.batch_size}', f'Use 1 … {r.batch_size}.'
+    if r.schedule == 'cosine' and (r.milestones or r.decay_every):
+        yield 'a cosine with milestones or decay_every', 'Use one way for the step size to fall.'
+    if r.accumulate > r.batch_size:
+        yield f'{r.accumulate} parts of a batch of {r.batch_size}', f'Use 1 … {r.batch_size}.'
     k = r.model_kwargs.get('classes', len(r.classes))
-    if k!=len(r.classes): yield f'a network with {k} outputs for {len(r.classes)} classes', 'Make them the same number.'
+    if k != len(r.classes):
+        yield (
+            f'a network with {k} outputs for {len(r.classes)} classes',
+            'Make them the same number.',
+        )
     size = PREPS[r.prep].size if r.prep in PREPS else None
     if r.model in ROWS and size:
         depth = r.model_kwargs.get('depth', ROWS[r.model].input_size[1])
-        if depth!=size[0]: yield f'{r.model} for {depth} slices, but {r.prep} makes {size[0]}', f'Put depth={size[0]} into model_kwargs, or choose another prep.'
+        if depth != size[0]:
+            yield (
+                f'{r.model} for {depth} slices, but {r.prep} makes {size[0]}',
+                f'Put depth={size[0]} into model_kwargs, or choose another prep.',
+            )
     parts = r.sampler_kwargs.get('composition', {})
     if not isinstance(parts, dict) or not all(_is(n, int) for n in parts.values()):
         yield f'composition {parts!r}', 'Name the scans of each class, as {"cap": 2, "covid": 3}.'
-    if r.sampler=='composition' and sum(parts.values())!=r.batch_size: yield f'a batch of {r.batch_size} from the composition {parts}', f'Put {sum(parts.values())} into batch_size, or name the scans of each class in sampler_kwargs.'
+    if r.sampler == 'composition' and sum(parts.values()) != r.batch_size:
+        yield (
+            f'a batch of {r.batch_size} from the composition {parts}',
+            f'Put {sum(parts.values())} into batch_size, or name the scans of each class in sampler_kwargs.',
+        )
     weights = r.loss_kwargs.get('weights')
     if weights is not None and not isinstance(weights, list):
         yield f'class weights {weights!r}', 'Give a list, one number per class.'
-    if weights is not None and len(weights)!=len(r.classes): yield f'{len(weights)} class weights for {len(r.classes)} classes', 'Give one per class.'
-    try: build_loss(r.loss, **r.loss_kwargs)
-    except DataError as e: yield f'loss_kwargs={r.loss_kwargs!r}: {r.loss} {e.fault}', e.remedy
+    if weights is not None and len(weights) != len(r.classes):
+        yield f'{len(weights)} class weights for {len(r.classes)} classes', 'Give one per class.'
+    try:
+        build_loss(r.loss, **r.loss_kwargs)
+    except DataError as e:
+        yield f'loss_kwargs={r.loss_kwargs!r}: {r.loss} {e.fault}', e.remedy
 
 # %% ../../nbs/08_train/03_recipes.ipynb #cf7ef50a
 def to_dict(
-    recipe:Recipe, # any
-)->dict: # JSON values only
+    recipe: Recipe,  # any
+) -> dict:  # JSON values only
     "A recipe as plain data"
     return json.loads(json.dumps({f.name: getattr(recipe, f.name) for f in fields(Recipe)}))
 
+
 def from_dict(
-    values:dict, # as `to_dict` makes it
-)->Recipe: # the same recipe
+    values: dict,  # as `to_dict` makes it
+) -> Recipe:  # the same recipe
     "A recipe from plain data; raises `RecipeError` for unknown or missing fields"
     known = {f.name for f in fields(Recipe)}
-    if not isinstance(values, dict): raise RecipeError('recipe', f'is a {type(values).__name__}', 'Give a dict of its fields.')
-    if set(values)-known: raise RecipeError('recipe', f'unknown field {sorted(set(values)-known)[0]!r}', f'Fields are {", ".join(sorted(known))}.')
-    if {'system','name','classes'}-set(values): raise RecipeError('recipe', 'lacks system, name or classes', 'Give all three.')
+    if not isinstance(values, dict):
+        raise RecipeError('recipe', f'is a {type(values).__name__}', 'Give a dict of its fields.')
+    if set(values) - known:
+        raise RecipeError(
+            'recipe',
+            f'unknown field {sorted(set(values) - known)[0]!r}',
+            f'Fields are {", ".join(sorted(known))}.',
+        )
+    if {'system', 'name', 'classes'} - set(values):
+        raise RecipeError('recipe', 'lacks system, name or classes', 'Give all three.')
     return Recipe(**values)
 
 # %% ../../nbs/08_train/03_recipes.ipynb #eaf02ebd
 def _recipe_hash(
-    recipe:Recipe, # any
-)->str: # 12 hexadecimal digits
+    recipe: Recipe,  # any
+) -> str:  # 12 hexadecimal digits
     "Name of everything in a recipe that decides the result"
-    d = {k:v for k,v in to_dict(recipe).items() if k not in _FREE and (k not in _LATER or v!=_LATER[k])}
+    d = {
+        k: v
+        for k, v in to_dict(recipe).items()
+        if k not in _FREE and (k not in _LATER or v != _LATER[k])
+    }
     return hashlib.sha256(json.dumps(d, sort_keys=True).encode()).hexdigest()[:12]
 
 # %% ../../nbs/08_train/03_recipes.ipynb #235d7375
 _MARK = ' (changed: '
 
+
 def changed_fields(
-    values:dict, # a recipe as `to_dict` makes it
-    name:str='', # row of the same system to compare with; '': the one it is called after
-)->list: # names of fields, in their order; empty where there is no such row
+    values: dict,  # a recipe as `to_dict` makes it
+    name: str = '',  # row of the same system to compare with; '': the one it is called after
+) -> list:  # names of fields, in their order; empty where there is no such row
     "What makes a recipe another one than a row of `RECIPES`; the seed does not"
     row = RECIPES.get((values['system'], name or str(values['name']).partition(_MARK)[0]))
-    if row is None: return []
+    if row is None:
+        return []
     theirs, given = to_dict(row), _LATER | values
-    return [k for k in sourced_fields() if k!='seed' and given.get(k, theirs[k])!=theirs[k]]
+    return [k for k in sourced_fields() if k != 'seed' and given.get(k, theirs[k]) != theirs[k]]
 
-def _marked(name, changed): return f'{name}{_MARK}{", ".join(changed)})' if changed else name
+
+def _marked(name, changed):
+    return f'{name}{_MARK}{", ".join(changed)})' if changed else name
+
 
 def name_of(
-    values:dict, # a recipe as `to_dict` makes it
-)->str: # as 'paper', or 'paper (changed: epochs, lr)'
+    values: dict,  # a recipe as `to_dict` makes it
+) -> str:  # as 'paper', or 'paper (changed: epochs, lr)'
     "Name that a recipe deserves: that of its row only where the values are those of the row"
     name = str(values['name']).partition(_MARK)[0]
     known = (values['system'], name) in RECIPES
     return _marked(name, changed_fields(values)) if known else str(values['name'])
 
+
 def _vary(recipe, why, **kwargs):
     "A recipe with other values, their source noted, its name as it was"
     named = [f.name for f in fields(Recipe)]
-    unknown = sorted(set(kwargs)-set(named))
+    unknown = sorted(set(kwargs) - set(named))
     if unknown:
-        raise RecipeError('change', f'unknown field {unknown[0]!r}', f'Fields are {", ".join(named)}.')
+        raise RecipeError(
+            'change', f'unknown field {unknown[0]!r}', f'Fields are {", ".join(named)}.'
+        )
     sources = recipe.sources | {k: why for k in kwargs if k not in _FREE}
-    return replace(recipe, **{'sources':sources} | kwargs)
+    return replace(recipe, **{'sources': sources} | kwargs)
+
 
 def change(
-    recipe:Recipe, # to start from
-    why:str='set by the caller', # source of the new values
-    **kwargs, # new values of fields; `name` gives it a name of its own
-)->Recipe: # another recipe, called as 'paper (changed: lr)' unless it is given a name
+    recipe: Recipe,  # to start from
+    why: str = 'set by the caller',  # source of the new values
+    **kwargs,  # new values of fields; `name` gives it a name of its own
+) -> Recipe:  # another recipe, called as 'paper (changed: lr)' unless it is given a name
     "A recipe with other values, their source noted; raises `RecipeError` naming field and value"
     new = _vary(recipe, why, **kwargs)
     name, _, before = new.name.partition(_MARK)
-    if 'name' in kwargs or (new.system, name) in RECIPES: return new
+    if 'name' in kwargs or (new.system, name) in RECIPES:
+        return new
     before = before.rstrip(')').split(', ')
-    changed = [k for k in sourced_fields() if k!='seed'
-               and (k in before or getattr(new,k)!=getattr(recipe,k))]
+    changed = [
+        k
+        for k in sourced_fields()
+        if k != 'seed' and (k in before or getattr(new, k) != getattr(recipe, k))
+    ]
     return replace(new, name=_marked(name, changed))
 
 # %% ../../nbs/08_train/03_recipes.ipynb #83da33e7
 def source_table(
-    recipe:Recipe, # any
-)->pd.DataFrame: # index field, columns value and source
+    recipe: Recipe,  # any
+) -> pd.DataFrame:  # index field, columns value and source
     "Every field with its value and where that comes from"
-    return pd.DataFrame({k: (str(getattr(recipe,k)), recipe.sources[k]) for k in sourced_fields()}, index=['value','source']).T
+    return pd.DataFrame(
+        {k: (str(getattr(recipe, k)), recipe.sources[k]) for k in sourced_fields()},
+        index=['value', 'source'],
+    ).T
 
 # %% ../../nbs/08_train/03_recipes.ipynb #f6f3fbcd
 _PAPER, _CODE, _OURS = 'Shi et al. 2021, IV-B', 'authors\' release', 'ours: the paper is silent'
 _TINY = 'ours: minutes on two cores'
 
-_paper = Recipe('darnet', 'paper', ('healthy','cap','covid'), prep='darnet', model='darnet', model_kwargs=dict(classes=3, depth=64), batch_size=8, lr=1e-3, epochs=80,
-    milestones=(30,60), augment='darnet', keep='accuracy', sources=dict(
-        classes='Shi et al. 2021, IV-A', prep=f'{_PAPER}: 64×224×224; window ours', model='Shi et al. 2021, III', model_kwargs='Shi et al. 2021, III', batch_size=_PAPER, optimizer=_PAPER,
-        task='Shi et al. 2021, I', lr=_PAPER, weight_decay=_OURS, epochs=_PAPER, milestones=_PAPER, decay=_PAPER, decay_every=_PAPER, loss=_PAPER, loss_kwargs=_PAPER, augment=f'{_PAPER}; ranges from the {_CODE}',
-        sampler=_OURS, sampler_kwargs=_OURS, precision=_OURS, keep='ours: "the best model" is all the paper says', seed=_OURS))
+_paper = Recipe(
+    'darnet',
+    'paper',
+    ('healthy', 'cap', 'covid'),
+    prep='darnet',
+    model='darnet',
+    model_kwargs=dict(classes=3, depth=64),
+    batch_size=8,
+    lr=1e-3,
+    epochs=80,
+    milestones=(30, 60),
+    augment='darnet',
+    keep='accuracy',
+    sources=dict(
+        classes='Shi et al. 2021, IV-A',
+        prep=f'{_PAPER}: 64×224×224; window ours',
+        model='Shi et al. 2021, III',
+        model_kwargs='Shi et al. 2021, III',
+        batch_size=_PAPER,
+        optimizer=_PAPER,
+        task='Shi et al. 2021, I',
+        lr=_PAPER,
+        weight_decay=_OURS,
+        epochs=_PAPER,
+        milestones=_PAPER,
+        decay=_PAPER,
+        decay_every=_PAPER,
+        loss=_PAPER,
+        loss_kwargs=_PAPER,
+        augment=f'{_PAPER}; ranges from the {_CODE}',
+        sampler=_OURS,
+        sampler_kwargs=_OURS,
+        precision=_OURS,
+        keep='ours: "the best model" is all the paper says',
+        seed=_OURS,
+    ),
+)
 
-_release = _vary(replace(_paper, name='release', faults=('the flip always flips', 'validation is augmented', 'workers share a seed', 'the first split leaked patients: 54 % of its test scans')),
-    f'{_CODE}: 8 bit, no window, 48 px cut off each side', prep='darnet_release')
+_release = _vary(
+    replace(
+        _paper,
+        name='release',
+        faults=(
+            'the flip always flips',
+            'validation is augmented',
+            'workers share a seed',
+            'the first split leaked patients: 54 % of its test scans',
+        ),
+    ),
+    f'{_CODE}: 8 bit, no window, 48 px cut off each side',
+    prep='darnet_release',
+)
 
-_fixed = _vary(_vary(replace(_paper, name='fixed'), 'ours: the same voxels, spent on the lungs', prep='darnet_lungs'),
-    'ours', sampler='class_balanced', precision='bf16', keep='auc')
+_fixed = _vary(
+    _vary(
+        replace(_paper, name='fixed'),
+        'ours: the same voxels, spent on the lungs',
+        prep='darnet_lungs',
+    ),
+    'ours',
+    sampler='class_balanced',
+    precision='bf16',
+    keep='auc',
+)
 
-_tiny = _vary(replace(_fixed, name='tiny'), _TINY, prep='darnet_tiny', precision='no', lr=3e-3, epochs=14, milestones=(9,12),
-    model_kwargs=dict(classes=3, depth=32, width=8, blocks=(1,1,1,1), strides=(1,2,2,1)))
+_tiny = _vary(
+    replace(_fixed, name='tiny'),
+    _TINY,
+    prep='darnet_tiny',
+    precision='no',
+    lr=3e-3,
+    epochs=14,
+    milestones=(9, 12),
+    model_kwargs=dict(classes=3, depth=32, width=8, blocks=(1, 1, 1, 1), strides=(1, 2, 2, 1)),
+)
 
 _DUAL = 'Ouyang et al. 2020, IV-B'
 
-_dual = Recipe('dual_sampling', 'paper', ('cap','covid'), prep='dual', model='attention-rn34', model_kwargs=dict(classes=2, depth=138), batch_size=20, lr=2e-4, weight_decay=1e-4, epochs=20,
-    milestones=(5,10,15), loss='attention', loss_kwargs=dict(positive=1, scale=.5), precision='fp16', keep='auc', sources={k: _DUAL for k in sourced_fields()} | dict(
-        task='Ouyang et al. 2020, I', sampler='Ouyang et al. 2020, III-C', model='Ouyang et al. 2020, III-A', model_kwargs='Ouyang et al. 2020, III-A', loss='Ouyang et al. 2020, Eq. 3 and 4', loss_kwargs='Ouyang et al. 2020, Eq. 4',
-        augment='ours: the paper names none', keep='ours: "best on validation" is all the paper says', seed=_OURS, decay_every=_OURS,
-        slice_size='ours: not used'))
+_dual = Recipe(
+    'dual_sampling',
+    'paper',
+    ('cap', 'covid'),
+    prep='dual',
+    model='attention-rn34',
+    model_kwargs=dict(classes=2, depth=138),
+    batch_size=20,
+    lr=2e-4,
+    weight_decay=1e-4,
+    epochs=20,
+    milestones=(5, 10, 15),
+    loss='attention',
+    loss_kwargs=dict(positive=1, scale=0.5),
+    precision='fp16',
+    keep='auc',
+    sources={k: _DUAL for k in sourced_fields()}
+    | dict(
+        task='Ouyang et al. 2020, I',
+        sampler='Ouyang et al. 2020, III-C',
+        model='Ouyang et al. 2020, III-A',
+        model_kwargs='Ouyang et al. 2020, III-A',
+        loss='Ouyang et al. 2020, Eq. 3 and 4',
+        loss_kwargs='Ouyang et al. 2020, Eq. 4',
+        augment='ours: the paper names none',
+        keep='ours: "best on validation" is all the paper says',
+        seed=_OURS,
+        decay_every=_OURS,
+        slice_size='ours: not used',
+    ),
+)
 
-_dual_size = _vary(replace(_dual, name='paper-size'), 'Ouyang et al. 2020, III-C', sampler='size_balanced')
-_dual_tiny = _vary(replace(_dual, name='tiny'), _TINY, prep='dual_tiny', model_kwargs=dict(classes=2, depth=24, width=8, blocks=(1,1,1), strides=(1,1,1)), batch_size=8, lr=.01, epochs=14,
-    milestones=(10,), precision='no')
+_dual_size = _vary(
+    replace(_dual, name='paper-size'), 'Ouyang et al. 2020, III-C', sampler='size_balanced'
+)
+_dual_tiny = _vary(
+    replace(_dual, name='tiny'),
+    _TINY,
+    prep='dual_tiny',
+    model_kwargs=dict(classes=2, depth=24, width=8, blocks=(1, 1, 1), strides=(1, 1, 1)),
+    batch_size=8,
+    lr=0.01,
+    epochs=14,
+    milestones=(10,),
+    precision='no',
+)
 
-RECIPES |= {(r.system, r.name): r for r in (_tiny, _paper, _release, _fixed, _dual, _dual_size, _dual_tiny)}
+RECIPES |= {
+    (r.system, r.name): r for r in (_tiny, _paper, _release, _fixed, _dual, _dual_size, _dual_tiny)
+}
 
 # %% ../../nbs/08_train/03_recipes.ipynb #8800ef37
 _CHEN = 'Chen et al. 2020, III'
 
-_raunet = Recipe('raunet', 'paper', SLICE_CLASSES, task='segment', model='raunet', batch_size=4, epochs=100, loss='segmentation', augment='raunet', keep='dice', sources={k: _OURS for k in sourced_fields()} | dict(
-    classes=_CHEN, task=_CHEN, prep='none: slices come from data.slices', model='Chen et al. 2020, II', optimizer=_CHEN, lr=f'{_CHEN}: the default of Adam', epochs=_CHEN, augment=_CHEN,
-    loss='cross-entropy: Chen et al. 2020, II-C; softmax ours', slice_size='Chen et al. 2020, III-B'))
+_raunet = Recipe(
+    'raunet',
+    'paper',
+    SLICE_CLASSES,
+    task='segment',
+    model='raunet',
+    batch_size=4,
+    epochs=100,
+    loss='segmentation',
+    augment='raunet',
+    keep='dice',
+    sources={k: _OURS for k in sourced_fields()}
+    | dict(
+        classes=_CHEN,
+        task=_CHEN,
+        prep='none: slices come from data.slices',
+        model='Chen et al. 2020, II',
+        optimizer=_CHEN,
+        lr=f'{_CHEN}: the default of Adam',
+        epochs=_CHEN,
+        augment=_CHEN,
+        loss='cross-entropy: Chen et al. 2020, II-C; softmax ours',
+        slice_size='Chen et al. 2020, III-B',
+    ),
+)
 
-_raunet_tiny = _vary(replace(_raunet, name='tiny'), _TINY, model_kwargs=dict(widths=(8,16,32), cardinality=4, chunk=32, heads=1, rounds=1), batch_size=8, lr=3e-3, epochs=20, loss_kwargs=dict(dice=1.), slice_size=64)
+_raunet_tiny = _vary(
+    replace(_raunet, name='tiny'),
+    _TINY,
+    model_kwargs=dict(widths=(8, 16, 32), cardinality=4, chunk=32, heads=1, rounds=1),
+    batch_size=8,
+    lr=3e-3,
+    epochs=20,
+    loss_kwargs=dict(dice=1.0),
+    slice_size=64,
+)
 
 RECIPES |= {(r.system, r.name): r for r in (_raunet, _raunet_tiny)}
 
 # %% ../../nbs/08_train/03_recipes.ipynb #63e140ca
 _WANG = 'Wang et al. 2020, III'
-_MIX = {'healthy':4, 'ild':3, 'covid':3}
+_MIX = {'healthy': 4, 'ild': 3, 'covid': 3}
 
-_prior = Recipe('prior_attention', 'paper', ('healthy','ild','covid'), prep='prior', model='pa-66-m', batch_size=10, optimizer='sgd', lr=1e-4, decay=.95, decay_every=500, epochs=300, loss='multi_task', augment='prior',
-    sampler='composition', sampler_kwargs=dict(composition=_MIX, batches=100), keep='accuracy', sources={k: _WANG for k in sourced_fields()} | dict(weight_decay=_OURS, milestones=_OURS, precision=_OURS, seed=_OURS,
-        loss='Wang et al. 2020, Eq. 7', loss_kwargs='Wang et al. 2020, Eq. 7', model='Wang et al. 2020, Table I', model_kwargs='Wang et al. 2020, Table I', epochs=f'{_WANG}: 30,000 steps; epochs of 100 steps are ours', slice_size='ours: not used'))
+_prior = Recipe(
+    'prior_attention',
+    'paper',
+    ('healthy', 'ild', 'covid'),
+    prep='prior',
+    model='pa-66-m',
+    batch_size=10,
+    optimizer='sgd',
+    lr=1e-4,
+    decay=0.95,
+    decay_every=500,
+    epochs=300,
+    loss='multi_task',
+    augment='prior',
+    sampler='composition',
+    sampler_kwargs=dict(composition=_MIX, batches=100),
+    keep='accuracy',
+    sources={k: _WANG for k in sourced_fields()}
+    | dict(
+        weight_decay=_OURS,
+        milestones=_OURS,
+        precision=_OURS,
+        seed=_OURS,
+        loss='Wang et al. 2020, Eq. 7',
+        loss_kwargs='Wang et al. 2020, Eq. 7',
+        model='Wang et al. 2020, Table I',
+        model_kwargs='Wang et al. 2020, Table I',
+        epochs=f'{_WANG}: 30,000 steps; epochs of 100 steps are ours',
+        slice_size='ours: not used',
+    ),
+)
 
-_prior_tiny = _vary(replace(_prior, name='tiny'), _TINY, prep='prior_tiny', model_kwargs=dict(depth=32, width=8, blocks=(1,1,1), hidden=64), lr=.01, warmup=10, epochs=10, decay_every=5,
-    augment='flips', sampler_kwargs=dict(composition=_MIX, batches=30))
+_prior_tiny = _vary(
+    replace(_prior, name='tiny'),
+    _TINY,
+    prep='prior_tiny',
+    model_kwargs=dict(depth=32, width=8, blocks=(1, 1, 1), hidden=64),
+    lr=0.01,
+    warmup=10,
+    epochs=10,
+    decay_every=5,
+    augment='flips',
+    sampler_kwargs=dict(composition=_MIX, batches=30),
+)
 
 RECIPES |= {(r.system, r.name): r for r in (_prior, _prior_tiny)}
 
 # %% ../../nbs/08_train/03_recipes.ipynb #e446bb7b
 def recipe(
-    system:str='darnet', # whose
-    name:str='tiny', # which row
-)->Recipe: # a row of `RECIPES`
+    system: str = 'darnet',  # whose
+    name: str = 'tiny',  # which row
+) -> Recipe:  # a row of `RECIPES`
     "Recipe by name; raises `RecipeError` for an unknown one"
-    if (system,name) in RECIPES: return RECIPES[system,name]
-    raise RecipeError('recipes', f'no recipe {system!r}, {name!r}', f'Use one of {", ".join(map(str, RECIPES))}.')
+    if (system, name) in RECIPES:
+        return RECIPES[system, name]
+    raise RecipeError(
+        'recipes', f'no recipe {system!r}, {name!r}', f'Use one of {", ".join(map(str, RECIPES))}.'
+    )

@@ -9,9 +9,16 @@ __all__ = ['RunError', 'write_text', 'write_tensors', 'read_tensors', 'pack_opti
            'positive_class', 'history_figure', 'write_documents']
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #5f4cecc2
-import hashlib, json, os, platform, random, shutil, warnings
+import hashlib
+import json
+import os
+import platform
+import random
+import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
 import accelerate
 import numpy as np
 import pandas as pd
@@ -19,199 +26,289 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+
 from .. import __version__
-from ..scan import DataError, write_atomic
-from ..plot import Picture, set_alt_text
 from ..cohort.splits import assert_disjoint, patient_known, split_hash
+from ..plot import Picture, set_alt_text
+from ..scan import DataError, write_atomic
 from .recipes import Recipe, to_dict
 from .tasks import TASKS
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #068acb92
-class RunError(DataError): "A run folder that is missing, foreign, damaged or of another recipe"
+class RunError(DataError):
+    "A run folder that is missing, foreign, damaged or of another recipe"
+
 
 def _write(path, make):
     "Let `make(tmp)` write beside `path`, then rename; the folder is made"
+
     def readable(tmp):
-        tmp.touch(); mode = tmp.stat().st_mode; make(tmp); tmp.chmod(mode) # safetensors lets nobody else read; a run folder is for others
+        tmp.touch()
+        mode = tmp.stat().st_mode
+        make(tmp)
+        tmp.chmod(mode)  # safetensors lets nobody else read; a run folder is for others
+
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, readable)
 
+
 def write_text(
-    path, # file to write; its folder is made
-    text:str, # what goes into it
-)->None:
+    path,  # file to write; its folder is made
+    text: str,  # what goes into it
+) -> None:
     "Write a text file in one go"
     _write(path, lambda tmp: tmp.write_text(text, 'utf-8'))
+
 
 def _digest(tensors, plain):
     "Fingerprint of names, types, shapes, values and plain text"
     h = hashlib.blake2b(plain.encode(), digest_size=16)
-    for k,v in sorted(tensors.items()): h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode()); h.update(v.reshape(-1).view(torch.uint8).numpy())
+    for k, v in sorted(tensors.items()):
+        h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode())
+        h.update(v.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
+
 def write_tensors(
-    path, # file to write; its folder is made
-    tensors:dict, # by name
-    **kwargs, # plain values for the header, anything that JSON can hold
-)->None:
+    path,  # file to write; its folder is made
+    tensors: dict,  # by name
+    **kwargs,  # plain values for the header, anything that JSON can hold
+) -> None:
     "Write a safetensors file in one go"
-    t, plain = {k: v.detach().cpu().contiguous().clone() for k,v in tensors.items()}, json.dumps(kwargs)
-    _write(path, lambda tmp: save_file(t, tmp, metadata=dict(plain=plain, digest=_digest(t, plain))))
+    t, plain = (
+        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+        json.dumps(kwargs),
+    )
+    _write(
+        path, lambda tmp: save_file(t, tmp, metadata=dict(plain=plain, digest=_digest(t, plain)))
+    )
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #601c4645
 def read_tensors(
-    path, # a file of `write_tensors`
-)->tuple: # tensors by name, plain values
+    path,  # a file of `write_tensors`
+) -> tuple:  # tensors by name, plain values
     "Tensors and plain values of a checkpoint; raises `RunError` for one that is missing or damaged"
     try:
-        with safe_open(path, 'pt') as f: t, said = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+        with safe_open(path, 'pt') as f:
+            t, said = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
         plain = said.get('plain', '{}')
-        if 'digest' in said and said['digest']!=_digest(t, plain): raise ValueError('its content does not fit its fingerprint')
+        if 'digest' in said and said['digest'] != _digest(t, plain):
+            raise ValueError('its content does not fit its fingerprint')
         return t, json.loads(plain)
-    except FileNotFoundError: raise RunError(path, 'is not there', 'Train first, or ask for the other checkpoint.') from None
-    except (SafetensorError, OSError, ValueError) as e: raise RunError(path, f'cannot be read ({e})', 'The file is damaged: use another checkpoint or train again.') from e
+    except FileNotFoundError:
+        raise RunError(
+            path, 'is not there', 'Train first, or ask for the other checkpoint.'
+        ) from None
+    except (SafetensorError, OSError, ValueError) as e:
+        raise RunError(
+            path,
+            f'cannot be read ({e})',
+            'The file is damaged: use another checkpoint or train again.',
+        ) from e
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #0694ddd4
 def pack_optimizer(
-    optimizer, # any of torch
-)->tuple: # tensors by name, plain values
+    optimizer,  # any of torch
+) -> tuple:  # tensors by name, plain values
     "State of an optimizer without pickle"
     d, tensors, plain = optimizer.state_dict(), {}, {}
-    for i,s in d['state'].items():
-        for k,v in s.items(): (tensors if torch.is_tensor(v) else plain)[f'optimizer.{i}.{k}'] = v
+    for i, s in d['state'].items():
+        for k, v in s.items():
+            (tensors if torch.is_tensor(v) else plain)[f'optimizer.{i}.{k}'] = v
     return tensors, dict(groups=d['param_groups'], plain=plain)
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #3bcc459e
 def unpack_optimizer(
-    optimizer, # to restore into
-    tensors:dict, # of `pack_optimizer`
-    plain:dict, # of `pack_optimizer`
-)->None:
+    optimizer,  # to restore into
+    tensors: dict,  # of `pack_optimizer`
+    plain: dict,  # of `pack_optimizer`
+) -> None:
     "Restore the state of an optimizer"
     state = {}
-    for name,v in {**plain['plain'], **{k:v for k,v in tensors.items() if k.startswith('optimizer.')}}.items():
-        _, i, k = name.split('.', 2); state.setdefault(int(i), {})[k] = v
+    for name, v in {
+        **plain['plain'],
+        **{k: v for k, v in tensors.items() if k.startswith('optimizer.')},
+    }.items():
+        _, i, k = name.split('.', 2)
+        state.setdefault(int(i), {})[k] = v
     optimizer.load_state_dict(dict(state=state, param_groups=plain['groups']))
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #e1cc675f
-def pack_random()->tuple: # tensors by name, plain values
+def pack_random() -> tuple:  # tensors by name, plain values
     "States of the random generators of torch, NumPy and Python"
     (_, keys, *np_rest), (version, ints, gauss) = np.random.get_state(), random.getstate()
-    t = {'random.torch': torch.get_rng_state(), 'random.numpy': torch.tensor(keys.astype('i8')), 'random.python': torch.tensor(ints)}
-    if torch.cuda.is_available(): t |= {f'random.cuda.{i}': s for i,s in enumerate(torch.cuda.get_rng_state_all())}
+    t = {
+        'random.torch': torch.get_rng_state(),
+        'random.numpy': torch.tensor(keys.astype('i8')),
+        'random.python': torch.tensor(ints),
+    }
+    if torch.cuda.is_available():
+        t |= {f'random.cuda.{i}': s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     return t, dict(numpy=np_rest, python=[version, gauss])
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #af8b85c0
 def unpack_random(
-    tensors:dict, # of `pack_random`
-    plain:dict, # of `pack_random`
-)->None:
+    tensors: dict,  # of `pack_random`
+    plain: dict,  # of `pack_random`
+) -> None:
     "Restore the random generators"
     torch.set_rng_state(tensors['random.torch'])
     np.random.set_state(('MT19937', tensors['random.numpy'].numpy().astype('u4'), *plain['numpy']))
-    random.setstate((plain['python'][0], tuple(tensors['random.python'].tolist()), plain['python'][1]))
-    cuda = [v for k,v in sorted(tensors.items()) if k.startswith('random.cuda.')]
-    if cuda and len(cuda)==torch.cuda.device_count(): torch.cuda.set_rng_state_all(cuda)
+    random.setstate(
+        (plain['python'][0], tuple(tensors['random.python'].tolist()), plain['python'][1])
+    )
+    cuda = [v for k, v in sorted(tensors.items()) if k.startswith('random.cuda.')]
+    if cuda and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #2435d8dd
-_CLOCK = ('seconds','waited','scans_per_second','peak_memory_mb') # columns of a history that depend on the machine
+_CLOCK = (
+    'seconds',
+    'waited',
+    'scans_per_second',
+    'peak_memory_mb',
+)  # columns of a history that depend on the machine
+
 
 @dataclass
 class Run:
     "A training, finished or not"
-    folder:Path # where everything lies
-    model:nn.Module # with the best weights; the last ones if no epoch was finished
-    recipe:Recipe # what it was trained by
-    config:dict # as in config.json
-    history:pd.DataFrame # one row per finished epoch
-    predictions:pd.DataFrame # of the best weights; column `part` is valid or test
-    interrupted:bool=False # stopped by Ctrl-C
+
+    folder: Path  # where everything lies
+    model: nn.Module  # with the best weights; the last ones if no epoch was finished
+    recipe: Recipe  # what it was trained by
+    config: dict  # as in config.json
+    history: pd.DataFrame  # one row per finished epoch
+    predictions: pd.DataFrame  # of the best weights; column `part` is valid or test
+    interrupted: bool = False  # stopped by Ctrl-C
 
     @property
-    def outcome(self)->pd.DataFrame: return self.history.drop(columns=[c for c in _CLOCK if c in self.history]) # what recipe and data decide, whatever the machine
+    def outcome(self) -> pd.DataFrame:
+        return self.history.drop(
+            columns=[c for c in _CLOCK if c in self.history]
+        )  # what recipe and data decide, whatever the machine
+
     @property
-    def best(self)->dict: return {} if self.history.empty else self.history.to_dict('records')[best_epoch(self.history, self.recipe.keep)]
+    def best(self) -> dict:
+        return (
+            {}
+            if self.history.empty
+            else self.history.to_dict('records')[best_epoch(self.history, self.recipe.keep)]
+        )
+
 
 def best_epoch(
-    history:pd.DataFrame, # one row per epoch
-    keep:str='loss', # 'loss', 'accuracy' or 'auc'
-)->int: # row of the best, the first of equals
+    history: pd.DataFrame,  # one row per epoch
+    keep: str = 'loss',  # 'loss', 'accuracy' or 'auc'
+) -> int:  # row of the best, the first of equals
     "Epoch whose weights are kept"
-    v = history[f'valid_{keep}'].to_numpy(float)*(1 if keep=='loss' else -1)
+    v = history[f'valid_{keep}'].to_numpy(float) * (1 if keep == 'loss' else -1)
     return int(np.argmin(np.where(np.isnan(v), np.inf, v)))
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #02543622
 def read_config(
-    folder, # of a run
-)->dict: # what config.json holds
+    folder,  # of a run
+) -> dict:  # what config.json holds
     "config.json of a run; raises `RunError` where there is none or it cannot be read"
-    p = Path(folder)/'config.json'
-    if not p.is_file(): raise RunError(folder, 'is no run folder: it has no config.json', 'Give the folder that fit wrote.')
-    try: c = json.loads(p.read_text('utf-8')); c['recipe'], c['recipe_hash']; return c
-    except (ValueError, KeyError, TypeError) as e: raise RunError(p, 'is damaged', 'Restore it from a backup or train again.') from e
+    p = Path(folder) / 'config.json'
+    if not p.is_file():
+        raise RunError(
+            folder, 'is no run folder: it has no config.json', 'Give the folder that fit wrote.'
+        )
+    try:
+        c = json.loads(p.read_text('utf-8'))
+        c['recipe'], c['recipe_hash']
+        return c
+    except (ValueError, KeyError, TypeError) as e:
+        raise RunError(p, 'is damaged', 'Restore it from a backup or train again.') from e
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #4d0cf110
 def open_run(
-    out, # folder of the run
-    recipe:Recipe, # what it is to be trained by
-    resume=False, # False: a new run; True: go on with one; 'auto': either
-    split:str='', # hash of the split; '' is not compared
-    fold:int|None=None, # fold that validates; None is not compared
-)->bool: # whether there is a run to go on with
+    out,  # folder of the run
+    recipe: Recipe,  # what it is to be trained by
+    resume=False,  # False: a new run; True: go on with one; 'auto': either
+    split: str = '',  # hash of the split; '' is not compared
+    fold: int | None = None,  # fold that validates; None is not compared
+) -> bool:  # whether there is a run to go on with
     "Look before writing; raises `RunError` for a folder that is taken, foreign, or of another recipe, split or fold"
     out = Path(out)
-    if resume not in (False, True, 'auto'): raise RunError('fit', f'resume={resume!r}', "Use False, True or 'auto'.")
-    if out.exists() and not out.is_dir(): raise RunError(out, 'is a file', 'Give a folder.')
+    if resume not in (False, True, 'auto'):
+        raise RunError('fit', f'resume={resume!r}', "Use False, True or 'auto'.")
+    if out.exists() and not out.is_dir():
+        raise RunError(out, 'is a file', 'Give a folder.')
     if not out.is_dir() or not any(out.iterdir()):
-        if resume is True: raise RunError(out, 'holds no run to resume', "Use resume='auto' to start one.")
+        if resume is True:
+            raise RunError(out, 'holds no run to resume', "Use resume='auto' to start one.")
         return False
     c = read_config(out)
-    if resume is False: raise RunError(out, 'holds a run already', "Use resume='auto' to go on with it, or choose another folder.")
+    if resume is False:
+        raise RunError(
+            out,
+            'holds a run already',
+            "Use resume='auto' to go on with it, or choose another folder.",
+        )
     theirs = dict(recipe=c['recipe_hash'], split=c.get('split_hash') or '', fold=c.get('fold'))
     ours = dict(recipe=recipe.hash, split=split, fold=fold)
-    words = dict(recipe='of another recipe', split='on another split of the patients',
-                 fold='of another fold')
+    words = dict(
+        recipe='of another recipe', split='on another split of the patients', fold='of another fold'
+    )
     for k in ours:
-        if ours[k] in ('', None) or ours[k]==theirs[k]: continue
+        if ours[k] in ('', None) or ours[k] == theirs[k]:
+            continue
         said = [str(v)[:12] if v not in ('', None) else 'none named' for v in (theirs[k], ours[k])]
-        raise RunError(out, f'holds a run {words[k]} ({said[0]}, not {said[1]})',
-                       'Choose another folder. Nothing was changed.')
+        raise RunError(
+            out,
+            f'holds a run {words[k]} ({said[0]}, not {said[1]})',
+            'Choose another folder. Nothing was changed.',
+        )
     return True
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #45a10001
-class UncheckedWarning(UserWarning): "Patients of whom nobody knows whether they were trained on"
+class UncheckedWarning(UserWarning):
+    "Patients of whom nobody knows whether they were trained on"
+
 
 def _own_split(path):
     "The split in a file; raises `RunError` where it cannot be read"
     try:
         t = pd.read_csv(path, dtype=str, keep_default_na=False)
-        return t.assign(fold=t.fold.astype(int))[['scan_id','patient_id','fold', *t.columns[3:]]]
+        return t.assign(fold=t.fold.astype(int))[['scan_id', 'patient_id', 'fold', *t.columns[3:]]]
     except (ValueError, KeyError, AttributeError, OSError) as e:
         raise RunError(path, f'is no split ({e})', 'Write it again with write_split.') from e
 
+
 def run_split(
-    folder, # of a run
-)->pd.DataFrame|None: # scan_id patient_id fold; None for an older run that kept none
+    folder,  # of a run
+) -> pd.DataFrame | None:  # scan_id patient_id fold; None for an older run that kept none
     "Who was in which part; also from the folder above, as older cross-validations kept it. Raises `RunError`"
     folder, said = Path(folder), read_config(folder).get('split_hash') or ''
-    for path in (folder/'split.csv', folder.parent/'split.csv'):
-        if not path.is_file(): continue
+    for path in (folder / 'split.csv', folder.parent / 'split.csv'):
+        if not path.is_file():
+            continue
         t = _own_split(path)
-        if said==split_hash(t) or (not said and path.parent==folder): return t
-        if path.parent==folder:
-            raise RunError(path, 'is not the split that config.json names',
-                           'Restore it: it says which patients were trained on.')
+        if said == split_hash(t) or (not said and path.parent == folder):
+            return t
+        if path.parent == folder:
+            raise RunError(
+                path,
+                'is not the split that config.json names',
+                'Restore it: it says which patients were trained on.',
+            )
+
 
 def refuse_trained(
-    folder, # of a run
-    rows:pd.DataFrame, # scans to be evaluated: `scan_id patient_id`
-    unchecked:bool=False, # accept patients who cannot be looked up, with an `UncheckedWarning`
-)->str: # what has to be said of the result; '' where everybody was looked up
+    folder,  # of a run
+    rows: pd.DataFrame,  # scans to be evaluated: `scan_id patient_id`
+    unchecked: bool = False,  # accept patients who cannot be looked up, with an `UncheckedWarning`
+) -> str:  # what has to be said of the result; '' where everybody was looked up
     "Raise `SplitError` for patients that a run has learned from, `RunError` for a run that kept no split"
     split, said = run_split(folder), ''
     if split is None and not unchecked:
-        raise RunError(folder, 'keeps no split.csv: nobody can say which patients it was trained on',
-                       'Write the split into it with write_split, or evaluate with unchecked=True.')
+        raise RunError(
+            folder,
+            'keeps no split.csv: nobody can say which patients it was trained on',
+            'Write the split into it with write_split, or evaluate with unchecked=True.',
+        )
     by_scan = split is not None and 'split_by' in split
     rows = rows.assign(split_by='scan_id') if by_scan else rows
     lost = 0 if by_scan else len(rows) if split is None else int((~patient_known(rows)).sum())
@@ -219,104 +316,198 @@ def refuse_trained(
         said = f'{lost} of {len(rows)} scans: not known whether their patients were trained on.'
         warnings.warn(said, UncheckedWarning, stacklevel=3)
         rows = rows.iloc[:0] if split is None else rows[patient_known(rows)]
-    if len(rows): assert_disjoint(training=split[split.fold>=0], evaluated=rows)
+    if len(rows):
+        assert_disjoint(training=split[split.fold >= 0], evaluated=rows)
     return said
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #57f785ac
 def check_disk(
-    out, # folder of the run, there or not
-    model:nn.Module, # what is trained
-    ema:bool=False, # averaged weights too
-)->int: # bytes that the checkpoints will take
+    out,  # folder of the run, there or not
+    model: nn.Module,  # what is trained
+    ema: bool = False,  # averaged weights too
+) -> int:  # bytes that the checkpoints will take
     "Predict what the checkpoints of a run weigh; raises `RunError` where the disk is too full for them"
     weights, p = sum(v.nbytes for v in model.state_dict().values()), Path(out).resolve()
-    need = weights*(2+2*(3+ema)) # best and last; two states of weights, two moments and the average
-    while not p.exists(): p = p.parent
-    free = shutil.disk_usage(p).free+sum(f.stat().st_size for f in Path(out).glob('checkpoints/*')) # a run that goes on writes over its own
-    if free<need: raise RunError(out, f'needs {need/1e9:.2f} GB for its checkpoints, {free/1e9:.2f} GB are free', 'Make room or choose another disk. Nothing was written.')
+    need = weights * (
+        2 + 2 * (3 + ema)
+    )  # best and last; two states of weights, two moments and the average
+    while not p.exists():
+        p = p.parent
+    free = shutil.disk_usage(p).free + sum(
+        f.stat().st_size for f in Path(out).glob('checkpoints/*')
+    )  # a run that goes on writes over its own
+    if free < need:
+        raise RunError(
+            out,
+            f'needs {need / 1e9:.2f} GB for its checkpoints, {free / 1e9:.2f} GB are free',
+            'Make room or choose another disk. Nothing was written.',
+        )
     return need
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #f14a4280
 def describe_run(
-    model:nn.Module, # what is trained
-    recipe:Recipe, # by what
-    device, # on what
-    about:dict, # facts of the caller, as `trained_on` and `split_hash`
-)->dict: # goes to config.json
+    model: nn.Module,  # what is trained
+    recipe: Recipe,  # by what
+    device,  # on what
+    about: dict,  # facts of the caller, as `trained_on` and `split_hash`
+) -> dict:  # goes to config.json
     "Everything a reader in a year will ask"
-    gpu = torch.cuda.get_device_name(device) if device.type=='cuda' else ''
-    return dict(status='running', system=recipe.system, recipe=to_dict(recipe), recipe_hash=recipe.hash, seed=recipe.seed, trained_on='', split_hash='', warnings=[],
-                model=dict(kind=type(model).__name__, parameters=sum(p.numel() for p in model.parameters())),
-                versions=dict(covid_ct=__version__, python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, accelerate=accelerate.__version__),
-                hardware=dict(device=device.type, gpu=gpu, machine=platform.machine(), cores=os.cpu_count(), threads=torch.get_num_threads())) | dict(about)
+    gpu = torch.cuda.get_device_name(device) if device.type == 'cuda' else ''
+    return dict(
+        status='running',
+        system=recipe.system,
+        recipe=to_dict(recipe),
+        recipe_hash=recipe.hash,
+        seed=recipe.seed,
+        trained_on='',
+        split_hash='',
+        warnings=[],
+        model=dict(
+            kind=type(model).__name__, parameters=sum(p.numel() for p in model.parameters())
+        ),
+        versions=dict(
+            covid_ct=__version__,
+            python=platform.python_version(),
+            torch=torch.__version__,
+            numpy=np.__version__,
+            accelerate=accelerate.__version__,
+        ),
+        hardware=dict(
+            device=device.type,
+            gpu=gpu,
+            machine=platform.machine(),
+            cores=os.cpu_count(),
+            threads=torch.get_num_threads(),
+        ),
+    ) | dict(about)
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #3f08fdd1
 def load_weights(
-    model:nn.Module, # to load into
-    tensors:dict, # its state by name
-    source, # what to name in the error
-)->nn.Module: # the same model
+    model: nn.Module,  # to load into
+    tensors: dict,  # its state by name
+    source,  # what to name in the error
+) -> nn.Module:  # the same model
     "Put weights into a network; raises `RunError` if they are another one's"
-    try: model.load_state_dict(tensors); return model
-    except RuntimeError as e: raise RunError(source, 'holds the weights of another network', f'Build it as the recipe says. ({str(e).splitlines()[-1].strip()[:120]})') from e
+    try:
+        model.load_state_dict(tensors)
+        return model
+    except RuntimeError as e:
+        raise RunError(
+            source,
+            'holds the weights of another network',
+            f'Build it as the recipe says. ({str(e).splitlines()[-1].strip()[:120]})',
+        ) from e
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #258c93a5
-class AuditWarning(UserWarning): "A result that is too good to be believed without looking at the data"
+class AuditWarning(UserWarning):
+    "A result that is too good to be believed without looking at the data"
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #6d65ad66
 def audit_hint(
-    accuracy:float, # of three classes on the validation set, [0,1]
-    trained_on:str='', # what the caller says about the data
-)->str: # '' where nothing is suspicious
+    accuracy: float,  # of three classes on the validation set, [0,1]
+    trained_on: str = '',  # what the caller says about the data
+) -> str:  # '' where nothing is suspicious
     "What to say about an accuracy that is too good (He et al. 2020)"
-    if not accuracy>=.97: return ''
-    if 'phantom' in trained_on.lower(): return f'Validation accuracy is {accuracy:.1%}. These are phantoms, made by rule: it says nothing about patients.'
-    return (f'Validation accuracy is {accuracy:.1%}; honest patient splits of three-class CT data reach 88 to 89 %. Audit the data before believing it: '
-            'patients on both sides, backgrounds already removed, slice counts, repeated scans.')
+    if not accuracy >= 0.97:
+        return ''
+    if 'phantom' in trained_on.lower():
+        return f'Validation accuracy is {accuracy:.1%}. These are phantoms, made by rule: it says nothing about patients.'
+    return (
+        f'Validation accuracy is {accuracy:.1%}; honest patient splits of three-class CT data reach 88 to 89 %. Audit the data before believing it: '
+        'patients on both sides, backgrounds already removed, slice counts, repeated scans.'
+    )
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #94283045
 def _model_card(
-    run:Run, # with predictions
-    n:int=1000, # bootstrap cohorts
-)->str: # Markdown
+    run: Run,  # with predictions
+    n: int = 1000,  # bootstrap cohorts
+) -> str:  # Markdown
     "What a stranger must know before using the weights"
-    c, out = run.config, [f'# {run.recipe.system} {run.recipe.name}', '', '**For teaching and research. Not for clinical use: its answers are no diagnosis.**', '']
-    out += [f'- Trained on: {c["trained_on"] or "data that the caller did not name"}.', f'- Recipe `{c["recipe_hash"]}`, split `{c["split_hash"][:12] or "not given"}`, seed {c["seed"]}.',
-            f'- Network: {c["model"]["kind"]}, {c["model"]["parameters"]:,} parameters; classes {", ".join(run.recipe.classes)}.',
-            f'- {len(run.history)} of {run.recipe.epochs} epochs; kept: the best {run.recipe.keep} on the validation set, epoch {run.best.get("epoch","none")}.', *(f'- **{w}**' for w in c['warnings'])]
+    c, out = (
+        run.config,
+        [
+            f'# {run.recipe.system} {run.recipe.name}',
+            '',
+            '**For teaching and research. Not for clinical use: its answers are no diagnosis.**',
+            '',
+        ],
+    )
+    out += [
+        f'- Trained on: {c["trained_on"] or "data that the caller did not name"}.',
+        f'- Recipe `{c["recipe_hash"]}`, split `{c["split_hash"][:12] or "not given"}`, seed {c["seed"]}.',
+        f'- Network: {c["model"]["kind"]}, {c["model"]["parameters"]:,} parameters; classes {", ".join(run.recipe.classes)}.',
+        f'- {len(run.history)} of {run.recipe.epochs} epochs; kept: the best {run.recipe.keep} on the validation set, epoch {run.best.get("epoch", "none")}.',
+        *(f'- **{w}**' for w in c['warnings']),
+    ]
     out += [f'- Known fault of the original, not repeated here: {f}.' for f in run.recipe.faults]
-    for part,rows in run.predictions.groupby('part', sort=False) if len(run.predictions) else ():
+    for part, rows in run.predictions.groupby('part', sort=False) if len(run.predictions) else ():
         t = TASKS[run.recipe.task].table(rows, run.recipe.classes, positive_class(run.recipe), n)
-        out += ['', f'## {"Test" if part=="test" else "Validation"} set: {len(rows)} scans of {rows.patient_id.nunique()} patients', '', '| reading | metric | value | 95 % interval over patients |', '|---|---|---|---|']
-        out += [f'| {x.setting} | {x.metric} | {x.value:.3f} | {x.low:.3f} … {x.high:.3f}{" ("+x.note+")" if x.note else ""} |' for x in t.itertuples()]
-    return '\n'.join(out)+'\n'
+        out += [
+            '',
+            f'## {"Test" if part == "test" else "Validation"} set: {len(rows)} scans of {rows.patient_id.nunique()} patients',
+            '',
+            '| reading | metric | value | 95 % interval over patients |',
+            '|---|---|---|---|',
+        ]
+        out += [
+            f'| {x.setting} | {x.metric} | {x.value:.3f} | {x.low:.3f} … {x.high:.3f}{" (" + x.note + ")" if x.note else ""} |'
+            for x in t.itertuples()
+        ]
+    return '\n'.join(out) + '\n'
+
 
 def positive_class(
-    recipe:Recipe, # with classes
-)->str: # 'covid' where it is a class, else the last class
+    recipe: Recipe,  # with classes
+) -> str:  # 'covid' where it is a class, else the last class
     "Class that is read against the rest"
     return 'covid' if 'covid' in recipe.classes else recipe.classes[-1]
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #eba48ccc
 def history_figure(
-    run:Run, # with at least one epoch
-)->Picture: # with alt text
+    run: Run,  # with at least one epoch
+) -> Picture:  # with alt text
     "Losses and validation scores over the epochs"
-    h, fig = run.history, Picture(figsize=(7,2.6), layout='constrained')
+    h, fig = run.history, Picture(figsize=(7, 2.6), layout='constrained')
     shown = TASKS[run.recipe.task].shown
-    for ax,cols,ylabel in zip(fig.subplots(1,2), (('train_loss','valid_loss'), [f'valid_{k}' for k in shown]), ('loss','score')):
-        for c,colour in zip(cols, ('#2a6f97','#c8553d')): ax.plot(h.epoch, h[c], '.-', color=colour, label=c.replace('_',' ').replace('auc','AUC').replace('dice','Dice'))
-        ax.axvline(run.best['epoch'], color='.7', ls=':', lw=1); ax.set(xlabel='epoch', ylabel=ylabel); ax.legend(frameon=False, fontsize=8); ax.spines[['top','right']].set_visible(False); ax.xaxis.get_major_locator().set_params(integer=True)
-    return set_alt_text(fig, f'Training and validation loss, validation {" and ".join(shown)} over {len(h)} epochs; epoch {run.best["epoch"]} is kept, with validation loss {run.best["valid_loss"]:.3f}.')
+    for ax, cols, ylabel in zip(
+        fig.subplots(1, 2),
+        (('train_loss', 'valid_loss'), [f'valid_{k}' for k in shown]),
+        ('loss', 'score'),
+        strict=False,
+    ):
+        for c, colour in zip(cols, ('#2a6f97', '#c8553d'), strict=False):
+            ax.plot(
+                h.epoch,
+                h[c],
+                '.-',
+                color=colour,
+                label=c.replace('_', ' ').replace('auc', 'AUC').replace('dice', 'Dice'),
+            )
+        ax.axvline(run.best['epoch'], color='.7', ls=':', lw=1)
+        ax.set(xlabel='epoch', ylabel=ylabel)
+        ax.legend(frameon=False, fontsize=8)
+        ax.spines[['top', 'right']].set_visible(False)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    return set_alt_text(
+        fig,
+        f'Training and validation loss, validation {" and ".join(shown)} over {len(h)} epochs; epoch {run.best["epoch"]} is kept, with validation loss {run.best["valid_loss"]:.3f}.',
+    )
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #65aacef5
 def write_documents(
-    run:Run, # to describe
-)->None:
+    run: Run,  # to describe
+) -> None:
     "Write config, card and figures of a run"
-    write_text(run.folder/'config.json', json.dumps(run.config, indent=1))
-    if run.history.empty: return
-    write_text(run.folder/'model_card.md', _model_card(run))
-    rows = run.predictions[run.predictions.part==run.predictions.part.iloc[-1]]
-    figures = dict(history=history_figure(run)) | TASKS[run.recipe.task].figures(rows, run.recipe.classes, positive_class(run.recipe))
-    for name,fig in figures.items(): _write(run.folder/'figures'/f'{name}.png', lambda tmp: fig.savefig(tmp, format='png', dpi=100))
+    write_text(run.folder / 'config.json', json.dumps(run.config, indent=1))
+    if run.history.empty:
+        return
+    write_text(run.folder / 'model_card.md', _model_card(run))
+    rows = run.predictions[run.predictions.part == run.predictions.part.iloc[-1]]
+    figures = dict(history=history_figure(run)) | TASKS[run.recipe.task].figures(
+        rows, run.recipe.classes, positive_class(run.recipe)
+    )
+    for name, fig in figures.items():
+        _write(
+            run.folder / 'figures' / f'{name}.png',
+            lambda tmp: fig.savefig(tmp, format='png', dpi=100),
+        )

@@ -6,173 +6,281 @@
 __all__ = ['StudyError', 'StudyEntry', 'Study', 'read_study', 'combination_folder', 'run_study', 'search_objective']
 
 # %% ../../nbs/08_train/11_studies.ipynb #768cc140
-import json, tomllib
+import json
+import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+
 import pandas as pd
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
-from ..scan import DataError
-from ..cohort.adapters import open_cohort
+
 from ..batches.slices import phantom_slices
+from ..cohort.adapters import open_cohort
 from ..phantom.chest import phantom_cohort, phantom_of
+from ..scan import DataError
 from .recipes import Recipe, change, recipe
 from .run_folder import open_run, positive_class, write_text
 from .study import train, with_folds
 from .tasks import TASKS
 
 # %% ../../nbs/08_train/11_studies.ipynb #102042d1
-class StudyError(DataError): "A plan that cannot be carried out, or a folder of another one"
+class StudyError(DataError):
+    "A plan that cannot be carried out, or a folder of another one"
+
 
 @dataclass(frozen=True)
 class StudyEntry:
     "One network of a study"
-    name:str # how it is called in the tables
-    recipe:Recipe # with its changes, before the seed
-    cohort:str='' # path, where there are no phantoms
-    phantoms:dict=field(default_factory=dict) # patients, shape, labels, seed; for slices n, size, seed
+
+    name: str  # how it is called in the tables
+    recipe: Recipe  # with its changes, before the seed
+    cohort: str = ''  # path, where there are no phantoms
+    phantoms: dict = field(
+        default_factory=dict
+    )  # patients, shape, labels, seed; for slices n, size, seed
+
 
 @dataclass(frozen=True)
 class Study:
     "Networks, seeds and folds"
-    name:str # of the study
-    runs:tuple # of `StudyEntry`
-    folds:int=5 # parts of the training patients
-    seeds:tuple=(0,) # of weights, order and views
+
+    name: str  # of the study
+    runs: tuple  # of `StudyEntry`
+    folds: int = 5  # parts of the training patients
+    seeds: tuple = (0,)  # of weights, order and views
+
     @property
-    def text(self)->str: return json.dumps(asdict(self), indent=1, default=str)
+    def text(self) -> str:
+        return json.dumps(asdict(self), indent=1, default=str)
 
 # %% ../../nbs/08_train/11_studies.ipynb #9bfcbba7
-_KNOWN = dict(study={'name','folds','seeds','run'}, run={'name','recipe','cohort','phantoms','set'}, phantoms={'patients','shape','labels','seed','n','size'})
+_KNOWN = dict(
+    study={'name', 'folds', 'seeds', 'run'},
+    run={'name', 'recipe', 'cohort', 'phantoms', 'set'},
+    phantoms={'patients', 'shape', 'labels', 'seed', 'n', 'size'},
+)
+
 
 def _entry(d, root, where):
     "An entry from its table; raises `StudyError`"
-    for name,table in (('run',d), ('phantoms',d.get('phantoms',{}))):
-        if set(table)-_KNOWN[name]: raise StudyError(where, f'unknown field {sorted(set(table)-_KNOWN[name])[0]!r} in a {name}', f'Fields are {", ".join(sorted(_KNOWN[name]))}.')
-    if 'recipe' not in d or ('cohort' in d)==('phantoms' in d): raise StudyError(where, f'run {d.get("name","")!r} needs a recipe, and a cohort or phantoms', 'Give recipe = "darnet/tiny" and one of the two.')
+    for name, table in (('run', d), ('phantoms', d.get('phantoms', {}))):
+        if set(table) - _KNOWN[name]:
+            raise StudyError(
+                where,
+                f'unknown field {sorted(set(table) - _KNOWN[name])[0]!r} in a {name}',
+                f'Fields are {", ".join(sorted(_KNOWN[name]))}.',
+            )
+    if 'recipe' not in d or ('cohort' in d) == ('phantoms' in d):
+        raise StudyError(
+            where,
+            f'run {d.get("name", "")!r} needs a recipe, and a cohort or phantoms',
+            'Give recipe = "darnet/tiny" and one of the two.',
+        )
     r = recipe(*d['recipe'].partition('/')[::2])
     r = change(r, "the study's file", **d['set']) if d.get('set') else r
-    return StudyEntry(d.get('name', d['recipe'].replace('/',' ')), r, str(root/d['cohort']) if 'cohort' in d else '', d.get('phantoms',{}))
+    return StudyEntry(
+        d.get('name', d['recipe'].replace('/', ' ')),
+        r,
+        str(root / d['cohort']) if 'cohort' in d else '',
+        d.get('phantoms', {}),
+    )
+
 
 def read_study(
-    source, # path of a TOML file, or its text
-)->Study: # checked
+    source,  # path of a TOML file, or its text
+) -> Study:  # checked
     "A plan from text; raises `StudyError` or `RecipeError` before anything is trained"
     path = Path(source) if isinstance(source, Path) or '\n' not in str(source) else None
-    try: d = tomllib.loads(path.read_text('utf-8') if path else str(source))
-    except (OSError, tomllib.TOMLDecodeError) as e: raise StudyError(path or 'study', f'cannot be read ({e})', 'Give a TOML file; docs: the page on studies.') from e
-    where = path or d.get('name','study')
-    if set(d)-_KNOWN['study']: raise StudyError(where, f'unknown field {sorted(set(d)-_KNOWN["study"])[0]!r}', f'Fields are {", ".join(sorted(_KNOWN["study"]))}.')
-    runs = tuple(_entry(r, path.parent if path else Path(), where) for r in d.get('run',()))
+    try:
+        d = tomllib.loads(path.read_text('utf-8') if path else str(source))
+    except (OSError, tomllib.TOMLDecodeError) as e:
+        raise StudyError(
+            path or 'study', f'cannot be read ({e})', 'Give a TOML file; docs: the page on studies.'
+        ) from e
+    where = path or d.get('name', 'study')
+    if set(d) - _KNOWN['study']:
+        raise StudyError(
+            where,
+            f'unknown field {sorted(set(d) - _KNOWN["study"])[0]!r}',
+            f'Fields are {", ".join(sorted(_KNOWN["study"]))}.',
+        )
+    runs = tuple(_entry(r, path.parent if path else Path(), where) for r in d.get('run', ()))
     names = [r.name for r in runs]
-    if not runs or len(set(names))<len(names): raise StudyError(where, f'{len(runs)} runs called {names}', 'Give at least one [[run]], each with a name of its own.')
-    s = Study(str(d.get('name','study')), runs, d.get('folds',5), tuple(d.get('seeds',(0,))))
-    if not isinstance(s.folds, int) or s.folds<2 or not s.seeds or not all(isinstance(k, int) for k in s.seeds): raise StudyError(where, f'folds={s.folds!r}, seeds={list(s.seeds)!r}', 'Give two folds or more and whole numbers as seeds.')
+    if not runs or len(set(names)) < len(names):
+        raise StudyError(
+            where,
+            f'{len(runs)} runs called {names}',
+            'Give at least one [[run]], each with a name of its own.',
+        )
+    s = Study(str(d.get('name', 'study')), runs, d.get('folds', 5), tuple(d.get('seeds', (0,))))
+    if (
+        not isinstance(s.folds, int)
+        or s.folds < 2
+        or not s.seeds
+        or not all(isinstance(k, int) for k in s.seeds)
+    ):
+        raise StudyError(
+            where,
+            f'folds={s.folds!r}, seeds={list(s.seeds)!r}',
+            'Give two folds or more and whole numbers as seeds.',
+        )
     return s
 
 # %% ../../nbs/08_train/11_studies.ipynb #fd58c573
 def _phantoms_of(e):
     "Phantom scans or slices of an entry, and how they are loaded"
     p = e.phantoms
-    if e.recipe.task=='segment':
+    if e.recipe.task == 'segment':
         rows = pd.DataFrame(phantom_slices(p.get('n', 24), p.get('size', 64), p.get('seed', 0)))
         return rows.assign(scan_id=rows.slice_id, label='covid'), {}
     labels = tuple(p.get('labels', e.recipe.classes))
-    cohort = phantom_cohort(p.get('patients', 30), seed=p.get('seed', 0), labels=labels, second_scan=0)
-    return cohort, dict(load=partial(phantom_of, shape=tuple(p.get('shape', (64,96,96)))))
+    cohort = phantom_cohort(
+        p.get('patients', 30), seed=p.get('seed', 0), labels=labels, second_scan=0
+    )
+    return cohort, dict(load=partial(phantom_of, shape=tuple(p.get('shape', (64, 96, 96)))))
+
 
 def _recipe_of(
-    e:StudyEntry, # which network
-    seed:int, # of the training
-)->Recipe: # with that seed; phantom slices set its `slice_size`
+    e: StudyEntry,  # which network
+    seed: int,  # of the training
+) -> Recipe:  # with that seed; phantom slices set its `slice_size`
     "Recipe of one run of a study"
-    slices = e.phantoms and e.recipe.task=='segment'
+    slices = e.phantoms and e.recipe.task == 'segment'
     size = dict(slice_size=e.phantoms.get('size', 64)) if slices else {}
     return change(e.recipe, 'the study', seed=seed, **size)
 
+
 def combination_folder(
-    e:StudyEntry, # which network
-    seed:int, # of the training
-    fold:int, # that validates
-    out, # folder of the study
-)->Path: # folder of the run
+    e: StudyEntry,  # which network
+    seed: int,  # of the training
+    fold: int,  # that validates
+    out,  # folder of the study
+) -> Path:  # folder of the run
     "Where a combination lies"
-    return Path(out)/e.name.replace(' ','_').replace('/','_')/f'seed_{seed}'/f'fold_{fold}'
+    return Path(out) / e.name.replace(' ', '_').replace('/', '_') / f'seed_{seed}' / f'fold_{fold}'
+
 
 def _run_one(
-    e:StudyEntry, # which network
-    seed:int, # of the training
-    fold:int, # that validates
-    folds:int, # of how many
-    out, # folder of the study
-)->Path: # folder of the run
+    e: StudyEntry,  # which network
+    seed: int,  # of the training
+    fold: int,  # that validates
+    folds: int,  # of how many
+    out,  # folder of the study
+) -> Path:  # folder of the run
     "Train and test one combination, or go on where it was stopped; a finished one is left as it is"
     r, at = _recipe_of(e, seed), combination_folder(e, seed, fold, out)
-    if (at/'test.csv').exists() and open_run(at, r, 'auto', fold=fold): return at
+    if (at / 'test.csv').exists() and open_run(at, r, 'auto', fold=fold):
+        return at
     named = 'phantoms' if e.phantoms else Path(e.cohort).name
     about = dict(trained_on=f'{named}, study {Path(out).name}')
     cohort, kw = _phantoms_of(e) if e.phantoms else (open_cohort(e.cohort), {})
     cohort = with_folds(cohort, r, folds=folds)
     run = train(cohort, r, at, fold, progress=False, about=about, **kw)
-    if run.interrupted: raise KeyboardInterrupt
-    write_text(at/'test.csv', run.predictions[run.predictions.part=='test'].to_csv(index=False))
+    if run.interrupted:
+        raise KeyboardInterrupt
+    write_text(at / 'test.csv', run.predictions[run.predictions.part == 'test'].to_csv(index=False))
     return at
 
 # %% ../../nbs/08_train/11_studies.ipynb #0dd8f333
 def _combinations(
-    study:Study, # any
-)->list: # of (entry, seed, fold)
+    study: Study,  # any
+) -> list:  # of (entry, seed, fold)
     "Everything a study trains, in order"
     return [(e, s, k) for e in study.runs for s in study.seeds for k in range(study.folds)]
 
+
 def _study_table(
-    study:Study, # whose
-    out, # its folder
-)->pd.DataFrame: # index run, metric; columns mean, std, n, low, high
+    study: Study,  # whose
+    out,  # its folder
+) -> pd.DataFrame:  # index run, metric; columns mean, std, n, low, high
     "Scores on the test patients over seeds and folds; raises `StudyError` where nothing is finished"
     rows = []
-    for e,s,k in _combinations(study):
-        p = combination_folder(e, s, k, out)/'test.csv'
-        if not p.exists(): continue
+    for e, s, k in _combinations(study):
+        p = combination_folder(e, s, k, out) / 'test.csv'
+        if not p.exists():
+            continue
         t = pd.read_csv(p, dtype=dict(scan_id=str, patient_id=str))
-        rows += [dict(run=e.name, metric=m, value=v) for m,v in TASKS[e.recipe.task].scores(t, e.recipe.classes, positive_class(e.recipe)).items()]
-    if not rows: raise StudyError(out, 'holds no finished run', 'Run the study first.')
-    t = pd.DataFrame(rows).groupby(['run','metric'], sort=False).value.agg(['mean','std','count','min','max'])
+        rows += [
+            dict(run=e.name, metric=m, value=v)
+            for m, v in TASKS[e.recipe.task]
+            .scores(t, e.recipe.classes, positive_class(e.recipe))
+            .items()
+        ]
+    if not rows:
+        raise StudyError(out, 'holds no finished run', 'Run the study first.')
+    t = (
+        pd.DataFrame(rows)
+        .groupby(['run', 'metric'], sort=False)
+        .value.agg(['mean', 'std', 'count', 'min', 'max'])
+    )
     return t.rename(columns=dict(count='n', min='low', max='high'))
 
+
 def run_study(
-    study:Study, # from `read_study`
-    out, # folder
-    jobs:int=1, # processes
-    progress:bool=True, # show a bar
-)->pd.DataFrame: # of `_study_table`
+    study: Study,  # from `read_study`
+    out,  # folder
+    jobs: int = 1,  # processes
+    progress: bool = True,  # show a bar
+) -> pd.DataFrame:  # of `_study_table`
     "Carry out a study, or go on with it; raises `StudyError` for a folder of another plan, or naming what failed"
-    out = Path(out); note = out/'study.json'
-    if note.exists() and note.read_text('utf-8')!=study.text: raise StudyError(out, 'holds another study', 'Choose another folder. Nothing was changed.')
+    out = Path(out)
+    note = out / 'study.json'
+    if note.exists() and note.read_text('utf-8') != study.text:
+        raise StudyError(out, 'holds another study', 'Choose another folder. Nothing was changed.')
     write_text(note, study.text)
     failed = []
+
     def one(e, s, k):
-        try: _run_one(e, s, k, study.folds, out)
-        except DataError as error: return f'{e.name}, seed {s}, fold {k}: {error}'
+        try:
+            _run_one(e, s, k, study.folds, out)
+        except DataError as error:
+            return f'{e.name}, seed {s}, fold {k}: {error}'
+
     todo = _combinations(study)
-    for message in tqdm(Parallel(jobs, return_as='generator')(delayed(one)(*c) for c in todo), total=len(todo), disable=not progress, unit='run'): failed += [message] if message else []
-    if failed: raise StudyError(out, f'{len(failed)} of {len(todo)} failed; the first: {failed[0]}', 'The others are finished and stay. Mend it and run the study again.')
-    table = _study_table(study, out); write_text(out/'table.csv', table.to_csv())
+    for message in tqdm(
+        Parallel(jobs, return_as='generator')(delayed(one)(*c) for c in todo),
+        total=len(todo),
+        disable=not progress,
+        unit='run',
+    ):
+        failed += [message] if message else []
+    if failed:
+        raise StudyError(
+            out,
+            f'{len(failed)} of {len(todo)} failed; the first: {failed[0]}',
+            'The others are finished and stay. Mend it and run the study again.',
+        )
+    table = _study_table(study, out)
+    write_text(out / 'table.csv', table.to_csv())
     return table
 
 # %% ../../nbs/08_train/11_studies.ipynb #e3ce9f83
 def search_objective(
-    e:StudyEntry, # what is varied
-    space, # function of a trial → changes of the recipe, as {'lr': trial.suggest_float('lr', 1e-4, 1e-2, log=True)}
-    out, # folder; one run for each trial
-    fold:int=0, # fold that validates
-    folds:int=5, # of how many
-)->Callable: # function of a trial → best value of `keep` on the validation patients, larger is better
+    e: StudyEntry,  # what is varied
+    space,  # function of a trial → changes of the recipe, as {'lr': trial.suggest_float('lr', 1e-4, 1e-2, log=True)}
+    out,  # folder; one run for each trial
+    fold: int = 0,  # fold that validates
+    folds: int = 5,  # of how many
+) -> (
+    Callable
+):  # function of a trial → best value of `keep` on the validation patients, larger is better
     "A function to maximise, for Optuna and its like"
-    def value(trial)->float:
+
+    def value(trial) -> float:
         r = change(e.recipe, f'trial {trial.number}', **space(trial))
-        h = pd.read_csv(_run_one(StudyEntry(f'trial_{trial.number}', r, e.cohort, e.phantoms), r.seed, fold, folds, out)/'metrics.csv')[f'valid_{r.keep}']
-        return float(-h.min() if r.keep=='loss' else h.max())
+        h = pd.read_csv(
+            _run_one(
+                StudyEntry(f'trial_{trial.number}', r, e.cohort, e.phantoms),
+                r.seed,
+                fold,
+                folds,
+                out,
+            )
+            / 'metrics.csv'
+        )[f'valid_{r.keep}']
+        return float(-h.min() if r.keep == 'loss' else h.max())
+
     return value

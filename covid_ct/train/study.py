@@ -7,235 +7,284 @@ __all__ = ['make_sampler', 'fold_loaders', 'score_test', 'train_fold', 'with_fol
 
 # %% ../../nbs/08_train/09_study.ipynb #d1aafb7c
 from pathlib import Path
+
 import pandas as pd
 import torch
 from accelerate.utils import set_seed
+
 from ..batches.augment import AUGMENTS
-from ..preprocess.cache import given
 from ..batches.loaders import ScanDataset, make_loader, make_loaders
-from ..preprocess.resample import PREPS
-from ..batches.samplers import (ClassBalancedSampler, CompositionSampler, SizeBalancedSampler,
-                                  UniformSampler)
+from covid_ct.batches.samplers import (
+    ClassBalancedSampler,
+    CompositionSampler,
+    SizeBalancedSampler,
+    UniformSampler,
+)
 from ..batches.slices import SliceBatches, SliceDataset
 from ..cohort.adapters import open_cohort
-from ..cohort.splits import (fold_parts, patient_known, split_hash, split_patients, test_part,
-                                 write_split)
+from covid_ct.cohort.splits import (
+    fold_parts,
+    patient_known,
+    split_hash,
+    split_patients,
+    test_part,
+    write_split,
+)
 from ..evaluate.metrics import classification_metrics
+from ..preprocess.cache import given
+from ..preprocess.resample import PREPS
 from ..scan import CohortError
 from .loop import Engine, TrainError, build_model, fit, load_run, predict_batches
 from .recipes import Recipe, RecipeError
-from .run_folder import (Run, RunError, open_run, positive_class, read_config, refuse_trained,
-                                write_documents, write_text)
-from .tasks import TASKS, dice_table
+from covid_ct.train.run_folder import (
+    Run,
+    RunError,
+    open_run,
+    positive_class,
+    read_config,
+    refuse_trained,
+    write_documents,
+    write_text,
+)
+from .tasks import dice_table
 
 # %% ../../nbs/08_train/09_study.ipynb #a9461210
 def make_sampler(
-    cohort:pd.DataFrame, # training scans
-    recipe:Recipe, # its sampler, sampler_kwargs, classes and seed
-)->torch.utils.data.Sampler: # of rows, or of whole batches
+    cohort: pd.DataFrame,  # training scans
+    recipe: Recipe,  # its sampler, sampler_kwargs, classes and seed
+) -> torch.utils.data.Sampler:  # of rows, or of whole batches
     "Sampler of a recipe; raises `CohortError` for the cohort, `RecipeError` for the settings"
     kw = dict(seed=recipe.seed) | recipe.sampler_kwargs
     try:
-        if recipe.sampler=='uniform': return UniformSampler(cohort, **kw)
-        if recipe.sampler=='class_balanced': return ClassBalancedSampler(cohort, recipe.classes, **kw)
-        if recipe.sampler=='size_balanced': return SizeBalancedSampler(cohort, **kw)
+        if recipe.sampler == 'uniform':
+            return UniformSampler(cohort, **kw)
+        if recipe.sampler == 'class_balanced':
+            return ClassBalancedSampler(cohort, recipe.classes, **kw)
+        if recipe.sampler == 'size_balanced':
+            return SizeBalancedSampler(cohort, **kw)
         return CompositionSampler(cohort, **kw)
     except TypeError as e:
-        raise RecipeError(f'recipe {recipe.system} {recipe.name}',
-                          f'{recipe.sampler} does not take {recipe.sampler_kwargs!r} ({e})',
-                          'Compare with another recipe that has this sampler.') from e
+        raise RecipeError(
+            f'recipe {recipe.system} {recipe.name}',
+            f'{recipe.sampler} does not take {recipe.sampler_kwargs!r} ({e})',
+            'Compare with another recipe that has this sampler.',
+        ) from e
 
 # %% ../../nbs/08_train/09_study.ipynb #c72170da
 def _dataset_of(
-    rows:pd.DataFrame, # of a cohort of scans, or of slices
-    recipe:Recipe, # its task, prep, classes and slice_size
-    masks=(), # masks to load beside each scan
-    root=None, # folder that paths in the table start from; None: the cohort's own
-    **kwargs, # `load`, `cache`, `lungs` for `ScanDataset`; slices stay in memory and need none
-)->torch.utils.data.Dataset: # `ScanDataset` or `SliceDataset`
+    rows: pd.DataFrame,  # of a cohort of scans, or of slices
+    recipe: Recipe,  # its task, prep, classes and slice_size
+    masks=(),  # masks to load beside each scan
+    root=None,  # folder that paths in the table start from; None: the cohort's own
+    **kwargs,  # `load`, `cache`, `lungs` for `ScanDataset`; slices stay in memory and need none
+) -> torch.utils.data.Dataset:  # `ScanDataset` or `SliceDataset`
     "What a network of this recipe reads; raises `TrainError` without a prep, `CohortError` for rows"
-    if recipe.task=='segment': return SliceDataset(rows, recipe.slice_size, root=root)
+    if recipe.task == 'segment':
+        return SliceDataset(rows, recipe.slice_size, root=root)
     if recipe.prep:
         return ScanDataset(rows, PREPS[recipe.prep], recipe.classes, root, masks=masks, **kwargs)
-    raise TrainError(f'recipe {recipe.system} {recipe.name}', 'names no prep',
-                     'Use a recipe with a row of PREPS, or make batches of your own and call fit or predict.')
+    raise TrainError(
+        f'recipe {recipe.system} {recipe.name}',
+        'names no prep',
+        'Use a recipe with a row of PREPS, or make batches of your own and call fit or predict.',
+    )
+
 
 def _batches_of(
-    rows:pd.DataFrame, # scans or slices
-    recipe:Recipe, # as for `_dataset_of`
-    batch_size:int=8, # in a batch
-    workers:int=0, # processes that read
-    **kwargs, # for `_dataset_of`
-)->object: # iterable of Batch dicts
+    rows: pd.DataFrame,  # scans or slices
+    recipe: Recipe,  # as for `_dataset_of`
+    batch_size: int = 8,  # in a batch
+    workers: int = 0,  # processes that read
+    **kwargs,  # for `_dataset_of`
+) -> object:  # iterable of Batch dicts
     "Batches in the order of the table, not augmented; raises as `_dataset_of` does"
     data = _dataset_of(rows, recipe, **kwargs)
-    if recipe.task=='segment': return SliceBatches(data, batch_size, shuffle=False)
+    if recipe.task == 'segment':
+        return SliceBatches(data, batch_size, shuffle=False)
     device = 'cuda' if torch.cuda.is_available() else None
     return make_loader(data, batch_size, workers=workers, seed=recipe.seed, device=device)
 
+
 def fold_loaders(
-    cohort:pd.DataFrame, # with `fold`
-    k:int, # fold that validates
-    recipe:Recipe, # its task, prep, classes, batch size, sampler, augmentation, seed
-    workers:int=0, # processes that read
-    **kwargs, # `load`, `root`, `cache` … for `_dataset_of`; `masks` instead of those the recipe needs
-)->tuple: # batches of training, validation and test set; None for a test set without scans
+    cohort: pd.DataFrame,  # with `fold`
+    k: int,  # fold that validates
+    recipe: Recipe,  # its task, prep, classes, batch size, sampler, augmentation, seed
+    workers: int = 0,  # processes that read
+    **kwargs,  # `load`, `root`, `cache` … for `_dataset_of`; `masks` instead of those the recipe needs
+) -> tuple:  # batches of training, validation and test set; None for a test set without scans
     "Batches of one fold and the test set; raises as `_dataset_of` does"
     masks = kwargs.pop('masks', None) or recipe.masks
     train, valid = (_dataset_of(t, recipe, masks, **kwargs) for t in fold_parts(cohort, k))
     rows, size = test_part(cohort), recipe.batch_size
     test = _batches_of(rows, recipe, size, workers, **kwargs) if len(rows) else None
-    if recipe.task=='segment':
+    if recipe.task == 'segment':
         learn = SliceBatches(train, size, recipe.augment, seed=recipe.seed)
         return learn, SliceBatches(valid, size, shuffle=False), test
     device = 'cuda' if torch.cuda.is_available() else None
-    views = None if recipe.augment=='none' else AUGMENTS[recipe.augment]
+    views = None if recipe.augment == 'none' else AUGMENTS[recipe.augment]
     sampler = make_sampler(train.cohort, recipe)
     return (*make_loaders(train, valid, size, sampler, workers, recipe.seed, views, device), test)
 
 # %% ../../nbs/08_train/09_study.ipynb #d4ce0171
 def _scores_of(
-    answers:pd.DataFrame, # of `predict_batches`
-    recipe:Recipe, # its task and classes
-)->pd.DataFrame: # index metric, one column per reading
+    answers: pd.DataFrame,  # of `predict_batches`
+    recipe: Recipe,  # its task and classes
+) -> pd.DataFrame:  # index metric, one column per reading
     "Scores of answers in every reading of the task"
-    if recipe.task=='classify':
+    if recipe.task == 'classify':
         return classification_metrics(answers, positive_class(recipe), recipe.classes)
     t = dice_table(answers, recipe.classes, n=1)
     return t.pivot(index='metric', columns='setting', values='value')
 
+
 def score_test(
-    run:Run, # finished
-    batches, # iterable of Batch dicts of the test set
-    unchecked:bool=False, # as for `evaluate`
-)->pd.DataFrame: # index metric, one column per reading
+    run: Run,  # finished
+    batches,  # iterable of Batch dicts of the test set
+    unchecked: bool = False,  # as for `evaluate`
+) -> pd.DataFrame:  # index metric, one column per reading
     "Predict the test set and add it to the run; raises `SplitError` for patients of the training"
     r = run.recipe
     test = predict_batches(run.model, batches, r.classes, r.task).assign(part='test')
     refuse_trained(run.folder, test, unchecked)
-    others = run.predictions[run.predictions.part!='test']
+    others = run.predictions[run.predictions.part != 'test']
     run.predictions = pd.concat([others, test], ignore_index=True)
-    write_text(run.folder/'predictions.csv', run.predictions.to_csv(index=False))
+    write_text(run.folder / 'predictions.csv', run.predictions.to_csv(index=False))
     write_documents(run)
     return _scores_of(test, r)
 
 # %% ../../nbs/08_train/09_study.ipynb #b7996cba
 _BY_SLICE = 'Patients are unknown: the split is by scan, and two parts may show the same patient.'
 
+
 def train_fold(
-    cohort:pd.DataFrame, # with `fold`
-    k:int, # fold that validates
-    recipe:Recipe, # how, and which network
-    out, # folder of this fold's run
-    about:dict=None, # facts for config.json, as `trained_on`
-    progress:bool=True, # show a bar
-    engine:Engine=Engine(), # how the machine does it
-    **kwargs, # for `fold_loaders`
-)->Run: # with predictions on validation and test set
+    cohort: pd.DataFrame,  # with `fold`
+    k: int,  # fold that validates
+    recipe: Recipe,  # how, and which network
+    out,  # folder of this fold's run
+    about: dict = None,  # facts for config.json, as `trained_on`
+    progress: bool = True,  # show a bar
+    engine: Engine = Engine(),  # how the machine does it
+    **kwargs,  # for `fold_loaders`
+) -> Run:  # with predictions on validation and test set
     "Train and test one fold, or go on with it; raises `RunError` for a folder of another run"
     open_run(out, recipe, 'auto', split_hash(cohort), k)
     train, valid, test = fold_loaders(cohort, k, recipe, **kwargs)
     about = dict(about or {}, fold=k)
-    if 'split_by' in cohort: about['warnings'] = [*about.get('warnings', []), _BY_SLICE]
+    if 'split_by' in cohort:
+        about['warnings'] = [*about.get('warnings', []), _BY_SLICE]
     set_seed(recipe.seed)
     model = build_model(recipe)
     run = fit(model, train, valid, recipe, out, 'auto', about, progress, engine, cohort)
-    if not run.interrupted and test is not None: score_test(run, test)
+    if not run.interrupted and test is not None:
+        score_test(run, test)
     return run
 
 # %% ../../nbs/08_train/09_study.ipynb #52a10003
 def with_folds(
-    cohort:pd.DataFrame, # one row per scan; returned as it is where it has `fold`
-    recipe:Recipe, # its task
-    seed:int=0, # seed of the split
-    folds:int=5, # number of folds
-)->pd.DataFrame: # with `fold`
+    cohort: pd.DataFrame,  # one row per scan; returned as it is where it has `fold`
+    recipe: Recipe,  # its task
+    seed: int = 0,  # seed of the split
+    folds: int = 5,  # number of folds
+) -> pd.DataFrame:  # with `fold`
     "Split a cohort unless it is split; raises `SplitError` or `CohortError`"
-    if recipe.task=='segment' and 'path' in cohort:
-        there = [given(p) for p in cohort.get('infection_mask', [None]*len(cohort))]
+    if recipe.task == 'segment' and 'path' in cohort:
+        there = [given(p) for p in cohort.get('infection_mask', [None] * len(cohort))]
         cohort = cohort[there]
         if not len(cohort):
-            raise CohortError('cohort', 'has no slice with an infection_mask',
-                              'Segmentation learns from masks: give a cohort of slices that has them.')
-    if 'fold' in cohort: return cohort
-    by_slice = recipe.task=='segment' and not patient_known(cohort).all()
+            raise CohortError(
+                'cohort',
+                'has no slice with an infection_mask',
+                'Segmentation learns from masks: give a cohort of slices that has them.',
+            )
+    if 'fold' in cohort:
+        return cohort
+    by_slice = recipe.task == 'segment' and not patient_known(cohort).all()
     group = 'scan_id' if by_slice else 'patient_id'
     return split_patients(cohort, folds, seed=seed, group=group)
 
 # %% ../../nbs/08_train/09_study.ipynb #8a717073
 def cross_validate(
-    cohort:pd.DataFrame, # one row per scan; without `fold` it is split into five and a test set
-    recipe:Recipe, # how, and which network
-    out, # folder; `fold_0` … are made in it
-    about:dict=None, # facts for config.json, as `trained_on`
-    progress:bool=True, # show bars
-    split_seed:int=0, # seed of the split of a cohort without `fold`
-    **kwargs, # for `fold_loaders`
-)->pd.DataFrame: # index (setting, metric); a column per fold, mean, std
+    cohort: pd.DataFrame,  # one row per scan; without `fold` it is split into five and a test set
+    recipe: Recipe,  # how, and which network
+    out,  # folder; `fold_0` … are made in it
+    about: dict = None,  # facts for config.json, as `trained_on`
+    progress: bool = True,  # show bars
+    split_seed: int = 0,  # seed of the split of a cohort without `fold`
+    **kwargs,  # for `fold_loaders`
+) -> pd.DataFrame:  # index (setting, metric); a column per fold, mean, std
     "Train each fold, test all on the same patients (Shi et al. 2021, IV-A); finished folds are not trained again"
     cohort, out = with_folds(cohort, recipe, split_seed), Path(out)
     if not len(test_part(cohort)):
-        raise TrainError('cohort', 'has no test set', 'Split it with split_patients(cohort, test=.2).')
-    folds = [int(k) for k in sorted(cohort.fold[cohort.fold>=0].unique())]
-    done = [_finished(out/f'fold_{k}', recipe, split_hash(cohort), k) for k in folds]
+        raise TrainError(
+            'cohort', 'has no test set', 'Split it with split_patients(cohort, test=.2).'
+        )
+    folds = [int(k) for k in sorted(cohort.fold[cohort.fold >= 0].unique())]
+    done = [_finished(out / f'fold_{k}', recipe, split_hash(cohort), k) for k in folds]
     out.mkdir(parents=True, exist_ok=True)
-    write_split(cohort, out/'split.csv')
+    write_split(cohort, out / 'split.csv')
     scores = {}
-    for k,there in zip(folds, done):
-        folder = out/f'fold_{k}'
+    for k, there in zip(folds, done, strict=False):
+        folder = out / f'fold_{k}'
         run = None if there else train_fold(cohort, k, recipe, folder, about, progress, **kwargs)
-        if run and run.interrupted: break
-        test = pd.read_csv(folder/'predictions.csv').query("part=='test'")
+        if run and run.interrupted:
+            break
+        test = pd.read_csv(folder / 'predictions.csv').query("part=='test'")
         scores[f'fold_{k}'] = _scores_of(test, recipe).unstack()
     t = pd.DataFrame(scores)
-    t.index.names = ['setting','metric']
+    t.index.names = ['setting', 'metric']
     t = t.assign(mean=t.mean(axis=1, skipna=False), std=t.std(axis=1, skipna=False))
-    write_text(out/'cross_validation.csv', t.to_csv())
+    write_text(out / 'cross_validation.csv', t.to_csv())
     return t
 
 # %% ../../nbs/08_train/09_study.ipynb #3e053f66
 def _finished(folder, recipe, split, k):
     "Whether this fold was trained and tested; raises `RunError` for a folder of another run"
-    if not open_run(folder, recipe, 'auto', split, k): return False
-    p = folder/'predictions.csv'
-    if read_config(folder)['status']!='finished' or not p.exists(): return False
-    return bool((pd.read_csv(p).part=='test').any())
+    if not open_run(folder, recipe, 'auto', split, k):
+        return False
+    p = folder / 'predictions.csv'
+    if read_config(folder)['status'] != 'finished' or not p.exists():
+        return False
+    return bool((pd.read_csv(p).part == 'test').any())
 
 # %% ../../nbs/08_train/09_study.ipynb #4e5e0640
 def train(
-    cohort, # table of scans or slices, or path that `open_cohort` reads; without `fold` it is split
-    recipe:Recipe, # how, and which network
-    out, # folder of the run
-    fold:int=0, # fold that validates
-    progress:bool=True, # show a bar
-    engine:Engine=Engine(), # how the machine does it
-    about:dict=None, # facts for config.json
-    split_seed:int=0, # seed of the split of a cohort without `fold`
-    **kwargs, # `load`, `root`, `cache`, `workers`
-)->Run: # with predictions on validation and test set
+    cohort,  # table of scans or slices, or path that `open_cohort` reads; without `fold` it is split
+    recipe: Recipe,  # how, and which network
+    out,  # folder of the run
+    fold: int = 0,  # fold that validates
+    progress: bool = True,  # show a bar
+    engine: Engine = Engine(),  # how the machine does it
+    about: dict = None,  # facts for config.json
+    split_seed: int = 0,  # seed of the split of a cohort without `fold`
+    **kwargs,  # `load`, `root`, `cache`, `workers`
+) -> Run:  # with predictions on validation and test set
     "Train one network on a cohort, or go on where it was stopped; raises `CohortError`, `SplitError`, `RunError` or `TrainError`"
     named = '' if isinstance(cohort, pd.DataFrame) else Path(cohort).name
     about = dict(trained_on=named) | (about or {})
     cohort = cohort if isinstance(cohort, pd.DataFrame) else open_cohort(cohort)
     rows = with_folds(cohort, recipe, split_seed)
-    if len(rows)<len(cohort):
-        left = f'{len(cohort)-len(rows)} of {len(cohort)}'
+    if len(rows) < len(cohort):
+        left = f'{len(cohort) - len(rows)} of {len(cohort)}'
         about['warnings'] = [f'{left} slices have no mask and were left out.']
     return train_fold(rows, fold, recipe, out, about, progress, engine, **kwargs)
 
+
 def evaluate(
-    run, # folder of a finished run
-    cohort, # table, or path that `open_cohort` reads; patients the run did not learn from
-    batch_size:int=8, # scans at a time
-    unchecked:bool=False, # accept patients who cannot be looked up; the result and a warning say so
-    **kwargs, # `load`, `root`, `cache`, `workers`
-)->pd.DataFrame: # one row per scan; `.attrs['warnings']`: what has to be said of the result
+    run,  # folder of a finished run
+    cohort,  # table, or path that `open_cohort` reads; patients the run did not learn from
+    batch_size: int = 8,  # scans at a time
+    unchecked: bool = False,  # accept patients who cannot be looked up; the result and a warning say so
+    **kwargs,  # `load`, `root`, `cache`, `workers`
+) -> pd.DataFrame:  # one row per scan; `.attrs['warnings']`: what has to be said of the result
     "Answers of a trained network; raises `SplitError` for patients it learned from, `RunError` for the folder"
     model, r, config = load_run(run)
     cohort = cohort if isinstance(cohort, pd.DataFrame) else open_cohort(cohort)
-    if r.task!='segment' and r.prep not in PREPS:
-        raise RunError(run, f'was trained on batches of the caller: {r.system} {r.name} names no prep',
-                       'Make the same batches and use covid_ct.train.loop.predict_batches.')
+    if r.task != 'segment' and r.prep not in PREPS:
+        raise RunError(
+            run,
+            f'was trained on batches of the caller: {r.system} {r.name} names no prep',
+            'Make the same batches and use covid_ct.train.loop.predict_batches.',
+        )
     said = refuse_trained(run, cohort, unchecked)
     found = predict_batches(model, _batches_of(cohort, r, batch_size, **kwargs), r.classes, r.task)
     found.attrs['warnings'] = [*config.get('warnings', []), *([said] if said else [])]

@@ -9,143 +9,231 @@ __all__ = ['TASKS', 'TaskError', 'segment_rows', 'classes_in', 'dice_rows', 'dic
 # %% ../../nbs/08_train/02_tasks.ipynb #c96f4f49
 from collections.abc import Callable
 from dataclasses import dataclass
+
 import numpy as np
 import pandas as pd
-from ..scan import DataError
-from ..evaluate.metrics import all_metrics, bootstrap, confusion_figure, metrics_table, roc_figure
+
+from covid_ct.evaluate.metrics import (
+    all_metrics,
+    bootstrap,
+    confusion_figure,
+    metrics_table,
+    roc_figure,
+)
 from ..plot import Picture, set_alt_text
+from ..scan import DataError
 
 # %% ../../nbs/08_train/02_tasks.ipynb #a3a9838a
-class TaskError(DataError): "Outputs, or a batch, that do not fit the task"
+class TaskError(DataError):
+    "Outputs, or a batch, that do not fit the task"
+
 
 def _names(batch, n):
     "Columns that say whose row it is"
-    scan = batch.get('scan_id', [None]*n)
+    scan = batch.get('scan_id', [None] * n)
     return dict(scan_id=scan, patient_id=batch.get('patient_id', scan))
 
+
 def _classify_rows(
-    outputs:dict, # of a model, with `logits` `(B,K)`
-    batch:dict, # with `label` `(B,)` where it is known, `scan_id`, `patient_id`
-    classes, # labels in the order of the outputs, `(K,)`
-)->pd.DataFrame: # scan_id patient_id label prob_<class> logit_<class> predicted
+    outputs: dict,  # of a model, with `logits` `(B,K)`
+    batch: dict,  # with `label` `(B,)` where it is known, `scan_id`, `patient_id`
+    classes,  # labels in the order of the outputs, `(K,)`
+) -> pd.DataFrame:  # scan_id patient_id label prob_<class> logit_<class> predicted
     "Probabilities of every scan of a batch; raises `TaskError` for a wrong number of outputs"
     z = outputs['logits'].detach().float().cpu()
-    if z.ndim!=2 or z.shape[1]!=len(classes): raise TaskError('outputs', f'logits {tuple(z.shape)} for the classes {tuple(classes)}', 'Give the classes that the network was built for.')
-    cols = _names(batch, len(z)) | dict(label=[classes[int(i)] for i in batch['label']] if 'label' in batch else [None]*len(z))
-    for name,v in (('prob',z.double().softmax(1)), ('logit',z.double())): cols |= {f'{name}_{c}': v[:,i].numpy() for i,c in enumerate(classes)}
+    if z.ndim != 2 or z.shape[1] != len(classes):
+        raise TaskError(
+            'outputs',
+            f'logits {tuple(z.shape)} for the classes {tuple(classes)}',
+            'Give the classes that the network was built for.',
+        )
+    cols = _names(batch, len(z)) | dict(
+        label=[classes[int(i)] for i in batch['label']] if 'label' in batch else [None] * len(z)
+    )
+    for name, v in (('prob', z.double().softmax(1)), ('logit', z.double())):
+        cols |= {f'{name}_{c}': v[:, i].numpy() for i, c in enumerate(classes)}
     return pd.DataFrame(cols).assign(predicted=[classes[i] for i in z.argmax(1)])
 
 # %% ../../nbs/08_train/02_tasks.ipynb #1eeec823
 def segment_rows(
-    outputs:dict, # of a model, with `logits` `(B,C,…)`
-    batch:dict, # with `mask` `(B,…)`, class indices
-    classes, # what the values of the mask mean, `(C,)`; the first is the background
-)->pd.DataFrame: # scan_id patient_id, and per class true_<c> found_<c> both_<c> in voxels
+    outputs: dict,  # of a model, with `logits` `(B,C,…)`
+    batch: dict,  # with `mask` `(B,…)`, class indices
+    classes,  # what the values of the mask mean, `(C,)`; the first is the background
+) -> pd.DataFrame:  # scan_id patient_id, and per class true_<c> found_<c> both_<c> in voxels
     "Voxels of every class, true, found and both; raises `TaskError` for shapes or values that do not fit"
-    if 'mask' not in batch: raise TaskError('batch', 'has no mask', 'Segmentation learns from batch["mask"], (B,…) class indices.')
+    if 'mask' not in batch:
+        raise TaskError(
+            'batch', 'has no mask', 'Segmentation learns from batch["mask"], (B,…) class indices.'
+        )
     z, m = outputs['logits'].detach().cpu(), batch['mask'].cpu().long()
-    if z.shape[1]!=len(classes) or m.shape!=z.shape[:1]+z.shape[2:]: raise TaskError('outputs', f'logits {tuple(z.shape)} for a mask {tuple(m.shape)} of {len(classes)} classes', 'Logits are (B,C,…), masks (B,…).')
-    if m.min()<0 or m.max()>=len(classes): raise TaskError('batch', f'mask values {int(m.min())} … {int(m.max())} for {len(classes)} classes', 'Count classes from 0.')
+    if z.shape[1] != len(classes) or m.shape != z.shape[:1] + z.shape[2:]:
+        raise TaskError(
+            'outputs',
+            f'logits {tuple(z.shape)} for a mask {tuple(m.shape)} of {len(classes)} classes',
+            'Logits are (B,C,…), masks (B,…).',
+        )
+    if m.min() < 0 or m.max() >= len(classes):
+        raise TaskError(
+            'batch',
+            f'mask values {int(m.min())} … {int(m.max())} for {len(classes)} classes',
+            'Count classes from 0.',
+        )
     found, cols = z.argmax(1), _names(batch, len(z))
-    count = lambda v: v.flatten(1).sum(1).numpy()
-    for i,c in enumerate(classes): cols |= {f'true_{c}':count(m==i), f'found_{c}':count(found==i), f'both_{c}':count((m==i)&(found==i))}
+
+    def count(v):
+        return v.flatten(1).sum(1).numpy()
+
+    for i, c in enumerate(classes):
+        cols |= {
+            f'true_{c}': count(m == i),
+            f'found_{c}': count(found == i),
+            f'both_{c}': count((m == i) & (found == i)),
+        }
     return pd.DataFrame(cols)
 
 # %% ../../nbs/08_train/02_tasks.ipynb #a3817028
 def classes_in(
-    counts:pd.DataFrame, # of `segment_rows`
-    background:bool=False, # with the first class
-)->list: # names
+    counts: pd.DataFrame,  # of `segment_rows`
+    background: bool = False,  # with the first class
+) -> list:  # names
     "Classes of a table of counts"
     found = [c[5:] for c in counts.columns if c.startswith('true_')]
-    if not found: raise TaskError('table', 'holds no counts', 'Make it with segment_rows, or predict with task="segment".')
+    if not found:
+        raise TaskError(
+            'table', 'holds no counts', 'Make it with segment_rows, or predict with task="segment".'
+        )
     return found if background else found[1:]
 
+
 def dice_rows(
-    counts:pd.DataFrame, # of `segment_rows`
-    c:str, # class
-)->np.ndarray: # `(N,)` in [0,1]; nan where the class is neither there nor found
+    counts: pd.DataFrame,  # of `segment_rows`
+    c: str,  # class
+) -> np.ndarray:  # `(N,)` in [0,1]; nan where the class is neither there nor found
     "Dice of one class, image by image (@eq-dice-counts)"
-    n = (counts[f'true_{c}']+counts[f'found_{c}']).to_numpy(float)
-    return np.divide(2*counts[f'both_{c}'].to_numpy(float), n, out=np.full(len(n), np.nan), where=n>0)
+    n = (counts[f'true_{c}'] + counts[f'found_{c}']).to_numpy(float)
+    return np.divide(
+        2 * counts[f'both_{c}'].to_numpy(float), n, out=np.full(len(n), np.nan), where=n > 0
+    )
+
 
 def dice_statistic(
-    c:str|None=None, # class; None: mean over the classes
-    pooled:bool=False, # add the voxels of all images first
-    background:bool=False, # let the first class into the mean
-)->Callable: # function of (counts, weights `(R,N)`) for `bootstrap`, giving `(R,)`
+    c: str | None = None,  # class; None: mean over the classes
+    pooled: bool = False,  # add the voxels of all images first
+    background: bool = False,  # let the first class into the mean
+) -> Callable:  # function of (counts, weights `(R,N)`) for `bootstrap`, giving `(R,)`
     "Dice in one of its readings, as a statistic of many weighted cohorts"
+
     def one(t, k, w):
-        d = dice_rows(t, k); ok = np.isfinite(d)
-        up,down = (2*w@t[f'both_{k}'].to_numpy(float), w@(t[f'true_{k}']+t[f'found_{k}']).to_numpy(float)) if pooled else (w[:,ok]@d[ok], w[:,ok].sum(1))
-        return np.divide(up, down, out=np.full(len(w), np.nan), where=down>0)
+        d = dice_rows(t, k)
+        ok = np.isfinite(d)
+        up, down = (
+            (
+                2 * w @ t[f'both_{k}'].to_numpy(float),
+                w @ (t[f'true_{k}'] + t[f'found_{k}']).to_numpy(float),
+            )
+            if pooled
+            else (w[:, ok] @ d[ok], w[:, ok].sum(1))
+        )
+        return np.divide(up, down, out=np.full(len(w), np.nan), where=down > 0)
+
     def statistic(counts, weights):
-        v = np.array([one(counts, k, weights) for k in ([c] if c else classes_in(counts, background))]); n = np.isfinite(v).sum(0)
-        return np.divide(np.nansum(v,0), n, out=np.full(len(weights), np.nan), where=n>0)
+        v = np.array(
+            [one(counts, k, weights) for k in ([c] if c else classes_in(counts, background))]
+        )
+        n = np.isfinite(v).sum(0)
+        return np.divide(np.nansum(v, 0), n, out=np.full(len(weights), np.nan), where=n > 0)
+
     return statistic
 
+
 def dice_of_counts(
-    counts:pd.DataFrame, # of `segment_rows`
-    c:str|None=None, # class; None: mean over the classes
-    pooled:bool=False, # add the voxels of all images first
-    background:bool=False, # let the first class into the mean
-)->float: # in [0,1]; nan where no image has the class
+    counts: pd.DataFrame,  # of `segment_rows`
+    c: str | None = None,  # class; None: mean over the classes
+    pooled: bool = False,  # add the voxels of all images first
+    background: bool = False,  # let the first class into the mean
+) -> float:  # in [0,1]; nan where no image has the class
     "Dice in one of its readings"
-    return float(dice_statistic(c, pooled, background)(counts, np.ones((1,len(counts))))[0])
+    return float(dice_statistic(c, pooled, background)(counts, np.ones((1, len(counts))))[0])
 
 # %% ../../nbs/08_train/02_tasks.ipynb #e2a751a7
 def _classify_scores(table, classes, positive):
-    m = {k: float(v[0]) for k,v in all_metrics(table, positive, classes).items()}
-    return dict(accuracy=m['macro','accuracy'], auc=m['macro','AUC']) | {f'auc_{positive}': m[f'{positive} vs rest','AUC']}
+    m = {k: float(v[0]) for k, v in all_metrics(table, positive, classes).items()}
+    return dict(accuracy=m['macro', 'accuracy'], auc=m['macro', 'AUC']) | {
+        f'auc_{positive}': m[f'{positive} vs rest', 'AUC']
+    }
+
 
 def _classify_figures(table, classes, positive):
     out = dict(confusion=confusion_figure(table, classes))
-    if 0<(table.label==positive).sum()<len(table): out['roc'] = roc_figure(table, positive, classes)
+    if 0 < (table.label == positive).sum() < len(table):
+        out['roc'] = roc_figure(table, positive, classes)
     return out
 
+
 def _segment_scores(table, classes, positive):
-    return dict(dice=dice_of_counts(table), dice_pooled=dice_of_counts(table, pooled=True)) | {f'dice_{c}': dice_of_counts(table,c) for c in classes[1:]}
+    return dict(dice=dice_of_counts(table), dice_pooled=dice_of_counts(table, pooled=True)) | {
+        f'dice_{c}': dice_of_counts(table, c) for c in classes[1:]
+    }
 
 # %% ../../nbs/08_train/02_tasks.ipynb #6e92da75
 def dice_table(
-    counts:pd.DataFrame, # of `segment_rows`
-    classes=None, # as in the table
-    positive:str='', # not used: all classes are listed
-    n:int=1000, # resampled cohorts
-    seed:int=0, # seed of the draw
-)->pd.DataFrame: # columns setting, metric, value, low, high, note
+    counts: pd.DataFrame,  # of `segment_rows`
+    classes=None,  # as in the table
+    positive: str = '',  # not used: all classes are listed
+    n: int = 1000,  # resampled cohorts
+    seed: int = 0,  # seed of the draw
+) -> pd.DataFrame:  # columns setting, metric, value, low, high, note
     "Dice of every class in both readings, with intervals over patients"
     rows = []
-    for pooled,setting in ((False,'per image'), (True,'pooled')):
+    for pooled, setting in ((False, 'per image'), (True, 'pooled')):
         for c in (*classes_in(counts), None):
             i = bootstrap(counts, dice_statistic(c, pooled), n=n, seed=seed)
             rows.append((setting, f'Dice {c or "mean"}', *i, i.reason))
-    return pd.DataFrame(rows, columns=['setting','metric','value','low','high','note'])
+    return pd.DataFrame(rows, columns=['setting', 'metric', 'value', 'low', 'high', 'note'])
+
 
 def dice_figure(
-    counts:pd.DataFrame, # of `segment_rows`
-)->Picture: # with alt text
+    counts: pd.DataFrame,  # of `segment_rows`
+) -> Picture:  # with alt text
     "Dice of every image, class by class"
     names, rng = classes_in(counts), np.random.default_rng(0)
-    fig = Picture(figsize=(2+.9*len(names),2.8), layout='constrained'); ax = fig.add_subplot()
-    for i,c in enumerate(names):
-        v = dice_rows(counts, c); v = v[np.isfinite(v)]
-        ax.plot(i+rng.uniform(-.15,.15,len(v)), v, '.', color='#2a6f97', alpha=.6)
-        if len(v): ax.plot([i-.25,i+.25], [np.median(v)]*2, color='#c8553d')
-    ax.set(xticks=range(len(names)), xticklabels=names, ylim=(-.02,1.02), ylabel='Dice per image'); ax.spines[['top','right']].set_visible(False)
-    told = ', '.join(f'{c} {dice_of_counts(counts,c):.2f}' for c in names)
-    return set_alt_text(fig, f'Dice of each of {len(counts)} images for {len(names)} classes, red line at the median. Means: {told}.')
+    fig = Picture(figsize=(2 + 0.9 * len(names), 2.8), layout='constrained')
+    ax = fig.add_subplot()
+    for i, c in enumerate(names):
+        v = dice_rows(counts, c)
+        v = v[np.isfinite(v)]
+        ax.plot(i + rng.uniform(-0.15, 0.15, len(v)), v, '.', color='#2a6f97', alpha=0.6)
+        if len(v):
+            ax.plot([i - 0.25, i + 0.25], [np.median(v)] * 2, color='#c8553d')
+    ax.set(xticks=range(len(names)), xticklabels=names, ylim=(-0.02, 1.02), ylabel='Dice per image')
+    ax.spines[['top', 'right']].set_visible(False)
+    told = ', '.join(f'{c} {dice_of_counts(counts, c):.2f}' for c in names)
+    return set_alt_text(
+        fig,
+        f'Dice of each of {len(counts)} images for {len(names)} classes, red line at the median. Means: {told}.',
+    )
 
 # %% ../../nbs/08_train/02_tasks.ipynb #4ec1ecd3
 @dataclass(frozen=True)
 class Task:
     "What one kind of training asks and how the answer is judged"
-    rows:Callable # (outputs, batch, classes) → table, one row a scan
-    scores:Callable # (table, classes, positive) → numbers of an epoch by name
-    table:Callable # (table, classes, positive, n) → setting, metric, value, low, high, note
-    figures:Callable # (table, classes, positive) → pictures by name
-    shown:tuple # scores that the bar and the history figure show
+
+    rows: Callable  # (outputs, batch, classes) → table, one row a scan
+    scores: Callable  # (table, classes, positive) → numbers of an epoch by name
+    table: Callable  # (table, classes, positive, n) → setting, metric, value, low, high, note
+    figures: Callable  # (table, classes, positive) → pictures by name
+    shown: tuple  # scores that the bar and the history figure show
+
 
 TASKS = {
-    'classify': Task(_classify_rows, _classify_scores, metrics_table, _classify_figures, ('accuracy','auc')),
-    'segment': Task(segment_rows, _segment_scores, dice_table, lambda t, classes, positive: dict(dice=dice_figure(t)), ('dice','dice_pooled'))}
+    'classify': Task(
+        _classify_rows, _classify_scores, metrics_table, _classify_figures, ('accuracy', 'auc')
+    ),
+    'segment': Task(
+        segment_rows,
+        _segment_scores,
+        dice_table,
+        lambda t, classes, positive: dict(dice=dice_figure(t)),
+        ('dice', 'dice_pooled'),
+    ),
+}

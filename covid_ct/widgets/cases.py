@@ -7,216 +7,421 @@ __all__ = ['CaseError', 'runs_in', 'read_predictions', 'case_table', 'Rules', 'r
            'write_index', 'read_index', 'NoteConflict', 'Notes']
 
 # %% ../../nbs/12_widgets/05_cases.ipynb #26f13400
-import io, json, os, time
+import io
+import json
+import os
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
+
 import numpy as np
 import pandas as pd
 from PIL import Image
+
+from ..plot import COLOURS, find_centre
+from ..scan import DataError, Grid, Scan, check_same_grid, write_atomic
 from .pack import grey_table, presets_of, tile_slices, to_bytes
 from .viewer import draw_plane
-from ..scan import DataError, Grid, Scan, check_same_grid, write_atomic
-from ..plot import COLOURS, find_centre
 
 # %% ../../nbs/12_widgets/05_cases.ipynb #32d246ec
-class CaseError(DataError): "Predictions, notes or an index that the reading room cannot use"
+class CaseError(DataError):
+    "Predictions, notes or an index that the reading room cannot use"
+
 
 def runs_in(
-    folder, # of a run, or of a cross-validation
-)->list: # paths of run folders, at least one
+    folder,  # of a run, or of a cross-validation
+) -> list:  # paths of run folders, at least one
     "The run in a folder, or its folds; raises `CaseError` where there is none"
     folder = Path(folder)
-    if not folder.is_dir(): raise CaseError(folder, 'is no folder', 'Give the folder of a run.')
-    found = [folder] if (folder/'predictions.csv').is_file() else sorted(p.parent for p in folder.glob('fold_*/predictions.csv'))
-    if not found: raise CaseError(folder, 'holds no predictions.csv', 'Let the training finish, or give the folder of a run or a cross-validation.')
+    if not folder.is_dir():
+        raise CaseError(folder, 'is no folder', 'Give the folder of a run.')
+    found = (
+        [folder]
+        if (folder / 'predictions.csv').is_file()
+        else sorted(p.parent for p in folder.glob('fold_*/predictions.csv'))
+    )
+    if not found:
+        raise CaseError(
+            folder,
+            'holds no predictions.csv',
+            'Let the training finish, or give the folder of a run or a cross-validation.',
+        )
     return found
 
 # %% ../../nbs/12_widgets/05_cases.ipynb #52006568
 def read_predictions(
-    run, # run folder
-    part:str='test', # rows to take: 'test' or 'valid'
-)->pd.DataFrame: # `scan_id patient_id label prob_<class>`, one row a scan
+    run,  # run folder
+    part: str = 'test',  # rows to take: 'test' or 'valid'
+) -> pd.DataFrame:  # `scan_id patient_id label prob_<class>`, one row a scan
     "Predictions of a run; raises `CaseError` naming what is missing"
-    path = Path(run)/'predictions.csv'
-    try: t = pd.read_csv(path, dtype=dict(scan_id=str, patient_id=str, label=str))
-    except (OSError, ValueError) as e: raise CaseError(path, f'cannot be read ({type(e).__name__})', 'Restore it, or predict again.') from e
+    path = Path(run) / 'predictions.csv'
+    try:
+        t = pd.read_csv(path, dtype=dict(scan_id=str, patient_id=str, label=str))
+    except (OSError, ValueError) as e:
+        raise CaseError(
+            path, f'cannot be read ({type(e).__name__})', 'Restore it, or predict again.'
+        ) from e
     if 'part' in t:
-        if not (t.part==part).any(): raise CaseError(path, f'has no rows of the part {part!r}', f'It has {", ".join(map(str, t.part.unique())) or "no rows at all"}.')
-        t = t[t.part==part].reset_index(drop=True)
+        if not (t.part == part).any():
+            raise CaseError(
+                path,
+                f'has no rows of the part {part!r}',
+                f'It has {", ".join(map(str, t.part.unique())) or "no rows at all"}.',
+            )
+        t = t[t.part == part].reset_index(drop=True)
     return _check_predictions(t, path)
 
+
 def _check_predictions(
-    t:pd.DataFrame, # predictions
-    source='predictions', # what to name in the error
-)->pd.DataFrame: # the same
+    t: pd.DataFrame,  # predictions
+    source='predictions',  # what to name in the error
+) -> pd.DataFrame:  # the same
     "Raise `CaseError` for a table that is no list of classified scans"
     probs = [c for c in t if c.startswith('prob_')]
-    if missing := [c for c in ('scan_id','patient_id','label') if c not in t]: raise CaseError(source, f'has no column {", ".join(missing)}', 'Predict with covid_ct.')
-    if len(probs)<2: raise CaseError(source, 'has no probabilities of two or more classes', 'A run that paints masks is read in the viewer, not here.')
+    if missing := [c for c in ('scan_id', 'patient_id', 'label') if c not in t]:
+        raise CaseError(source, f'has no column {", ".join(missing)}', 'Predict with covid_ct.')
+    if len(probs) < 2:
+        raise CaseError(
+            source,
+            'has no probabilities of two or more classes',
+            'A run that paints masks is read in the viewer, not here.',
+        )
     p = t[probs].to_numpy(float)
-    if len(bad := np.flatnonzero(~((p>=0)&(p<=1)).all(1) | (np.abs(p.sum(1)-1)>1e-3))): raise CaseError(source, f'row {bad[0]} ({t.scan_id.iloc[bad[0]]}) has no probabilities that add up to 1', 'Predict again.')
-    if t.scan_id.duplicated().any(): raise CaseError(source, f'scan {t.scan_id[t.scan_id.duplicated()].iloc[0]} occurs twice', 'Keep one row a scan.')
-    if odd := set(t.label)-{c[5:] for c in probs}: raise CaseError(source, f'label {sorted(map(str,odd))[0]!r} has no probability', 'Give predictions of the classes that occur.')
+    if len(bad := np.flatnonzero(~((p >= 0) & (p <= 1)).all(1) | (np.abs(p.sum(1) - 1) > 1e-3))):
+        raise CaseError(
+            source,
+            f'row {bad[0]} ({t.scan_id.iloc[bad[0]]}) has no probabilities that add up to 1',
+            'Predict again.',
+        )
+    if t.scan_id.duplicated().any():
+        raise CaseError(
+            source,
+            f'scan {t.scan_id[t.scan_id.duplicated()].iloc[0]} occurs twice',
+            'Keep one row a scan.',
+        )
+    if odd := set(t.label) - {c[5:] for c in probs}:
+        raise CaseError(
+            source,
+            f'label {sorted(map(str, odd))[0]!r} has no probability',
+            'Give predictions of the classes that occur.',
+        )
     return t
 
 # %% ../../nbs/12_widgets/05_cases.ipynb #33f538bb
 def case_table(
-    predictions, # one table of `read_predictions`, or a list of them on the same scans
-    about=None, # table with `scan_id` and any of `infection_ratio outside_lung outside_lesion`, all in [0,1]
-)->pd.DataFrame: # one row a scan; probabilities are means over the networks
+    predictions,  # one table of `read_predictions`, or a list of them on the same scans
+    about=None,  # table with `scan_id` and any of `infection_ratio outside_lung outside_lesion`, all in [0,1]
+) -> pd.DataFrame:  # one row a scan; probabilities are means over the networks
     "Loss, margin and disagreement of every case (@eq-split); raises `CaseError` for networks that saw other scans"
-    tables = [_check_predictions(t).set_index('scan_id') for t in ([predictions] if isinstance(predictions, pd.DataFrame) else predictions)]
-    probs = [c for c in tables[0] if c.startswith('prob_')]; classes = np.array([c[5:] for c in probs])
+    tables = [
+        _check_predictions(t).set_index('scan_id')
+        for t in ([predictions] if isinstance(predictions, pd.DataFrame) else predictions)
+    ]
+    probs = [c for c in tables[0] if c.startswith('prob_')]
+    classes = np.array([c[5:] for c in probs])
     for t in tables[1:]:
-        if [c for c in t if c.startswith('prob_')]!=probs or set(t.index)!=set(tables[0].index): raise CaseError('predictions', 'are of other scans or classes than the first ones', 'Open networks together only where they answered the same question.')
-    p = np.stack([t.loc[tables[0].index, probs].to_numpy(float) for t in tables]); mean = p.mean(0); order = np.sort(mean, 1)
-    out = tables[0][['patient_id','label']].assign(**{c: mean[:,k] for k,c in enumerate(probs)}, predicted=classes[mean.argmax(1)], sure=order[:,-1], margin=order[:,-1]-order[:,-2])
+        if [c for c in t if c.startswith('prob_')] != probs or set(t.index) != set(tables[0].index):
+            raise CaseError(
+                'predictions',
+                'are of other scans or classes than the first ones',
+                'Open networks together only where they answered the same question.',
+            )
+    p = np.stack([t.loc[tables[0].index, probs].to_numpy(float) for t in tables])
+    mean = p.mean(0)
+    order = np.sort(mean, 1)
+    out = tables[0][['patient_id', 'label']].assign(
+        **{c: mean[:, k] for k, c in enumerate(probs)},
+        predicted=classes[mean.argmax(1)],
+        sure=order[:, -1],
+        margin=order[:, -1] - order[:, -2],
+    )
     truth = mean[np.arange(len(out)), [list(classes).index(k) for k in out.label]]
-    out = out.assign(loss=-np.log(np.maximum(truth, 1e-12)), disagree=(p.max(0)-p.min(0)).max(1), votes=[len(set(v)) for v in p.argmax(2).T])
+    out = out.assign(
+        loss=-np.log(np.maximum(truth, 1e-12)),
+        disagree=(p.max(0) - p.min(0)).max(1),
+        votes=[len(set(v)) for v in p.argmax(2).T],
+    )
     if about is not None:
-        about = about.assign(scan_id=about.scan_id.astype(str)).drop_duplicates('scan_id').set_index('scan_id')
+        about = (
+            about.assign(scan_id=about.scan_id.astype(str))
+            .drop_duplicates('scan_id')
+            .set_index('scan_id')
+        )
         out = out.join(about[[c for c in _MEASURES if c in about]])
     return out.reset_index()
 
-_MEASURES = ('infection_ratio','outside_lung','outside_lesion') # what a caller may know about a case besides
+
+_MEASURES = (
+    'infection_ratio',
+    'outside_lung',
+    'outside_lesion',
+)  # what a caller may know about a case besides
 
 # %% ../../nbs/12_widgets/05_cases.ipynb #6a3b8469
 @dataclass(frozen=True)
 class Rules:
     "Where the filters draw their lines"
-    sure:float=.8 # probability from which a wrong answer counts as confident
-    doubt:float=.2 # margin below which a case is doubtful
-    outside:float=.5 # share of the attention outside the lung
-    small:float=.02 # infected share of the lungs below which an infection is small
 
-    def flags(self, t:pd.DataFrame)->dict: # name → (words, bool array)
+    sure: float = 0.8  # probability from which a wrong answer counts as confident
+    doubt: float = 0.2  # margin below which a case is doubtful
+    outside: float = 0.5  # share of the attention outside the lung
+    small: float = 0.02  # infected share of the lungs below which an infection is small
+
+    def flags(self, t: pd.DataFrame) -> dict:  # name → (words, bool array)
         "Every filter that the columns of a table allow"
-        wrong = (t.predicted!=t.label).to_numpy(); get = lambda c: t.get(c, pd.Series(np.nan, t.index)).to_numpy(float)
-        ratio,lung,lesion = map(get, _MEASURES)
-        out = {'wrong':('the answer is not the label', wrong), 'confident and wrong':(f'wrong with a probability of {self.sure:g} or more', wrong&(t.sure>=self.sure).to_numpy()),
-               'doubtful':(f'first and second class less than {self.doubt:g} apart', (t.margin<self.doubt).to_numpy()),
-               'looks outside the lung':(f'{self.outside:.0%} or more of the attention lies outside the lung', lung>=self.outside),
-               'misses the lesions':('less of the attention lies in the lesions than a map of the whole lung would have there', lesion>1-ratio),
-               'small infection':(f'infected, but less than {self.small:.0%} of the lungs', (ratio>0)&(ratio<self.small)),
-               'networks disagree':('the networks do not give the same answer', (t.votes>1).to_numpy())}
-        known = {'looks outside the lung':lung, 'misses the lesions':lesion+ratio, 'small infection':ratio, 'networks disagree':np.where(t.disagree>0, 1., np.nan)}
-        return {k:v for k,v in out.items() if k not in known or np.isfinite(known[k]).any()}
+        wrong = (t.predicted != t.label).to_numpy()
+
+        def get(c):
+            return t.get(c, pd.Series(np.nan, t.index)).to_numpy(float)
+
+        ratio, lung, lesion = map(get, _MEASURES)
+        out = {
+            'wrong': ('the answer is not the label', wrong),
+            'confident and wrong': (
+                f'wrong with a probability of {self.sure:g} or more',
+                wrong & (t.sure >= self.sure).to_numpy(),
+            ),
+            'doubtful': (
+                f'first and second class less than {self.doubt:g} apart',
+                (t.margin < self.doubt).to_numpy(),
+            ),
+            'looks outside the lung': (
+                f'{self.outside:.0%} or more of the attention lies outside the lung',
+                lung >= self.outside,
+            ),
+            'misses the lesions': (
+                'less of the attention lies in the lesions than a map of the whole lung would have there',
+                lesion > 1 - ratio,
+            ),
+            'small infection': (
+                f'infected, but less than {self.small:.0%} of the lungs',
+                (ratio > 0) & (ratio < self.small),
+            ),
+            'networks disagree': (
+                'the networks do not give the same answer',
+                (t.votes > 1).to_numpy(),
+            ),
+        }
+        known = {
+            'looks outside the lung': lung,
+            'misses the lesions': lesion + ratio,
+            'small infection': ratio,
+            'networks disagree': np.where(t.disagree > 0, 1.0, np.nan),
+        }
+        return {k: v for k, v in out.items() if k not in known or np.isfinite(known[k]).any()}
 
 # %% ../../nbs/12_widgets/05_cases.ipynb #4c5ae4ce
 def roc_points(
-    t:pd.DataFrame, # from `case_table`
-    positive:str, # class against the rest
-)->list: # `[threshold, 1 − specificity, sensitivity]` from strict to lenient; empty where one side has no case
+    t: pd.DataFrame,  # from `case_table`
+    positive: str,  # class against the rest
+) -> list:  # `[threshold, 1 − specificity, sensitivity]` from strict to lenient; empty where one side has no case
     "The ROC curve as a list of thresholds"
-    y,p = (t.label==positive).to_numpy(), t[f'prob_{positive}'].to_numpy()
-    if y.all() or not y.any(): return []
-    cuts = np.unique(p)[::-1]; above = p[:,None]>=cuts                             # a case belongs to the positive side from its own probability on
-    return [[2.,0.,0.], *([float(c), float(f), float(s)] for c,f,s in zip(cuts, above[~y].mean(0), above[y].mean(0)))]
+    y, p = (t.label == positive).to_numpy(), t[f'prob_{positive}'].to_numpy()
+    if y.all() or not y.any():
+        return []
+    cuts = np.unique(p)[::-1]
+    above = p[:, None] >= cuts  # a case belongs to the positive side from its own probability on
+    return [
+        [2.0, 0.0, 0.0],
+        *(
+            [float(c), float(f), float(s)]
+            for c, f, s in zip(cuts, above[~y].mean(0), above[y].mean(0), strict=False)
+        ),
+    ]
 
 # %% ../../nbs/12_widgets/05_cases.ipynb #c3ee343c
-_SIDE = (72,72) # pixels of a thumbnail
+_SIDE = (72, 72)  # pixels of a thumbnail
+
 
 def thumbnail_of(
-    scan:Scan, # volume
-    heat=None, # `Map` on its grid
-    mask=None, # bool `(D,H,W)`, the lesions
-)->np.ndarray: # `(72,72,3)` uint8
+    scan: Scan,  # volume
+    heat=None,  # `Map` on its grid
+    mask=None,  # bool `(D,H,W)`, the lesions
+) -> np.ndarray:  # `(72,72,3)` uint8
     "The slice with most attention, small; raises `GeometryError` for a map of another grid"
-    if heat is not None: check_same_grid(scan, heat, 'thumbnail')
-    if heat is not None and heat.values.any(): z = int(heat.values.sum((1,2)).argmax())
-    else: z = find_centre(scan, {} if mask is None else {'lesions':mask})[0]
-    one = lambda v: v[z:z+1]; h,w = scan.grid.size_mm[1:]
-    level,width = presets_of(scan.units)['lung' if scan.units=='HU' else 'full']
-    im = draw_plane(to_bytes(one(scan.voxels), scan.units), Grid((1,*scan.shape[1:]), scan.spacing), 'axial', (0,0,0), grey_table(level, width, scan.units),
-               [] if mask is None else [(one(mask),COLOURS[0])], None if heat is None else to_bytes(one(heat.values), 'unit'), .5, min(_SIDE[0]/h, _SIDE[1]/w))
-    out = Image.new('RGB', _SIDE[::-1]); out.paste(im, ((out.width-im.width)//2, (out.height-im.height)//2))
+    if heat is not None:
+        check_same_grid(scan, heat, 'thumbnail')
+    if heat is not None and heat.values.any():
+        z = int(heat.values.sum((1, 2)).argmax())
+    else:
+        z = find_centre(scan, {} if mask is None else {'lesions': mask})[0]
+
+    def one(v):
+        return v[z : z + 1]
+
+    h, w = scan.grid.size_mm[1:]
+    level, width = presets_of(scan.units)['lung' if scan.units == 'HU' else 'full']
+    im = draw_plane(
+        to_bytes(one(scan.voxels), scan.units),
+        Grid((1, *scan.shape[1:]), scan.spacing),
+        'axial',
+        (0, 0, 0),
+        grey_table(level, width, scan.units),
+        [] if mask is None else [(one(mask), COLOURS[0])],
+        None if heat is None else to_bytes(one(heat.values), 'unit'),
+        0.5,
+        min(_SIDE[0] / h, _SIDE[1] / w),
+    )
+    out = Image.new('RGB', _SIDE[::-1])
+    out.paste(im, ((out.width - im.width) // 2, (out.height - im.height) // 2))
     return np.asarray(out)
 
 # %% ../../nbs/12_widgets/05_cases.ipynb #1e5dfc8a
 def thumbnail_sheets(
-    thumbs:np.ndarray, # `(N,h,w,3)` uint8
-    quality:int=55, # of WebP
-)->list: # pairs of `dict(count, cols)` and bytes, one for every 400 thumbnails
+    thumbs: np.ndarray,  # `(N,h,w,3)` uint8
+    quality: int = 55,  # of WebP
+) -> list:  # pairs of `dict(count, cols)` and bytes, one for every 400 thumbnails
     "Thumbnails as few large pictures"
     out = []
-    for some in (thumbs[i:i+400] for i in range(0, len(thumbs), 400)):
-        rgb,f = [tile_slices(some[...,c]) for c in range(3)], io.BytesIO()
-        Image.fromarray(np.stack([m for m,_ in rgb], -1)).save(f, 'webp', quality=quality, method=2)
+    for some in (thumbs[i : i + 400] for i in range(0, len(thumbs), 400)):
+        rgb, f = [tile_slices(some[..., c]) for c in range(3)], io.BytesIO()
+        Image.fromarray(np.stack([m for m, _ in rgb], -1)).save(
+            f, 'webp', quality=quality, method=2
+        )
         out.append((dict(count=len(some), cols=rgb[0][1]), f.getvalue()))
     return out
 
 # %% ../../nbs/12_widgets/05_cases.ipynb #7069f73f
 def write_index(
-    folder, # `cases` below the run
-    about:pd.DataFrame, # one row a case: `scan_id` and `_MEASURES`
-    thumbs:np.ndarray, # `(N,72,72,3)` uint8, in the order of the rows
-)->Path: # the folder
+    folder,  # `cases` below the run
+    about: pd.DataFrame,  # one row a case: `scan_id` and `_MEASURES`
+    thumbs: np.ndarray,  # `(N,72,72,3)` uint8, in the order of the rows
+) -> Path:  # the folder
     "Keep measures and thumbnails; the table is written last, so that it never promises more than there is"
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); f = io.BytesIO()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    f = io.BytesIO()
     np.save(f, thumbs, allow_pickle=False)
-    write_atomic(folder/'thumbs.npy', f.getvalue()); write_atomic(folder/'index.csv', about.to_csv(index=False))
+    write_atomic(folder / 'thumbs.npy', f.getvalue())
+    write_atomic(folder / 'index.csv', about.to_csv(index=False))
     return folder
 
+
 def read_index(
-    folder, # `cases` below the run
-)->tuple: # table and thumbnails, or `(None, None)` where nothing was kept
+    folder,  # `cases` below the run
+) -> tuple:  # table and thumbnails, or `(None, None)` where nothing was kept
     "What `write_index` kept; raises `CaseError` for a damaged one"
     folder = Path(folder)
-    if not (folder/'index.csv').is_file(): return None,None
-    try: about,thumbs = pd.read_csv(folder/'index.csv', dtype=dict(scan_id=str)), np.load(folder/'thumbs.npy', mmap_mode='r', allow_pickle=False)
-    except (OSError, ValueError) as e: raise CaseError(folder, f'cannot be read ({type(e).__name__})', 'Delete the folder: it is made again, only notes.json must stay.') from e
-    if 'scan_id' not in about or thumbs.ndim!=4 or thumbs.shape[3:]!=(3,) or len(thumbs)<len(about): raise CaseError(folder, 'has a table and thumbnails that do not fit', 'Delete index.csv: both are made again.')
-    return about,thumbs[:len(about)]
+    if not (folder / 'index.csv').is_file():
+        return None, None
+    try:
+        about, thumbs = (
+            pd.read_csv(folder / 'index.csv', dtype=dict(scan_id=str)),
+            np.load(folder / 'thumbs.npy', mmap_mode='r', allow_pickle=False),
+        )
+    except (OSError, ValueError) as e:
+        raise CaseError(
+            folder,
+            f'cannot be read ({type(e).__name__})',
+            'Delete the folder: it is made again, only notes.json must stay.',
+        ) from e
+    if (
+        'scan_id' not in about
+        or thumbs.ndim != 4
+        or thumbs.shape[3:] != (3,)
+        or len(thumbs) < len(about)
+    ):
+        raise CaseError(
+            folder,
+            'has a table and thumbnails that do not fit',
+            'Delete index.csv: both are made again.',
+        )
+    return about, thumbs[: len(about)]
 
 # %% ../../nbs/12_widgets/05_cases.ipynb #4449445f
 class NoteConflict(CaseError):
     "Somebody changed the note meanwhile; theirs is in `.theirs`"
-    def __init__(self, source, theirs:dict):
-        super().__init__(source, f'was changed by {theirs["by"]} at {theirs["at"]}', 'Read that note, then keep it, join both, or replace it.'); self.theirs = theirs
+
+    def __init__(self, source, theirs: dict):
+        super().__init__(
+            source,
+            f'was changed by {theirs["by"]} at {theirs["at"]}',
+            'Read that note, then keep it, join both, or replace it.',
+        )
+        self.theirs = theirs
+
 
 @contextmanager
-def _alone(path, wait:float=5.):
+def _alone(path, wait: float = 5.0):
     "Hold `path` by a lock file beside it; one that a crash left behind is removed after half a minute"
-    lock,end = Path(f'{path}.lock'),time.monotonic()+wait
+    lock, end = Path(f'{path}.lock'), time.monotonic() + wait
     while True:
-        try: os.close(os.open(lock, os.O_CREAT|os.O_EXCL)); break
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+            break
         except FileExistsError:
-            if time.monotonic()>end: raise CaseError(path, 'is being written by somebody else', 'Save again in a moment.') from None
-            try: lock.unlink() if time.time()-lock.stat().st_mtime>30 else time.sleep(.02)
-            except FileNotFoundError: pass
-    try: yield
-    finally: lock.unlink(missing_ok=True)
+            if time.monotonic() > end:
+                raise CaseError(
+                    path, 'is being written by somebody else', 'Save again in a moment.'
+                ) from None
+            try:
+                lock.unlink() if time.time() - lock.stat().st_mtime > 30 else time.sleep(0.02)
+            except FileNotFoundError:
+                pass
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
 
 # %% ../../nbs/12_widgets/05_cases.ipynb #1777bb7a
 class Notes:
     "Notes on cases in one JSON file: scan id → text, by whom, when. Raises `CaseError`, and `NoteConflict` rather than overwrite"
-    def __init__(self,
-                 path, # file, made with the first note
-                 by:str='reader', # who writes; a pseudonym, it stays in the file
-                ): self.path,self.by = Path(path),by
 
-    def read(self)->dict: # scan id → `dict(text, by, at)`
+    def __init__(
+        self,
+        path,  # file, made with the first note
+        by: str = 'reader',  # who writes; a pseudonym, it stays in the file
+    ):
+        self.path, self.by = Path(path), by
+
+    def read(self) -> dict:  # scan id → `dict(text, by, at)`
         "All notes as they are on disk now"
-        try: notes = json.loads(self.path.read_text('utf-8'))
-        except FileNotFoundError: return {}
-        except (OSError, ValueError) as e: raise CaseError(self.path, f'cannot be read ({type(e).__name__})', 'Repair it by hand: it holds what people wrote.') from e
-        if isinstance(notes, dict) and all(isinstance(v, dict) and {'text','by','at'}<=set(v) for v in notes.values()): return notes
-        raise CaseError(self.path, 'is no file of notes', 'It should map scan ids to text, by and at.')
+        try:
+            notes = json.loads(self.path.read_text('utf-8'))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as e:
+            raise CaseError(
+                self.path,
+                f'cannot be read ({type(e).__name__})',
+                'Repair it by hand: it holds what people wrote.',
+            ) from e
+        if isinstance(notes, dict) and all(
+            isinstance(v, dict) and {'text', 'by', 'at'} <= set(v) for v in notes.values()
+        ):
+            return notes
+        raise CaseError(
+            self.path, 'is no file of notes', 'It should map scan ids to text, by and at.'
+        )
 
-    def save(self,
-             scan_id:str, # case
-             text:str, # '' takes a note back
-             seen:str='', # `at` of the note that was on the screen, '' for none
-            )->dict: # the note as it stands now
+    def save(
+        self,
+        scan_id: str,  # case
+        text: str,  # '' takes a note back
+        seen: str = '',  # `at` of the note that was on the screen, '' for none
+    ) -> dict:  # the note as it stands now
         "Write one note, and leave all others as they are"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with _alone(self.path):
-                notes = self.read(); old = notes.get(scan_id)
-                if old and old['at']!=seen: raise NoteConflict(f'note on {scan_id}', old)
-                notes[scan_id] = dict(text=str(text), by=self.by, at=datetime.now(timezone.utc).isoformat(timespec='milliseconds').replace('+00:00','Z'))
-                write_atomic(self.path, json.dumps(notes, indent=1, ensure_ascii=False, sort_keys=True))
+                notes = self.read()
+                old = notes.get(scan_id)
+                if old and old['at'] != seen:
+                    raise NoteConflict(f'note on {scan_id}', old)
+                notes[scan_id] = dict(
+                    text=str(text),
+                    by=self.by,
+                    at=datetime.now(UTC).isoformat(timespec='milliseconds').replace('+00:00', 'Z'),
+                )
+                write_atomic(
+                    self.path, json.dumps(notes, indent=1, ensure_ascii=False, sort_keys=True)
+                )
                 return notes[scan_id]
-        except OSError as e: raise CaseError(self.path.parent, f'cannot be written ({type(e).__name__})', 'Ask for the right to write there, or give another file.') from e
+        except OSError as e:
+            raise CaseError(
+                self.path.parent,
+                f'cannot be written ({type(e).__name__})',
+                'Ask for the right to write there, or give another file.',
+            ) from e

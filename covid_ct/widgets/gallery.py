@@ -6,38 +6,64 @@
 __all__ = ['cards_of', 'gallery_page', 'Gallery', 'gallery']
 
 # %% ../../nbs/12_widgets/06_gallery.ipynb #d28bc334
-import base64, html, json
+import base64
+import html
+import json
 from collections.abc import Callable
 from pathlib import Path
+
 import ipywidgets as W
 import pandas as pd
+
+from ..scan import DataError, write_atomic
 from .pack import VIEWER_SCRIPT, fit_shape, script_json
 from .viewer import VolumeViewer, state_of
-from ..scan import DataError, write_atomic
 
 # %% ../../nbs/12_widgets/06_gallery.ipynb #94b18538
 def cards_of(
-    findings:pd.DataFrame, # `scan_id label check value`, one row a scan and finding
-    thumbs=None, # scan id → picture (WebP)
-)->list: # dicts `id label checks words thumb`, one a scan
+    findings: pd.DataFrame,  # `scan_id label check value`, one row a scan and finding
+    thumbs=None,  # scan id → picture (WebP)
+) -> list:  # dicts `id label checks words thumb`, one a scan
     "One card a scan"
     out = []
-    for i,rows in findings.astype(dict(scan_id=str)).groupby('scan_id', sort=True):
-        src = (thumbs or {}).get(i, b''); words = '; '.join(f'{r.check}: {r.value}' for r in rows.itertuples())
-        out.append(dict(id=i, label=str(rows.label.iloc[0]), checks=sorted(set(rows.check)), words=words, thumb='data:image/webp;base64,'+base64.b64encode(src).decode() if src else ''))
+    for i, rows in findings.astype(dict(scan_id=str)).groupby('scan_id', sort=True):
+        src = (thumbs or {}).get(i, b'')
+        words = '; '.join(f'{r.check}: {r.value}' for r in rows.itertuples())
+        out.append(
+            dict(
+                id=i,
+                label=str(rows.label.iloc[0]),
+                checks=sorted(set(rows.check)),
+                words=words,
+                thumb='data:image/webp;base64,' + base64.b64encode(src).decode() if src else '',
+            )
+        )
     return out
 
 # %% ../../nbs/12_widgets/06_gallery.ipynb #8acf35ed
 def _small_view(
-    load:Callable, # scan id → `Scan`
-    scan_id:str, # which
-    max_voxels:int=120_000, # of the copy
-)->dict: # what the front end needs of a viewer, or the `fault` that kept it from being made
+    load: Callable,  # scan id → `Scan`
+    scan_id: str,  # which
+    max_voxels: int = 120_000,  # of the copy
+) -> dict:  # what the front end needs of a viewer, or the `fault` that kept it from being made
     "State, header and voxels of one scan for a page of its own; a scan that cannot be loaded says why"
-    try: v = VolumeViewer(load(scan_id), window='lung', max_voxels=max_voxels)
-    except DataError as e: return dict(fault=f'{e.fault}. {e.remedy}')
-    shape = fit_shape(v.scan.grid, max_voxels); header,buffers = v.message(shape, 'webp', 70); v.close()
-    return dict(page=json.dumps(dict(state=state_of(v, shape), header=header, buffers=[base64.b64encode(b).decode() for b in buffers])), shape=list(shape))
+    try:
+        v = VolumeViewer(load(scan_id), window='lung', max_voxels=max_voxels)
+    except DataError as e:
+        return dict(fault=f'{e.fault}. {e.remedy}')
+    shape = fit_shape(v.scan.grid, max_voxels)
+    header, buffers = v.message(shape, 'webp', 70)
+    v.close()
+    return dict(
+        page=json.dumps(
+            dict(
+                state=state_of(v, shape),
+                header=header,
+                buffers=[base64.b64encode(b).decode() for b in buffers],
+            )
+        ),
+        shape=list(shape),
+    )
 
 # %% ../../nbs/12_widgets/06_gallery.ipynb #1b22c5b6
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>__TITLE__</title><style>
@@ -78,68 +104,125 @@ try { const f = window.frameElement; if (f?.dataset.gallery) { const fit = () =>
 
 # %% ../../nbs/12_widgets/06_gallery.ipynb #14aa8b83
 def gallery_page(
-    cards:list, # from `cards_of`, some with what `_small_view` gave
-    title:str='Suspicious scans', # of the browser's tab
-)->str: # HTML
+    cards: list,  # from `cards_of`, some with what `_small_view` gave
+    title: str = 'Suspicious scans',  # of the browser's tab
+) -> str:  # HTML
     "A whole page that filters, lists and shows scans with no kernel and no network"
-    a,b = _PAGE.split('__TITLE__'); b,c = b.split('__DATA__'); c,d = c.split('__FRONT__')
-    return a+html.escape(title)+b+script_json(cards)+c+VIEWER_SCRIPT.read_text('utf-8').replace('export default','const __viewer =')+d
+    a, b = _PAGE.split('__TITLE__')
+    b, c = b.split('__DATA__')
+    c, d = c.split('__FRONT__')
+    return (
+        a
+        + html.escape(title)
+        + b
+        + script_json(cards)
+        + c
+        + VIEWER_SCRIPT.read_text('utf-8').replace('export default', 'const __viewer =')
+        + d
+    )
 
 # %% ../../nbs/12_widgets/06_gallery.ipynb #eba2bc8d
 class Gallery(W.VBox):
     "Suspicious scans to filter and to look at, with a kernel or without one"
-    def __init__(self,
-                 findings:pd.DataFrame, # `scan_id label check value`
-                 load:Callable=None, # scan id → `Scan`; None shows thumbnails only
-                 thumbs=None, # scan id → WebP
-                 most:int=6, # scans that saved pages carry as small volumes
-                 max_voxels:int=120_000, # of each of them
-                ):
-        self.cards,self.fetch,self.most,self.max_voxels,self._packed = cards_of(findings, thumbs), load, most, max_voxels, None
-        self.viewer,self._shown = None,None
+
+    def __init__(
+        self,
+        findings: pd.DataFrame,  # `scan_id label check value`
+        load: Callable = None,  # scan id → `Scan`; None shows thumbnails only
+        thumbs=None,  # scan id → WebP
+        most: int = 6,  # scans that saved pages carry as small volumes
+        max_voxels: int = 120_000,  # of each of them
+    ):
+        self.cards, self.fetch, self.most, self.max_voxels, self._packed = (
+            cards_of(findings, thumbs),
+            load,
+            most,
+            max_voxels,
+            None,
+        )
+        self.viewer, self._shown = None, None
         checks = sorted({k for c in self.cards for k in c['checks']})
-        self.check = W.Dropdown(options=['all',*checks], description='finding'); self.scan = W.Dropdown(description='scan'); self.words = W.HTML()
-        super().__init__([W.HBox([self.check,self.scan]), self.words])
-        self.check.observe(self._filter, 'value'); self.scan.observe(self._show, 'value'); self._filter()
+        self.check = W.Dropdown(options=['all', *checks], description='finding')
+        self.scan = W.Dropdown(description='scan')
+        self.words = W.HTML()
+        super().__init__([W.HBox([self.check, self.scan]), self.words])
+        self.check.observe(self._filter, 'value')
+        self.scan.observe(self._show, 'value')
+        self._filter()
 
     def _filter(self, _=None):
-        self.scan.options = [c['id'] for c in self.cards if self.check.value in ('all',*c['checks'])]
-        self.scan.value = next(iter(self.scan.options), None); self._show()
+        self.scan.options = [
+            c['id'] for c in self.cards if self.check.value in ('all', *c['checks'])
+        ]
+        self.scan.value = next(iter(self.scan.options), None)
+        self._show()
+
     def _show(self, _=None):
-        if self.scan.value==self._shown and self._shown is not None: return
+        if self.scan.value == self._shown and self._shown is not None:
+            return
         self._shown = self.scan.value
-        c = next((c for c in self.cards if c['id']==self.scan.value), None)
+        c = next((c for c in self.cards if c['id'] == self.scan.value), None)
         self.words.value = html.escape(f"{c['label']}. {c['words']}") if c else 'Nothing to show.'
-        if self.viewer: self.viewer.close()                                # or every scan that was looked at stays in memory
+        if self.viewer:
+            self.viewer.close()  # or every scan that was looked at stays in memory
         self.viewer = None
         if c and self.fetch:
-            try: self.viewer = VolumeViewer(self.fetch(c['id']), window='lung', height=420)
-            except DataError as e: self.words.value += ' '+html.escape(f'{e.fault}. {e.remedy}')
+            try:
+                self.viewer = VolumeViewer(self.fetch(c['id']), window='lung', height=420)
+            except DataError as e:
+                self.words.value += ' ' + html.escape(f'{e.fault}. {e.remedy}')
         self.children = [*self.children[:2], *([self.viewer] if self.viewer else [])]
 
-    def page(self)->str:
+    def page(self) -> str:
         "The whole gallery as one HTML page"
-        if self._packed is None: self._packed = [c|(_small_view(self.fetch, c['id'], self.max_voxels) if self.fetch and k<self.most else {}) for k,c in enumerate(self.cards)]
+        if self._packed is None:
+            self._packed = [
+                c
+                | (
+                    _small_view(self.fetch, c['id'], self.max_voxels)
+                    if self.fetch and k < self.most
+                    else {}
+                )
+                for k, c in enumerate(self.cards)
+            ]
         return gallery_page(self._packed)
-    def frame(self)->str: return _gallery_frame(self.cards, self.page()) # HTML for the inside of another page
-    def save(self, path)->Path: return write_atomic(path, self.page())
+
+    def frame(self) -> str:
+        return _gallery_frame(self.cards, self.page())  # HTML for the inside of another page
+
+    def save(self, path) -> Path:
+        return write_atomic(path, self.page())
+
     def _repr_mimebundle_(self, **kwargs):
-        b = super()._repr_mimebundle_(**kwargs); data,meta = b if isinstance(b, tuple) else (b, {})
-        return {**(data or {}), 'text/plain':f'Gallery of {len(self.cards)} scans', 'text/html':self.frame()}, meta
+        b = super()._repr_mimebundle_(**kwargs)
+        data, meta = b if isinstance(b, tuple) else (b, {})
+        return {
+            **(data or {}),
+            'text/plain': f'Gallery of {len(self.cards)} scans',
+            'text/html': self.frame(),
+        }, meta
+
 
 def _gallery_frame(
-    cards:list, # from `cards_of`
-    page:str, # from `gallery_page`
-)->str: # HTML for the inside of a page
+    cards: list,  # from `cards_of`
+    page: str,  # from `gallery_page`
+) -> str:  # HTML for the inside of a page
     "A still grid of thumbnails with the live page in a frame above it"
-    still = ''.join(f'<figure style="margin:0;width:12rem"><img alt="{html.escape(c["id"])}: {html.escape(", ".join(c["checks"]))}" style="width:100%" src="{c["thumb"]}"></figure>' for c in cards[:12] if c['thumb'])
-    return (f'<div style="position:relative;margin:.6em 0;min-height:8em"><div data-fallback="1" style="display:flex;flex-wrap:wrap;gap:6px">{still}</div>'
-            f'<iframe data-gallery="1" title="Gallery of {len(cards)} suspicious scans" loading="lazy" style="position:absolute;inset:0;width:100%;height:100%;border:0;background:transparent" srcdoc="{html.escape(page)}"></iframe></div>')
+    still = ''.join(
+        f'<figure style="margin:0;width:12rem"><img alt="{html.escape(c["id"])}: {html.escape(", ".join(c["checks"]))}" style="width:100%" src="{c["thumb"]}"></figure>'
+        for c in cards[:12]
+        if c['thumb']
+    )
+    return (
+        f'<div style="position:relative;margin:.6em 0;min-height:8em"><div data-fallback="1" style="display:flex;flex-wrap:wrap;gap:6px">{still}</div>'
+        f'<iframe data-gallery="1" title="Gallery of {len(cards)} suspicious scans" loading="lazy" style="position:absolute;inset:0;width:100%;height:100%;border:0;background:transparent" srcdoc="{html.escape(page)}"></iframe></div>'
+    )
+
 
 def gallery(
-    audit, # an `Audit`, or anything with `findings`, `load` and `thumbs`
-    most:int=6, # scans that saved pages carry as small volumes
-    max_voxels:int=120_000, # of each of them
-)->Gallery: # live in Lab, alive in saved pages
+    audit,  # an `Audit`, or anything with `findings`, `load` and `thumbs`
+    most: int = 6,  # scans that saved pages carry as small volumes
+    max_voxels: int = 120_000,  # of each of them
+) -> Gallery:  # live in Lab, alive in saved pages
     "The suspicious scans of an audit, to browse"
     return Gallery(audit.findings, audit.load, audit.thumbs, most, max_voxels)

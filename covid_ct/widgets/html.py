@@ -6,28 +6,35 @@
 __all__ = ['HtmlReport']
 
 # %% ../../nbs/12_widgets/01_html.ipynb #774d45f2
-import base64, html, io
+import base64
+import html
+import io
 from pathlib import Path
+
 import pandas as pd
+
 import covid_ct
 from ..scan import write_atomic
 
 # %% ../../nbs/12_widgets/01_html.ipynb #7bdb1c38
 def _paragraph(
-    text:str, # plain text; blank lines part paragraphs, `` `code` `` and `**strong**` are the only marks
-)->str: # HTML
+    text: str,  # plain text; blank lines part paragraphs, `` `code` `` and `**strong**` are the only marks
+) -> str:  # HTML
     "Plain text as paragraphs, with every character of HTML escaped"
     out = []
     for part in str(text).strip().split('\n\n'):
         part = html.escape(part)
-        for mark,tag in (('**','strong'),('`','code')):
+        for mark, tag in (('**', 'strong'), ('`', 'code')):
             bits = part.split(mark)
-            if len(bits)%2: part = ''.join(b if i%2==0 else f'<{tag}>{b}</{tag}>' for i,b in enumerate(bits))
+            if len(bits) % 2:
+                part = ''.join(
+                    b if i % 2 == 0 else f'<{tag}>{b}</{tag}>' for i, b in enumerate(bits)
+                )
         out.append(f'<p>{part}</p>')
     return '\n'.join(out)
 
 # %% ../../nbs/12_widgets/01_html.ipynb #214aaf2f
-_STYLE = Path(covid_ct.__file__).parent/'static'/'report.css'
+_STYLE = Path(covid_ct.__file__).parent / 'static' / 'report.css'
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline' blob:; frame-src 'self' data: about:; connect-src data: blob:">
 <title>{title}</title><style>{style}</style></head><body><main>
@@ -35,58 +42,87 @@ _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name
 </main></body></html>
 """
 
+
 class HtmlReport:
     "A standalone HTML page, grown block by block"
-    def __init__(self,
-                 title:str, # heading and name of the browser's tab
-                 lead:str='', # one sentence below it
-                ):
-        self.title,self.blocks = title,[f'<h1>{html.escape(title)}</h1>']
-        if lead: self.html(f'<p class="lead">{html.escape(lead)}</p>')
 
-    def html(self, fragment:str)->'HtmlReport':
+    def __init__(
+        self,
+        title: str,  # heading and name of the browser's tab
+        lead: str = '',  # one sentence below it
+    ):
+        self.title, self.blocks = title, [f'<h1>{html.escape(title)}</h1>']
+        if lead:
+            self.html(f'<p class="lead">{html.escape(lead)}</p>')
+
+    def html(self, fragment: str) -> 'HtmlReport':
         "Append HTML as it is: only what this package made itself"
         self.blocks.append(fragment)
         return self
 
-    def section(self, heading:str, text:str='')->'HtmlReport':
+    def section(self, heading: str, text: str = '') -> 'HtmlReport':
         "Open a part of the report"
-        return self.html(f'<h2>{html.escape(heading)}</h2>'+(_paragraph(text) if text else ''))
+        return self.html(f'<h2>{html.escape(heading)}</h2>' + (_paragraph(text) if text else ''))
 
-    def text(self, text:str)->'HtmlReport': return self.html(_paragraph(text))
-    def note(self, text:str)->'HtmlReport': return self.html(f'<div class="note">{_paragraph(text)}</div>')
+    def text(self, text: str) -> 'HtmlReport':
+        return self.html(_paragraph(text))
 
-    def facts(self,
-              facts:dict, # what it is → its value, both plain text
-             )->'HtmlReport':
+    def note(self, text: str) -> 'HtmlReport':
+        return self.html(f'<div class="note">{_paragraph(text)}</div>')
+
+    def facts(
+        self,
+        facts: dict,  # what it is → its value, both plain text
+    ) -> 'HtmlReport':
         "A row of numbers to see first"
-        each = (f'<div><b>{html.escape(str(v))}</b><span>{html.escape(str(k))}</span></div>' for k,v in facts.items())
+        each = (
+            f'<div><b>{html.escape(str(v))}</b><span>{html.escape(str(k))}</span></div>'
+            for k, v in facts.items()
+        )
         return self.html(f'<div class="facts">{"".join(each)}</div>')
 
-    def table(self,
-              df:pd.DataFrame, # shown with its index where that has a name
-              caption:str='', # what the rows are
-              digits:int=3, # of numbers with a fraction
-             )->'HtmlReport':
+    def table(
+        self,
+        df: pd.DataFrame,  # shown with its index where that has a name
+        caption: str = '',  # what the rows are
+        digits: int = 3,  # of numbers with a fraction
+    ) -> 'HtmlReport':
         "A data frame, escaped"
-        body = df.to_html(index=df.index.name is not None, index_names=False, border=0, float_format=lambda x: f'{x:.{digits}f}', na_rep='–')
-        return self.html(f'<div class="scroll">{body.replace("<thead>", f"<caption>{html.escape(caption)}</caption><thead>" if caption else "<thead>", 1)}</div>')
+        body = df.to_html(
+            index=df.index.name is not None,
+            index_names=False,
+            border=0,
+            float_format=lambda x: f'{x:.{digits}f}',
+            na_rep='–',
+        )
+        return self.html(
+            f'<div class="scroll">{body.replace("<thead>", f"<caption>{html.escape(caption)}</caption><thead>" if caption else "<thead>", 1)}</div>'
+        )
 
-    def figure(self,
-               fig, # matplotlib `Figure`, or the bytes of a PNG
-               alt:str, # says what a reader would see
-               caption:str='', # below the picture
-              )->'HtmlReport':
+    def figure(
+        self,
+        fig,  # matplotlib `Figure`, or the bytes of a PNG
+        alt: str,  # says what a reader would see
+        caption: str = '',  # below the picture
+    ) -> 'HtmlReport':
         "A picture, stored inside the page"
         if not isinstance(fig, bytes):
-            f = io.BytesIO(); fig.savefig(f, format='png', dpi=110, bbox_inches='tight'); fig = f.getvalue()
+            f = io.BytesIO()
+            fig.savefig(f, format='png', dpi=110, bbox_inches='tight')
+            fig = f.getvalue()
         src = base64.b64encode(fig).decode()
-        return self.html(f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{src}"><figcaption>{html.escape(caption)}</figcaption></figure>')
+        return self.html(
+            f'<figure><img alt="{html.escape(alt)}" src="data:image/png;base64,{src}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        )
 
-    def page(self)->str:
+    def page(self) -> str:
         "The whole page"
-        return _PAGE.format(title=html.escape(self.title), style=_STYLE.read_text('utf-8'), body='\n'.join(self.blocks))
+        return _PAGE.format(
+            title=html.escape(self.title),
+            style=_STYLE.read_text('utf-8'),
+            body='\n'.join(self.blocks),
+        )
 
-    def write(self, path)->Path:
+    def write(self, path) -> Path:
         "Write the page, whole or not at all"
         return write_atomic(path, self.page())

@@ -7,62 +7,77 @@ __all__ = ['overlay', 'view_side_by_side', 'slice_profile']
 
 # %% ../../nbs/12_widgets/04_overlay.ipynb #4f1ea67f
 import numpy as np
-from .viewer import VolumeViewer, named_maps, named_masks
+
+from ..plot import PLANES, Picture, draw_panel, find_centre, finish_figure, set_alt_text
 from ..scan import DataError, Scan
-from ..plot import PLANES, Picture, set_alt_text, draw_panel, find_centre, finish_figure
+from .viewer import VolumeViewer, named_maps, named_masks
 
 # %% ../../nbs/12_widgets/04_overlay.ipynb #825b00e7
 def overlay(
-    scan:Scan, # volume in its own geometry
-    maps=(), # `Map`, list of `Map`, or name → `Map` or array in [0,1]; the first is shown
-    masks=None, # name → bool array on the scan's grid; the truth first
-    window='lung', # name of a preset, or (level, width)
-    index=None, # voxel `(z,y,x)` to start at; `None` goes to the first mask, else to the peak of the first map
-    title=None, # heading; `None` takes the scan's name
-    **options, # `max_voxels`, `height`, `unit` and first values of `alpha`, `crosshair`, `layers`, `map`, `side`
-)->VolumeViewer: # the widget
+    scan: Scan,  # volume in its own geometry
+    maps=(),  # `Map`, list of `Map`, or name → `Map` or array in [0,1]; the first is shown
+    masks=None,  # name → bool array on the scan's grid; the truth first
+    window='lung',  # name of a preset, or (level, width)
+    index=None,  # voxel `(z,y,x)` to start at; `None` goes to the first mask, else to the peak of the first map
+    title=None,  # heading; `None` takes the scan's name
+    **options,  # `max_voxels`, `height`, `unit` and first values of `alpha`, `crosshair`, `layers`, `map`, `side`
+) -> VolumeViewer:  # the widget
     "Browse a scan with masks and maps over it. Raises `GeometryError` for a layer of another grid"
     return VolumeViewer(scan, masks, maps, window, index, title, **options)
 
 # %% ../../nbs/12_widgets/04_overlay.ipynb #1020e106
 def view_side_by_side(
-    scan:Scan, # volume in its own geometry
-    maps, # name → `Map`, or a list of `Map`
-    masks=None, # name → bool array; the truth first
-    at=None, # voxel `(z,y,x)` in which the planes meet; `None` goes to the first mask, else to the peak of the first map
-    planes=('axial','coronal'), # rows of the figure, keys of `show.PLANES`
-    window='lung', # name of a window, or (level, width)
-    title=None, # title; `None` takes the scan's name
-    width:float=8.6, # of the figure in inches
-)->Picture: # one column for the scan, one for each map, with one colour scale
+    scan: Scan,  # volume in its own geometry
+    maps,  # name → `Map`, or a list of `Map`
+    masks=None,  # name → bool array; the truth first
+    at=None,  # voxel `(z,y,x)` in which the planes meet; `None` goes to the first mask, else to the peak of the first map
+    planes=('axial', 'coronal'),  # rows of the figure, keys of `show.PLANES`
+    window='lung',  # name of a window, or (level, width)
+    title=None,  # title; `None` takes the scan's name
+    width: float = 8.6,  # of the figure in inches
+) -> Picture:  # one column for the scan, one for each map, with one colour scale
     "Lay maps side by side. Raises `GeometryError` for one of another grid, `DataError` for an unknown plane"
-    maps,masks = named_maps(scan, maps), named_masks(scan, masks)
-    if not maps: raise DataError('compare', 'no maps', 'Give at least one.')
-    if odd := set(planes)-set(PLANES): raise DataError('compare', f'unknown plane {", ".join(sorted(odd))}', f'Use {", ".join(PLANES)}.')
+    maps, masks = named_maps(scan, maps), named_masks(scan, masks)
+    if not maps:
+        raise DataError('compare', 'no maps', 'Give at least one.')
+    if odd := set(planes) - set(PLANES):
+        raise DataError(
+            'compare', f'unknown plane {", ".join(sorted(odd))}', f'Use {", ".join(PLANES)}.'
+        )
     heats = [None, *(m.values for m in maps.values())]
     at = find_centre(scan, masks, heats[1]) if at is None else at
     high = [scan.grid.size_mm[0 if PLANES[k][0] else 1] for k in planes]
-    tall = .6+.25*len(planes)+.93*width/len(heats)*sum(high)/scan.grid.size_mm[2]
+    tall = 0.6 + 0.25 * len(planes) + 0.93 * width / len(heats) * sum(high) / scan.grid.size_mm[2]
     fig = Picture(figsize=(width, tall), layout='constrained')
-    fig.get_layout_engine().set(rect=(0, .25/tall, 1, 1-.5/tall), w_pad=.02, h_pad=.02)
+    fig.get_layout_engine().set(rect=(0, 0.25 / tall, 1, 1 - 0.5 / tall), w_pad=0.02, h_pad=0.02)
     axes = fig.subplots(len(planes), len(heats), height_ratios=high, squeeze=False)
-    for row,plane in zip(axes, planes):
-        for ax,heat in zip(row, heats): draw_panel(ax, scan, plane, int(at[PLANES[plane][0]]), window, masks, heat)
-    for ax,name in zip(axes[0], ('scan', *maps)): ax.set_title(name, fontsize=9)
+    for row, plane in zip(axes, planes, strict=False):
+        for ax, heat in zip(row, heats, strict=False):
+            draw_panel(ax, scan, plane, int(at[PLANES[plane][0]]), window, masks, heat)
+    for ax, name in zip(axes[0], ('scan', *maps), strict=False):
+        ax.set_title(name, fontsize=9)
     _share_scale(fig, axes)
-    return set_alt_text(finish_figure(fig, scan, window, masks, None, title), f'{title or scan.scan_id or "Scan"}: {" and ".join(planes)} cut, without a map and under {", ".join(maps)}, on one colour scale from 0 to 1.')
+    return set_alt_text(
+        finish_figure(fig, scan, window, masks, None, title),
+        f'{title or scan.scan_id or "Scan"}: {" and ".join(planes)} cut, without a map and under {", ".join(maps)}, on one colour scale from 0 to 1.',
+    )
+
 
 def _share_scale(fig, axes):
     "One colour bar for all maps"
-    bar = fig.colorbar(axes[0,1].images[1], ax=axes, fraction=.02, pad=.01, ticks=[0,.5,1])
-    bar.ax.tick_params(labelsize=7); bar.solids.set_alpha(1)
+    bar = fig.colorbar(axes[0, 1].images[1], ax=axes, fraction=0.02, pad=0.01, ticks=[0, 0.5, 1])
+    bar.ax.tick_params(labelsize=7)
+    bar.solids.set_alpha(1)
 
 # %% ../../nbs/12_widgets/04_overlay.ipynb #bae61405
 def slice_profile(
-    heat, # `Map`, or array `(D,H,W)`
-    plane:str='axial', # a key of `show.PLANES`: which slices
-)->np.ndarray: # mean of each slice, in the unit of the map; `(D,)` for axial
+    heat,  # `Map`, or array `(D,H,W)`
+    plane: str = 'axial',  # a key of `show.PLANES`: which slices
+) -> np.ndarray:  # mean of each slice, in the unit of the map; `(D,)` for axial
     "Mean of a map over each slice (@eq-profile). Raises `DataError` for an unknown plane"
-    if plane not in PLANES: raise DataError('profile', f'unknown plane {plane!r}', f'Use {", ".join(PLANES)}.')
+    if plane not in PLANES:
+        raise DataError('profile', f'unknown plane {plane!r}', f'Use {", ".join(PLANES)}.')
     k = PLANES[plane][0]
-    return np.asarray(getattr(heat, 'values', heat)).mean(tuple(a for a in range(3) if a!=k), dtype=float)
+    return np.asarray(getattr(heat, 'values', heat)).mean(
+        tuple(a for a in range(3) if a != k), dtype=float
+    )

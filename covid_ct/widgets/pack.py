@@ -7,163 +7,220 @@ __all__ = ['RANGES', 'VIEWER_SCRIPT', 'to_bytes', 'presets_of', 'grey_table', 't
            'message_of', 'script_json', 'html_page']
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #94c49799
-import base64, gzip, html, io, json, math
+import base64
+import gzip
+import html
+import io
+import json
+import math
 from pathlib import Path
+
 import numpy as np
 from PIL import Image
+
 import covid_ct
-from ..scan import DataError, Grid
 from ..plot import WINDOWS
+from ..scan import DataError, Grid
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #697a9ceb
-RANGES = {'HU':(-1024.,8.), 'uint8':(0.,1.), 'unit':(0.,1/255)} # unit: value of byte 0, and of one step
+RANGES = {
+    'HU': (-1024.0, 8.0),
+    'uint8': (0.0, 1.0),
+    'unit': (0.0, 1 / 255),
+}  # unit: value of byte 0, and of one step
+
 
 def to_bytes(
-    voxels:np.ndarray, # `(D,H,W)` in `units`
-    units:str='HU', # a key of `RANGES`
-)->np.ndarray: # `(D,H,W)` uint8
+    voxels: np.ndarray,  # `(D,H,W)` in `units`
+    units: str = 'HU',  # a key of `RANGES`
+) -> np.ndarray:  # `(D,H,W)` uint8
     "Quantise voxels to 8 bits for display"
-    lo,step = RANGES[units]
+    lo, step = RANGES[units]
     out = np.empty(voxels.shape, 'u1')
-    for slab,dest in zip(voxels, out): dest[:] = np.clip(np.rint((slab.astype('f4')-lo)/step), 0, 255) # slice by slice: a scan of 512³ must not become floats at once
+    for slab, dest in zip(voxels, out, strict=False):
+        dest[:] = np.clip(
+            np.rint((slab.astype('f4') - lo) / step), 0, 255
+        )  # slice by slice: a scan of 512³ must not become floats at once
     return out
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #a1ea1b0b
 def _to_values(
-    stored:np.ndarray, # uint8, any shape
-    units:str='HU', # a key of `RANGES`
-)->np.ndarray: # float32 in `units`
+    stored: np.ndarray,  # uint8, any shape
+    units: str = 'HU',  # a key of `RANGES`
+) -> np.ndarray:  # float32 in `units`
     "Values that bytes stand for: the inverse of `to_bytes`"
-    lo,step = RANGES[units]
-    return (lo+step*stored.astype('f4')).astype('f4')
+    lo, step = RANGES[units]
+    return (lo + step * stored.astype('f4')).astype('f4')
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #cbc0d0c4
 def presets_of(
-    units:str='HU', # a key of `RANGES`
-)->dict: # name → (level, width) in `units`
+    units: str = 'HU',  # a key of `RANGES`
+) -> dict:  # name → (level, width) in `units`
     "Windows on offer: those of the reading room for HU, else only the full range"
-    lo,step = RANGES[units]
-    named = {k:WINDOWS[k] for k in ('lung','mediastinum','bone')} if units=='HU' else {}
-    return {k:(float(l),float(w)) for k,(l,w) in named.items()} | {'full':(lo+127.5*step, 255*step)}
+    lo, step = RANGES[units]
+    named = {k: WINDOWS[k] for k in ('lung', 'mediastinum', 'bone')} if units == 'HU' else {}
+    return {k: (float(l), float(w)) for k, (l, w) in named.items()} | {
+        'full': (lo + 127.5 * step, 255 * step)
+    }
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #bf821890
 def grey_table(
-    level:float, # value shown as middle grey, in `units`
-    width:float, # from black to white
-    units:str='HU', # a key of `RANGES`
-)->np.ndarray: # 256 greys, uint8
+    level: float,  # value shown as middle grey, in `units`
+    width: float,  # from black to white
+    units: str = 'HU',  # a key of `RANGES`
+) -> np.ndarray:  # 256 greys, uint8
     "Table from stored byte to grey"
-    lo,step = RANGES[units]
-    g = 255*(lo+step*np.arange(256)-level+width/2)/width
-    return np.clip(np.floor(g+.5), 0, 255).astype('u1')
+    lo, step = RANGES[units]
+    g = 255 * (lo + step * np.arange(256) - level + width / 2) / width
+    return np.clip(np.floor(g + 0.5), 0, 255).astype('u1')
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #cf5bfd6a
-_PIXELS,_SIDE = 2**22, 16383 # of one picture: what a phone's canvas takes, and what WebP can count
+_PIXELS, _SIDE = (
+    2**22,
+    16383,
+)  # of one picture: what a phone's canvas takes, and what WebP can count
+
 
 def tile_slices(
-    v:np.ndarray, # `(D,H,W)` uint8
-)->tuple: # mosaic `(rows·H, cols·W)`, and the number of columns
+    v: np.ndarray,  # `(D,H,W)` uint8
+) -> tuple:  # mosaic `(rows·H, cols·W)`, and the number of columns
     "Lay axial slices side by side, about square"
-    d,h,w = v.shape
-    cols = max(1, min(d, math.ceil(math.sqrt(d*h/w)), _SIDE//w))
-    rows = math.ceil(d/cols)
-    full = np.zeros((rows*cols,h,w), 'u1'); full[:d] = v
-    return full.reshape(rows,cols,h,w).swapaxes(1,2).reshape(rows*h, cols*w), cols
+    d, h, w = v.shape
+    cols = max(1, min(d, math.ceil(math.sqrt(d * h / w)), _SIDE // w))
+    rows = math.ceil(d / cols)
+    full = np.zeros((rows * cols, h, w), 'u1')
+    full[:d] = v
+    return full.reshape(rows, cols, h, w).swapaxes(1, 2).reshape(rows * h, cols * w), cols
+
 
 def _untile(
-    mosaic:np.ndarray, # as `tile_slices` makes it
-    cols:int, # its columns of tiles
-    shape:tuple, # `(D,H,W)`
-)->np.ndarray: # the slices again
+    mosaic: np.ndarray,  # as `tile_slices` makes it
+    cols: int,  # its columns of tiles
+    shape: tuple,  # `(D,H,W)`
+) -> np.ndarray:  # the slices again
     "The slices of a mosaic: what the browser does, in Python"
-    d,h,w = shape
-    return mosaic.reshape(-1,h,cols,w).swapaxes(1,2).reshape(-1,h,w)[:d]
+    d, h, w = shape
+    return mosaic.reshape(-1, h, cols, w).swapaxes(1, 2).reshape(-1, h, w)[:d]
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #90fe58f6
 def _pack_volume(
-    v:np.ndarray, # `(D,H,W)` uint8
-    codec:str='webp', # `webp` (small, not exact) or `gzip` (exact)
-    quality:int=85, # of WebP, 0 … 100
-)->tuple: # list of (part, bytes), and the mean squared error in steps²
+    v: np.ndarray,  # `(D,H,W)` uint8
+    codec: str = 'webp',  # `webp` (small, not exact) or `gzip` (exact)
+    quality: int = 85,  # of WebP, 0 … 100
+) -> tuple:  # list of (part, bytes), and the mean squared error in steps²
     "Pack a volume for the browser"
-    if codec not in ('webp','gzip'): raise DataError('pack_volume', f'unknown codec {codec!r}', 'Use webp or gzip.')
-    if codec=='gzip' or max(v.shape[1:])>_SIDE: return [(dict(role='volume', codec='gzip', shape=v.shape), gzip.compress(v, 1, mtime=0))], 0.
-    parts,worse,n = [], 0., max(1, _PIXELS//math.prod(v.shape[1:]))
-    for s in (v[i:i+n] for i in range(0, len(v), n)):
-        (mosaic,cols),f = tile_slices(s), io.BytesIO()
+    if codec not in ('webp', 'gzip'):
+        raise DataError('pack_volume', f'unknown codec {codec!r}', 'Use webp or gzip.')
+    if codec == 'gzip' or max(v.shape[1:]) > _SIDE:
+        return [
+            (dict(role='volume', codec='gzip', shape=v.shape), gzip.compress(v, 1, mtime=0))
+        ], 0.0
+    parts, worse, n = [], 0.0, max(1, _PIXELS // math.prod(v.shape[1:]))
+    for s in (v[i : i + n] for i in range(0, len(v), n)):
+        (mosaic, cols), f = tile_slices(s), io.BytesIO()
         Image.fromarray(mosaic).save(f, 'webp', quality=quality, method=4)
         back = _untile(np.array(Image.open(f).convert('L')), cols, s.shape)
-        worse += ((back.astype('f4')-s)**2).sum(dtype=float)/v.size
+        worse += ((back.astype('f4') - s) ** 2).sum(dtype=float) / v.size
         parts.append((dict(role='volume', codec='webp', shape=s.shape, cols=cols), f.getvalue()))
     return parts, worse
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #7a43ebee
 def _pack_masks(
-    masks:list, # bool arrays `(D,H,W)`
-)->list: # (part, bytes), one for every eight masks
+    masks: list,  # bool arrays `(D,H,W)`
+) -> list:  # (part, bytes), one for every eight masks
     "Pack masks without loss, one bit each"
     out = []
     for i in range(0, len(masks), 8):
         bits = np.zeros(masks[0].shape, 'u1')
-        for k,m in enumerate(masks[i:i+8]): bits |= m.astype('u1')<<k
-        out.append((dict(role='masks', codec='gzip', shape=bits.shape), gzip.compress(bits, 6, mtime=0)))
+        for k, m in enumerate(masks[i : i + 8]):
+            bits |= m.astype('u1') << k
+        out.append(
+            (dict(role='masks', codec='gzip', shape=bits.shape), gzip.compress(bits, 6, mtime=0))
+        )
     return out
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #400a40ca
 def fit_shape(
-    grid:Grid, # of the scan
-    max_voxels:int, # limit; 0 for none
-)->tuple: # `(D,H,W)` at most as large as the grid's
+    grid: Grid,  # of the scan
+    max_voxels: int,  # limit; 0 for none
+) -> tuple:  # `(D,H,W)` at most as large as the grid's
     "Shape with the most nearly cubic voxels that stays below a limit"
-    n,s = np.array(grid.shape), np.array(grid.spacing)
-    if not max_voxels or n.prod()<=max_voxels: return tuple(map(int, n))
-    edges = np.geomspace(s.min(), s.max()*n.max(), 2000)
-    return next(tuple(map(int, m)) for e in edges if (m := np.maximum(1, np.floor(n*np.minimum(1, s/e)))).prod()<=max_voxels)
+    n, s = np.array(grid.shape), np.array(grid.spacing)
+    if not max_voxels or n.prod() <= max_voxels:
+        return tuple(map(int, n))
+    edges = np.geomspace(s.min(), s.max() * n.max(), 2000)
+    return next(
+        tuple(map(int, m))
+        for e in edges
+        if (m := np.maximum(1, np.floor(n * np.minimum(1, s / e)))).prod() <= max_voxels
+    )
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #fa261031
 def _shrink(
-    v:np.ndarray, # `(D,H,W)` uint8
-    shape:tuple, # `(D,H,W)`, at most as large
-)->np.ndarray: # uint8 of that shape
+    v: np.ndarray,  # `(D,H,W)` uint8
+    shape: tuple,  # `(D,H,W)`, at most as large
+) -> np.ndarray:  # uint8 of that shape
     "Make a volume smaller by averaging along each axis"
-    if tuple(shape)==v.shape: return v
-    d,h,w = shape
-    v = np.stack([np.array(Image.fromarray(s).resize((w,h), Image.Resampling.BILINEAR)) for s in v]) # Pillow's filters widen as they shrink: an average
-    return np.array(Image.fromarray(v.reshape(len(v), h*w)).resize((h*w,d), Image.Resampling.BILINEAR)).reshape(d,h,w)
+    if tuple(shape) == v.shape:
+        return v
+    d, h, w = shape
+    v = np.stack(
+        [np.array(Image.fromarray(s).resize((w, h), Image.Resampling.BILINEAR)) for s in v]
+    )  # Pillow's filters widen as they shrink: an average
+    return np.array(
+        Image.fromarray(v.reshape(len(v), h * w)).resize((h * w, d), Image.Resampling.BILINEAR)
+    ).reshape(d, h, w)
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #5f2072a9
 def shrink_grid(
-    grid:Grid, # before
-    shape:tuple, # after
-)->Grid: # covers the same block of the patient
+    grid: Grid,  # before
+    shape: tuple,  # after
+) -> Grid:  # covers the same block of the patient
     "Grid of a shrunken volume"
-    f = np.array(grid.shape)/np.array(shape)
-    return Grid(tuple(shape), tuple(float(x) for x in f*grid.spacing), tuple(float(x) for x in grid.to_mm((f-1)/2)), grid.direction)
+    f = np.array(grid.shape) / np.array(shape)
+    return Grid(
+        tuple(shape),
+        tuple(float(x) for x in f * grid.spacing),
+        tuple(float(x) for x in grid.to_mm((f - 1) / 2)),
+        grid.direction,
+    )
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #ce9ea7fe
 def message_of(
-    v:np.ndarray, # `(D,H,W)` uint8
-    masks:list, # bool arrays
-    maps:list, # uint8 arrays
-    units:str, # of the scan
-    shape:tuple, # what to send; as `v` for all of it
-    codec:str='gzip', # of the volume: `gzip` or `webp`
-    quality:int=85, # of WebP
-)->tuple: # header, list of bytes
+    v: np.ndarray,  # `(D,H,W)` uint8
+    masks: list,  # bool arrays
+    maps: list,  # uint8 arrays
+    units: str,  # of the scan
+    shape: tuple,  # what to send; as `v` for all of it
+    codec: str = 'gzip',  # of the volume: `gzip` or `webp`
+    quality: int = 85,  # of WebP
+) -> tuple:  # header, list of bytes
     "Pack everything for one message"
-    step,less = RANGES[units][1], tuple(shape)!=v.shape
-    cube = shape if codec=='gzip' else tuple(min(n,64) for n in shape)
-    parts,mse = _pack_volume(_shrink(v, shape), codec, quality)
-    parts += _pack_masks([_shrink(255*m.astype('u1'), shape)>127 for m in masks])
-    parts += [(dict(role='map', codec='gzip', shape=cube), gzip.compress(_shrink(m, cube), 6, mtime=0)) for m in maps]
-    error = step/2 if codec=='gzip' else step*math.sqrt(mse+1/12)
-    note = ' × '.join(map(str,v.shape))+' voxels'+less*(', averaged to '+' × '.join(map(str,shape)))+f' · 8-bit{" WebP"*(codec=="webp")}'
-    if units=='HU': note += f', ±{error:.0f} HU'
-    if units=='uint8' and codec=='gzip': error = 0.
-    return dict(kind='voxels', error=error, note=note, parts=[a for a,_ in parts]), [b for _,b in parts]
+    step, less = RANGES[units][1], tuple(shape) != v.shape
+    cube = shape if codec == 'gzip' else tuple(min(n, 64) for n in shape)
+    parts, mse = _pack_volume(_shrink(v, shape), codec, quality)
+    parts += _pack_masks([_shrink(255 * m.astype('u1'), shape) > 127 for m in masks])
+    parts += [
+        (dict(role='map', codec='gzip', shape=cube), gzip.compress(_shrink(m, cube), 6, mtime=0))
+        for m in maps
+    ]
+    error = step / 2 if codec == 'gzip' else step * math.sqrt(mse + 1 / 12)
+    note = (
+        ' × '.join(map(str, v.shape))
+        + ' voxels'
+        + less * (', averaged to ' + ' × '.join(map(str, shape)))
+        + f' · 8-bit{" WebP" * (codec == "webp")}'
+    )
+    if units == 'HU':
+        note += f', ±{error:.0f} HU'
+    if units == 'uint8' and codec == 'gzip':
+        error = 0.0
+    return dict(kind='voxels', error=error, note=note, parts=[a for a, _ in parts]), [
+        b for _, b in parts
+    ]
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #9e87e39c
-VIEWER_SCRIPT = Path(covid_ct.__file__).parent/'static'/'volume_viewer.js'
+VIEWER_SCRIPT = Path(covid_ct.__file__).parent / 'static' / 'volume_viewer.js'
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>__TITLE__</title>
 <style>:root{color-scheme:light dark}body{margin:0;background:transparent}.alone{margin:12px}</style></head><body><div id="viewer"></div>
 <script id="voxels" type="application/json">__DATA__</script><script type="module">
@@ -174,22 +231,30 @@ if (data.state.meta.fill) el.className = "alone";
 __viewer.standalone(el, data);
 </script></body></html>"""
 
+
 def script_json(
-    data, # anything that JSON can say
-)->str: # JSON that may stand inside `<script>`
+    data,  # anything that JSON can say
+) -> str:  # JSON that may stand inside `<script>`
     "JSON without a character that could end a script"
-    return json.dumps(data, ensure_ascii=False).replace('&','\\u0026').replace('<','\\u003c').replace('>','\\u003e').replace('\u2028','\\u2028').replace('\u2029','\\u2029')
+    return (
+        json.dumps(data, ensure_ascii=False)
+        .replace('&', '\\u0026')
+        .replace('<', '\\u003c')
+        .replace('>', '\\u003e')
+        .replace('\u2028', '\\u2028')
+        .replace('\u2029', '\\u2029')
+    )
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #2f44d05b
 def html_page(
-    title:str, # plain text
-    state:dict, # what the widget would hold as traits
-    header:dict, # parts of the message
-    buffers:list, # their bytes
-)->str: # HTML
+    title: str,  # plain text
+    state: dict,  # what the widget would hold as traits
+    header: dict,  # parts of the message
+    buffers: list,  # their bytes
+) -> str:  # HTML
     "Put front end, state and voxels into one page"
     data = dict(state=state, header=header, buffers=[base64.b64encode(b).decode() for b in buffers])
     esm = VIEWER_SCRIPT.read_text('utf-8').replace('export default', 'const __viewer =')
-    head,rest = _PAGE.split('__TITLE__')
-    body,rest = rest.split('__DATA__')
-    return head+html.escape(title)+body+script_json(data)+rest.replace('__FRONT__', esm)
+    head, rest = _PAGE.split('__TITLE__')
+    body, rest = rest.split('__DATA__')
+    return head + html.escape(title) + body + script_json(data) + rest.replace('__FRONT__', esm)

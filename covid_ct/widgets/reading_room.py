@@ -6,145 +6,279 @@
 __all__ = ['ROOM', 'ReadingRoom']
 
 # %% ../../nbs/12_widgets/07_reading_room.ipynb #e138c387
-import base64, html, json
+import base64
+import html
+import json
 from collections.abc import Callable
 from pathlib import Path
+
 import anywidget
 import numpy as np
 import pandas as pd
 import traitlets as T
-from .cases import CaseError, NoteConflict, Notes, Rules, roc_points, thumbnail_sheets
+
+from ..scan import DataError, Scan, write_atomic
+from covid_ct.widgets.cases import (
+    CaseError,
+    NoteConflict,
+    Notes,
+    Rules,
+    roc_points,
+    thumbnail_sheets,
+)
 from .pack import VIEWER_SCRIPT, fit_shape, script_json
 from .viewer import VolumeViewer, state_of
-from ..scan import DataError, Scan, write_atomic
 
 # %% ../../nbs/12_widgets/07_reading_room.ipynb #50095d2d
-_COLUMNS = ( # key, heading, what it means, digits; a column without a value is left out
-    ('id','scan','pseudonym of the scan',None), ('label','truth','label of the cohort',None), ('predicted','answer','class with the highest probability',None), ('sure','p','probability of the answer',2),
-    ('loss','loss','minus the logarithm of the probability of the truth',2), ('margin','margin','probability of the first class less that of the second',2), ('disagree','split','largest difference of a probability between two networks',2),
-    ('outside_lung','outside lung','share of the attention outside the lung','%'), ('outside_lesion','outside lesions','share of the attention outside the lesions','%'), ('infection_ratio','infected','share of the lungs that is infected','%1'))
+_COLUMNS = (  # key, heading, what it means, digits; a column without a value is left out
+    ('id', 'scan', 'pseudonym of the scan', None),
+    ('label', 'truth', 'label of the cohort', None),
+    ('predicted', 'answer', 'class with the highest probability', None),
+    ('sure', 'p', 'probability of the answer', 2),
+    ('loss', 'loss', 'minus the logarithm of the probability of the truth', 2),
+    ('margin', 'margin', 'probability of the first class less that of the second', 2),
+    ('disagree', 'split', 'largest difference of a probability between two networks', 2),
+    ('outside_lung', 'outside lung', 'share of the attention outside the lung', '%'),
+    ('outside_lesion', 'outside lesions', 'share of the attention outside the lesions', '%'),
+    ('infection_ratio', 'infected', 'share of the lungs that is infected', '%1'),
+)
+
 
 def _case_rows(
-    t:pd.DataFrame, # from `case_table`
-    rules:Rules=Rules(), # of the filters
-    seen=(), # scan ids that have a thumbnail, in its order
-)->list: # dicts of plain values
+    t: pd.DataFrame,  # from `case_table`
+    rules: Rules = Rules(),  # of the filters
+    seen=(),  # scan ids that have a thumbnail, in its order
+) -> list:  # dicts of plain values
     "Cases as the front end reads them"
-    flags = rules.flags(t); probs = [c for c in t if c.startswith('prob_')]; place = {str(s):k for k,s in enumerate(seen)}
-    plain = lambda x: None if pd.isna(x) else round(float(x), 5) if isinstance(x, (float,np.floating)) else str(x)
-    keys = [k for k,*_ in _COLUMNS if k in t]
-    return [dict({k: plain(r[k]) for k in keys}, id=str(r['scan_id']), patient=str(r['patient_id']), right=bool(r['label']==r['predicted']), prob=[round(float(r[c]), 5) for c in probs], thumb=place.get(str(r['scan_id'])),
-                 flags=[n for n,(_,on) in flags.items() if on[i]], words=f"{r['scan_id']} {r['patient_id']} {r['label']} {r['predicted']}".lower()) for i,r in enumerate(t.to_dict('records'))]
+    flags = rules.flags(t)
+    probs = [c for c in t if c.startswith('prob_')]
+    place = {str(s): k for k, s in enumerate(seen)}
+
+    def plain(x):
+        return (
+            None
+            if pd.isna(x)
+            else round(float(x), 5)
+            if isinstance(x, (float, np.floating))
+            else str(x)
+        )
+
+    keys = [k for k, *_ in _COLUMNS if k in t]
+    return [
+        dict(
+            {k: plain(r[k]) for k in keys},
+            id=str(r['scan_id']),
+            patient=str(r['patient_id']),
+            right=bool(r['label'] == r['predicted']),
+            prob=[round(float(r[c]), 5) for c in probs],
+            thumb=place.get(str(r['scan_id'])),
+            flags=[n for n, (_, on) in flags.items() if on[i]],
+            words=f"{r['scan_id']} {r['patient_id']} {r['label']} {r['predicted']}".lower(),
+        )
+        for i, r in enumerate(t.to_dict('records'))
+    ]
+
 
 def _columns_of(
-    t:pd.DataFrame, # from `case_table`
-)->list: # dicts for the front end
+    t: pd.DataFrame,  # from `case_table`
+) -> list:  # dicts for the front end
     "The columns that have something to show"
-    keep = lambda k: k=='id' or k in t and (t.disagree.any() if k=='disagree' else t[k].notna().any())
-    return [dict(key=k, name=n, words=w, text=d is None, unit='%' if str(d).startswith('%') else '', digits=int(str(d).strip('%') or 0) if d is not None else 0) for k,n,w,d in _COLUMNS if keep(k)]
+
+    def keep(k):
+        return k == 'id' or k in t and (t.disagree.any() if k == 'disagree' else t[k].notna().any())
+
+    return [
+        dict(
+            key=k,
+            name=n,
+            words=w,
+            text=d is None,
+            unit='%' if str(d).startswith('%') else '',
+            digits=int(str(d).strip('%') or 0) if d is not None else 0,
+        )
+        for k, n, w, d in _COLUMNS
+        if keep(k)
+    ]
 
 # %% ../../nbs/12_widgets/07_reading_room.ipynb #873b43c1
 def _pick_cases(
-    rows:list, # from `_case_rows`
-    most:int, # how many
-)->list: # scan ids
+    rows: list,  # from `_case_rows`
+    most: int,  # how many
+) -> list:  # scan ids
     "The worst case of every filter in turn, then the worst of the rest"
-    worst = sorted(rows, key=lambda r: -r['loss']); names = list(dict.fromkeys(f for r in rows for f in r['flags'])); chosen = []
-    queues = [[r['id'] for r in worst if f in r['flags']] for f in names]+[[r['id'] for r in worst]]
-    while len(chosen)<min(most, len(rows)):
+    worst = sorted(rows, key=lambda r: -r['loss'])
+    names = list(dict.fromkeys(f for r in rows for f in r['flags']))
+    chosen = []
+    queues = [[r['id'] for r in worst if f in r['flags']] for f in names] + [
+        [r['id'] for r in worst]
+    ]
+    while len(chosen) < min(most, len(rows)):
         for q in queues:
-            if new := next((i for i in q if i not in chosen), None): chosen.append(new)
+            if new := next((i for i in q if i not in chosen), None):
+                chosen.append(new)
     return chosen[:most]
 
 # %% ../../nbs/12_widgets/07_reading_room.ipynb #31073270
 ROOM = VIEWER_SCRIPT.with_name('cases.js')
-def _module()->str:
+
+
+def _module() -> str:
     "Viewer and room as one module"
-    return VIEWER_SCRIPT.read_text('utf-8').replace('export default', 'const __viewer =')+ROOM.read_text('utf-8')
+    return VIEWER_SCRIPT.read_text('utf-8').replace(
+        'export default', 'const __viewer ='
+    ) + ROOM.read_text('utf-8')
+
 
 def _pack_case(
-    found, # `Scan`, or what `VolumeViewer` takes by name, with `fault` where something is missing
-    max_voxels:int=0, # of a small lossy copy; 0 sends every voxel
-)->tuple: # message and buffers
+    found,  # `Scan`, or what `VolumeViewer` takes by name, with `fault` where something is missing
+    max_voxels: int = 0,  # of a small lossy copy; 0 sends every voxel
+) -> tuple:  # message and buffers
     "One case for the front end"
-    found = dict(scan=found) if isinstance(found, Scan) else dict(found); said = found.pop('fault', '')
+    found = dict(scan=found) if isinstance(found, Scan) else dict(found)
+    said = found.pop('fault', '')
     view = VolumeViewer(**found, title='')
     shape = fit_shape(view.scan.grid, max_voxels)
-    header,buffers = view.message(shape, *(('webp',70) if max_voxels else ()))
+    header, buffers = view.message(shape, *(('webp', 70) if max_voxels else ()))
     message = dict(state=state_of(view, shape), header=header, **(dict(fault=said) if said else {}))
     view.close()
-    return message,buffers
+    return message, buffers
 
 # %% ../../nbs/12_widgets/07_reading_room.ipynb #15ddc702
 def _try_case(
-    load, # scan id → what `_pack_case` takes, or None
-    scan_id:str, # case
-    max_voxels:int=0, # as in `_pack_case`
-)->tuple: # message and buffers; with `fault` and no buffers where it failed
+    load,  # scan id → what `_pack_case` takes, or None
+    scan_id: str,  # case
+    max_voxels: int = 0,  # as in `_pack_case`
+) -> tuple:  # message and buffers; with `fault` and no buffers where it failed
     "A case, or why there is none"
-    if load is None: return dict(fault='The scans of this run are not at hand: open the room with a cohort.'),[]
-    try: return _pack_case(load(scan_id), max_voxels)
-    except DataError as e: return dict(fault=f'{e.fault}. {e.remedy}'.replace(e.source, 'the file')),[]
-    except Exception as e: return dict(fault=f'This case cannot be shown ({type(e).__name__}).'),[]      # a reader's click must not end in silence
+    if load is None:
+        return dict(fault='The scans of this run are not at hand: open the room with a cohort.'), []
+    try:
+        return _pack_case(load(scan_id), max_voxels)
+    except DataError as e:
+        return dict(fault=f'{e.fault}. {e.remedy}'.replace(e.source, 'the file')), []
+    except Exception as e:
+        return dict(
+            fault=f'This case cannot be shown ({type(e).__name__}).'
+        ), []  # a reader's click must not end in silence
 
 # %% ../../nbs/12_widgets/07_reading_room.ipynb #ede9f9cd
 class ReadingRoom(anywidget.AnyWidget):
     "Cases to filter, to look at and to write about, with a kernel or without one; raises `CaseError` for a table it cannot show"
-    _esm = _module()
-    meta = T.Dict().tag(sync=True)           # title, classes, filters and columns; never changes
-    chosen = T.Unicode('').tag(sync=True)    # scan id of the open case
-    show = T.Unicode('all').tag(sync=True)   # name of the filter
 
-    def __init__(self,
-                 table:pd.DataFrame, # from `case_table`
-                 load:Callable=None, # scan id → `Scan`, or dict of `scan masks maps`; called when a case is chosen
-                 thumbs=None, # scan id → thumbnail, or pair of scan ids and `(N,72,72,3)`
-                 notes=None, # `Notes`, or path of their file; None: no notes are taken
-                 positive=None, # class of the ROC curve; None: covid, else the last one
-                 title:str='Reading room', # heading
-                 rules:Rules=Rules(), # of the filters
-                ):
-        if not len(table): raise CaseError('table', 'has no cases', 'Check the part of the run.')
+    _esm = _module()
+    meta = T.Dict().tag(sync=True)  # title, classes, filters and columns; never changes
+    chosen = T.Unicode('').tag(sync=True)  # scan id of the open case
+    show = T.Unicode('all').tag(sync=True)  # name of the filter
+
+    def __init__(
+        self,
+        table: pd.DataFrame,  # from `case_table`
+        load: Callable = None,  # scan id → `Scan`, or dict of `scan masks maps`; called when a case is chosen
+        thumbs=None,  # scan id → thumbnail, or pair of scan ids and `(N,72,72,3)`
+        notes=None,  # `Notes`, or path of their file; None: no notes are taken
+        positive=None,  # class of the ROC curve; None: covid, else the last one
+        title: str = 'Reading room',  # heading
+        rules: Rules = Rules(),  # of the filters
+    ):
+        if not len(table):
+            raise CaseError('table', 'has no cases', 'Check the part of the run.')
         classes = [c[5:] for c in table if c.startswith('prob_')]
         positive = positive or ('covid' if 'covid' in classes else classes[-1])
-        if positive not in classes: raise CaseError('ReadingRoom', f'no class {positive!r}', f'Use one of {", ".join(classes)}.')
-        ids,pictures = thumbs if isinstance(thumbs, tuple) else (list(thumbs or {}), list((thumbs or {}).values()))
-        self.table,self.load,self.rules,self.notes,self.pictures = table,load,rules,Notes(notes) if isinstance(notes, (str,Path)) else notes,pictures
-        self.rows,self.roc = _case_rows(table, rules, ids), roc_points(table, positive)
-        super().__init__(meta=dict(title=title, classes=classes, positive=positive, saves=self.notes is not None, columns=_columns_of(table), filters={k:w for k,(w,_) in rules.flags(table).items()}))
+        if positive not in classes:
+            raise CaseError(
+                'ReadingRoom', f'no class {positive!r}', f'Use one of {", ".join(classes)}.'
+            )
+        ids, pictures = (
+            thumbs
+            if isinstance(thumbs, tuple)
+            else (list(thumbs or {}), list((thumbs or {}).values()))
+        )
+        self.table, self.load, self.rules, self.notes, self.pictures = (
+            table,
+            load,
+            rules,
+            Notes(notes) if isinstance(notes, (str, Path)) else notes,
+            pictures,
+        )
+        self.rows, self.roc = _case_rows(table, rules, ids), roc_points(table, positive)
+        super().__init__(
+            meta=dict(
+                title=title,
+                classes=classes,
+                positive=positive,
+                saves=self.notes is not None,
+                columns=_columns_of(table),
+                filters={k: w for k, (w, _) in rules.flags(table).items()},
+            )
+        )
         self.on_msg(self._answer)
 
     @T.validate('chosen', 'show')
     def _valid(self, proposal):
-        name,value = proposal['trait'].name,proposal['value']
-        if value in ({'',*(r['id'] for r in self.rows)} if name=='chosen' else {'all','noted',*self.meta['filters']}): return value
-        raise CaseError(f'ReadingRoom.{name}', f'{value!r} is not there', 'Use the id of a case.' if name=='chosen' else f'Use all, noted, {", ".join(self.meta["filters"])}.')
+        name, value = proposal['trait'].name, proposal['value']
+        if value in (
+            {'', *(r['id'] for r in self.rows)}
+            if name == 'chosen'
+            else {'all', 'noted', *self.meta['filters']}
+        ):
+            return value
+        raise CaseError(
+            f'ReadingRoom.{name}',
+            f'{value!r} is not there',
+            'Use the id of a case.'
+            if name == 'chosen'
+            else f'Use all, noted, {", ".join(self.meta["filters"])}.',
+        )
 
-    def cases(self)->dict: return dict(cases=self.rows, roc=self.roc, notes=self.notes.read() if self.notes else {}) # what the front end asks for first
-    def sheets(self)->list: return thumbnail_sheets(np.asarray(self.pictures)) if len(self.pictures) else []
+    def cases(self) -> dict:
+        return dict(
+            cases=self.rows, roc=self.roc, notes=self.notes.read() if self.notes else {}
+        )  # what the front end asks for first
+
+    def sheets(self) -> list:
+        return thumbnail_sheets(np.asarray(self.pictures)) if len(self.pictures) else []
 
     def _answer(self, _, content, buffers):
         kind = content.get('kind')
-        if kind=='want cases': self.send(dict(kind='cases', **self.cases()))
-        elif kind=='want thumbs':
-            s = self.sheets(); self.send(dict(kind='thumbs', sheets=[d for d,_ in s]), [b for _,b in s])
-        elif kind=='want case' and any(r['id']==content['id'] for r in self.rows):
-            m,b = _try_case(self.load, content['id']); self.send(dict(kind='case', id=content['id'], **m), b)
-        elif kind=='note': self.send(self._note(**{k:str(content.get(k,'')) for k in ('id','text','seen')}))
+        if kind == 'want cases':
+            self.send(dict(kind='cases', **self.cases()))
+        elif kind == 'want thumbs':
+            s = self.sheets()
+            self.send(dict(kind='thumbs', sheets=[d for d, _ in s]), [b for _, b in s])
+        elif kind == 'want case' and any(r['id'] == content['id'] for r in self.rows):
+            m, b = _try_case(self.load, content['id'])
+            self.send(dict(kind='case', id=content['id'], **m), b)
+        elif kind == 'note':
+            self.send(self._note(**{k: str(content.get(k, '')) for k in ('id', 'text', 'seen')}))
 
-    def _note(self, id, text, seen)->dict:
+    def _note(self, id, text, seen) -> dict:
         out = dict(kind='note', id=id)
-        if not self.notes or not any(r['id']==id for r in self.rows): return out|dict(fault='Nothing was saved: this room takes no notes.')
-        try: return out|dict(entry=self.notes.save(id, text, seen))
-        except NoteConflict as e: return out|dict(theirs=e.theirs)
-        except DataError as e: return out|dict(fault=f'Not saved: it {e.fault}. {e.remedy}')
+        if not self.notes or not any(r['id'] == id for r in self.rows):
+            return out | dict(fault='Nothing was saved: this room takes no notes.')
+        try:
+            return out | dict(entry=self.notes.save(id, text, seen))
+        except NoteConflict as e:
+            return out | dict(theirs=e.theirs)
+        except DataError as e:
+            return out | dict(fault=f'Not saved: it {e.fault}. {e.remedy}')
 
-    def page(self, **kwargs)->str: return _room_page(self, **kwargs) # options of `_room_page`
-    def frame(self, **kwargs)->str: return _room_frame(self, **kwargs)
-    def save(self, path, **kwargs)->Path: return write_atomic(path, self.page(**kwargs))
+    def page(self, **kwargs) -> str:
+        return _room_page(self, **kwargs)  # options of `_room_page`
+
+    def frame(self, **kwargs) -> str:
+        return _room_frame(self, **kwargs)
+
+    def save(self, path, **kwargs) -> Path:
+        return write_atomic(path, self.page(**kwargs))
+
     def _repr_mimebundle_(self, **kwargs):
-        b = super()._repr_mimebundle_(**kwargs); data,meta = b if isinstance(b, tuple) else (b, {})
-        return {**(data or {}), 'text/plain':f'Reading room with {len(self.rows)} cases', 'text/html':self.frame()}, meta
+        b = super()._repr_mimebundle_(**kwargs)
+        data, meta = b if isinstance(b, tuple) else (b, {})
+        return {
+            **(data or {}),
+            'text/plain': f'Reading room with {len(self.rows)} cases',
+            'text/html': self.frame(),
+        }, meta
 
 # %% ../../nbs/12_widgets/07_reading_room.ipynb #d6f6c84b
 _ROOM = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>__TITLE__</title>
@@ -154,48 +288,80 @@ __FRONT__
 readingAlone(document.getElementById("room"), JSON.parse(document.getElementById("held").textContent));
 </script></body></html>"""
 
+
 def _volumes_of(
-    room:ReadingRoom, # with `load`
-    most:int=8, # cases
-    budget:int=3_000_000, # bytes of all of them in the page
-    max_voxels:int=120_000, # of each
-)->tuple: # scan id → what the front end needs, and the bytes they take
+    room: ReadingRoom,  # with `load`
+    most: int = 8,  # cases
+    budget: int = 3_000_000,  # bytes of all of them in the page
+    max_voxels: int = 120_000,  # of each
+) -> tuple:  # scan id → what the front end needs, and the bytes they take
     "Small copies of the cases that `_pick_cases` names, as many as the budget allows"
-    out,used = {},0
-    for i in _pick_cases([r for r in room.rows if r['thumb'] is not None] or room.rows, most) if room.load else ():   # what could not be seen has no thumbnail
-        m,buffers = _try_case(room.load, i, max_voxels)
-        m['buffers'] = [base64.b64encode(b).decode() for b in buffers]; size = len(json.dumps(m))
-        if used+size>budget: break
-        out[i],used = m,used+size
-    return out,used
+    out, used = {}, 0
+    for i in (
+        _pick_cases([r for r in room.rows if r['thumb'] is not None] or room.rows, most)
+        if room.load
+        else ()
+    ):  # what could not be seen has no thumbnail
+        m, buffers = _try_case(room.load, i, max_voxels)
+        m['buffers'] = [base64.b64encode(b).decode() for b in buffers]
+        size = len(json.dumps(m))
+        if used + size > budget:
+            break
+        out[i], used = m, used + size
+    return out, used
+
 
 def _room_page(
-    room:ReadingRoom, # to write
-    most:int=8, # cases that carry a small copy of their scan
-    budget:int=3_000_000, # bytes that all copies may take
-    max_voxels:int=120_000, # of each copy
-    notes:bool=True, # show what readers wrote; text they typed may name a person
-)->str: # HTML
+    room: ReadingRoom,  # to write
+    most: int = 8,  # cases that carry a small copy of their scan
+    budget: int = 3_000_000,  # bytes that all copies may take
+    max_voxels: int = 120_000,  # of each copy
+    notes: bool = True,  # show what readers wrote; text they typed may name a person
+) -> str:  # HTML
     "A whole page that filters, lists and shows cases with no kernel and no network"
-    volumes,used = _volumes_of(room, most, budget, max_voxels)
-    here = f'in this page {len(volumes)} of {len(room.rows)} cases carry a small copy of their scan, {used/1e6:.1f} MB of {budget/1e6:.1f}'
-    held = room.cases()|({} if notes else dict(notes={}))
-    held['cases'] = [r|dict(flags=r['flags']+['scan in this page']*(r['id'] in volumes and 'state' in volumes[r['id']])) for r in held['cases']]
-    data = dict(meta=room.meta|dict(saves=False, here='scan in this page', filters=room.meta['filters']|{'scan in this page':here}), cases=held, volumes=volumes,
-                sheets=[d|dict(picture=base64.b64encode(b).decode()) for d,b in room.sheets()])
-    a,b = _ROOM.split('__TITLE__'); b,c = b.split('__DATA__'); c,d = c.split('__FRONT__')
-    return a+html.escape(room.meta['title'])+b+script_json(data)+c+_module()+d
+    volumes, used = _volumes_of(room, most, budget, max_voxels)
+    here = f'in this page {len(volumes)} of {len(room.rows)} cases carry a small copy of their scan, {used / 1e6:.1f} MB of {budget / 1e6:.1f}'
+    held = room.cases() | ({} if notes else dict(notes={}))
+    held['cases'] = [
+        r
+        | dict(
+            flags=r['flags']
+            + ['scan in this page'] * (r['id'] in volumes and 'state' in volumes[r['id']])
+        )
+        for r in held['cases']
+    ]
+    data = dict(
+        meta=room.meta
+        | dict(
+            saves=False,
+            here='scan in this page',
+            filters=room.meta['filters'] | {'scan in this page': here},
+        ),
+        cases=held,
+        volumes=volumes,
+        sheets=[d | dict(picture=base64.b64encode(b).decode()) for d, b in room.sheets()],
+    )
+    a, b = _ROOM.split('__TITLE__')
+    b, c = b.split('__DATA__')
+    c, d = c.split('__FRONT__')
+    return a + html.escape(room.meta['title']) + b + script_json(data) + c + _module() + d
+
 
 def _room_frame(
-    room:ReadingRoom, # to write
-    **kwargs, # of `_room_page`
-)->str: # HTML for the inside of a page
+    room: ReadingRoom,  # to write
+    **kwargs,  # of `_room_page`
+) -> str:  # HTML for the inside of a page
     "A still of the worst cases with the live page in a frame above it"
     worst = [r for r in sorted(room.rows, key=lambda r: -r['loss']) if r['thumb'] is not None][:24]
-    alt = html.escape(f'{room.meta["title"]}: {len(room.rows)} cases, {sum(not r["right"] for r in room.rows)} of them wrong'+(f'; thumbnails of the {len(worst)} with the highest loss' if worst else ''))
+    alt = html.escape(
+        f'{room.meta["title"]}: {len(room.rows)} cases, {sum(not r["right"] for r in room.rows)} of them wrong'
+        + (f'; thumbnails of the {len(worst)} with the highest loss' if worst else '')
+    )
     still = f'<p data-fallback="1">{alt}.</p>'
     if worst:
-        (_,picture), = thumbnail_sheets(np.stack([room.pictures[r['thumb']] for r in worst]))
+        ((_, picture),) = thumbnail_sheets(np.stack([room.pictures[r['thumb']] for r in worst]))
         still = f'<img data-fallback="1" alt="{alt}" style="display:block;max-width:100%" src="data:image/webp;base64,{base64.b64encode(picture).decode()}">'
-    return (f'<div style="position:relative;margin:.6em 0;min-height:8em">{still}<iframe data-room="1" title="{alt}" loading="lazy" allow="fullscreen" '
-            f'style="position:absolute;inset:0;width:100%;height:100%;border:0;background:transparent" srcdoc="{html.escape(_room_page(room, **kwargs))}"></iframe></div>')
+    return (
+        f'<div style="position:relative;margin:.6em 0;min-height:8em">{still}<iframe data-room="1" title="{alt}" loading="lazy" allow="fullscreen" '
+        f'style="position:absolute;inset:0;width:100%;height:100%;border:0;background:transparent" srcdoc="{html.escape(_room_page(room, **kwargs))}"></iframe></div>'
+    )

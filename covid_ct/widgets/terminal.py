@@ -6,111 +6,171 @@
 __all__ = ['UsageError', 'Parser', 'whole', 'above_zero', 'writes', 'check_outputs', 'as_options', 'options_of', 'plain_streams']
 
 # %% ../../nbs/12_widgets/08_terminal.ipynb #ef5bc9af
-import argparse, codecs, re, sys
+import argparse
+import codecs
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+
 from ..scan import DataError, WriteError, check_writable
 
 # %% ../../nbs/12_widgets/08_terminal.ipynb #453ef42f
-class UsageError(DataError): "Options that make no command"
+class UsageError(DataError):
+    "Options that make no command"
+
 
 class Parser(argparse.ArgumentParser):
     "A parser that raises `UsageError` instead of printing its usage and leaving"
-    def error(self, message): raise UsageError(self.prog, message, f'See {self.prog} --help.')
+
+    def error(self, message):
+        raise UsageError(self.prog, message, f'See {self.prog} --help.')
+
 
 def whole(
-    least:int=0, # smallest number that makes sense
-)->Callable: # for `type=` of an option
+    least: int = 0,  # smallest number that makes sense
+) -> Callable:  # for `type=` of an option
     "Whole numbers of at least `least`, as text; the function raises `ArgumentTypeError`"
+
     def number(text):
-        if re.fullmatch(r'-?\d+', text.strip()) and int(text)>=least: return int(text)
+        if re.fullmatch(r'-?\d+', text.strip()) and int(text) >= least:
+            return int(text)
         raise argparse.ArgumentTypeError(f'{text!r} is no whole number of at least {least}')
+
     return number
 
+
 def above_zero(
-    text:str, # of an option
-)->float: # above 0, finite
+    text: str,  # of an option
+) -> float:  # above 0, finite
     "A number above zero; raises `ArgumentTypeError`"
-    try: value = float(text)
-    except ValueError: value = 0.
-    if 0<value<float('inf'): return value
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if 0 < value < float('inf'):
+        return value
     raise argparse.ArgumentTypeError(f'{text!r} is no number above 0')
 
 # %% ../../nbs/12_widgets/08_terminal.ipynb #b2417774
-_ENDINGS = dict(page=('.html', '.htm'), model=('.onnx',), # files that are replaced unasked
-               mask=('.nii.gz', '.nii', '.mha', '.nrrd')) # files that a mask is written to
+_ENDINGS = dict(
+    page=('.html', '.htm'),
+    model=('.onnx',),  # files that are replaced unasked
+    mask=('.nii.gz', '.nii', '.mha', '.nrrd'),
+)  # files that a mask is written to
+
 
 def writes(
-    parser:argparse.ArgumentParser, # of one command
-    **kinds, # option → 'page', 'model', 'file', 'mask' or 'folder'
-)->None:
+    parser: argparse.ArgumentParser,  # of one command
+    **kinds,  # option → 'page', 'model', 'file', 'mask' or 'folder'
+) -> None:
     "Note what a command writes"
     parser.set_defaults(outputs=kinds)
 
+
 def check_outputs(
-    args:argparse.Namespace, # of a parser whose commands called `writes`
-)->None:
+    args: argparse.Namespace,  # of a parser whose commands called `writes`
+) -> None:
     "Raise `WriteError` for an output that cannot be made, or that is also an input"
-    inputs = [getattr(args, k, None) for k in ('path','lesions','lobes','run_folder','cohort')]
+    inputs = [getattr(args, k, None) for k in ('path', 'lesions', 'lobes', 'run_folder', 'cohort')]
     inputs = [Path(p) for p in (*inputs, *getattr(args, 'others', ())) if p]
-    for option,kind in getattr(args, 'outputs', {}).items():
-        if getattr(args, option) is None: continue
+    for option, kind in getattr(args, 'outputs', {}).items():
+        if getattr(args, option) is None:
+            continue
         out = Path(getattr(args, option))
-        if out.exists() and any(p.exists() and out.samefile(p) for p in inputs) and kind!='folder':
-            raise WriteError(out, 'is what would be read, it is not overwritten',
-                             'Choose another name.')
-        if kind=='mask': _check_mask(out, args.overwrite)
-        if kind in ('page','model') and out.is_file() and out.suffix.lower() not in _ENDINGS[kind]:
+        if (
+            out.exists()
+            and any(p.exists() and out.samefile(p) for p in inputs)
+            and kind != 'folder'
+        ):
+            raise WriteError(
+                out, 'is what would be read, it is not overwritten', 'Choose another name.'
+            )
+        if kind == 'mask':
+            _check_mask(out, args.overwrite)
+        if kind in ('page', 'model') and out.is_file() and out.suffix.lower() not in _ENDINGS[kind]:
             raise WriteError(out, f'exists, and is no {kind}', 'Choose another name.')
-        check_writable(out, folder=kind=='folder', parents=kind not in ('page','model'))
+        check_writable(out, folder=kind == 'folder', parents=kind not in ('page', 'model'))
+
 
 def _check_mask(out, overwrite):
     "Raise `WriteError` for the name of a mask that has no known ending or is taken"
     if not out.name.lower().endswith(_ENDINGS['mask']):
-        raise WriteError(out, 'has no ending that is written here',
-                         f'Use {", ".join(_ENDINGS["mask"])}.')
+        raise WriteError(
+            out, 'has no ending that is written here', f'Use {", ".join(_ENDINGS["mask"])}.'
+        )
     if out.is_file() and not overwrite:
         raise WriteError(out, 'exists already', 'Choose another name, or pass overwrite=True.')
 
 # %% ../../nbs/12_widgets/08_terminal.ipynb #a1e7db00
 _TOLD = re.compile(r"\b(\w+)=(True|'[^']*'|(?=[ .,;]))( \(on the command line (--[^;)]*)[^)]*\))?")
 
+
 def as_options(
-    text:str, # message of an error
-    known, # options of the command, as `--tilt`
-)->str: # the same with `--tilt correct` for `tilt='correct'`
+    text: str,  # message of an error
+    known,  # options of the command, as `--tilt`
+) -> str:  # the same with `--tilt correct` for `tilt='correct'`
     "A message in words of the command line, for the options that are known"
     text = re.sub(r'\bEngine\((\w+=\w+)\)', r'\1', text)
+
     def said(m):
-        if m[4] and m[4].split()[0] in known: return m[4]
-        option = '--'+m[1].replace('_','-')
-        if option not in known: return m[0]
-        return ' '.join([option, *([m[2].strip("'")] if m[2] not in ('','True') else [])])
+        if m[4] and m[4].split()[0] in known:
+            return m[4]
+        option = '--' + m[1].replace('_', '-')
+        if option not in known:
+            return m[0]
+        return ' '.join([option, *([m[2].strip("'")] if m[2] not in ('', 'True') else [])])
+
     return _TOLD.sub(said, text)
 
+
 def options_of(
-    parser:argparse.ArgumentParser, # with commands
-    command:str, # one of them
-)->set: # as `--tilt`
+    parser: argparse.ArgumentParser,  # with commands
+    command: str,  # one of them
+) -> set:  # as `--tilt`
     "Options that a command has"
     sub = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     found = sub.choices.get(command)
     return {o for a in found._actions for o in a.option_strings} if found else set()
 
 # %% ../../nbs/12_widgets/08_terminal.ipynb #841608af
-_PLAIN = dict(zip('▁▂▃▄▅▆▇█', '.:-=+*#@')) | {
-    '×':'x', '…':'...', '–':'-', '−':'-', '·':'*', '°':' deg', 'γ':'gamma', 'µ':'u', '≥':'>=',
-    '≤':'<=', '’':"'", '“':'"', '”':'"', '→':'->', '²':'2', '³':'3', 'é':'e', 'ü':'ue', 'ö':'oe', 'ä':'ae'}
+_PLAIN = dict(zip('▁▂▃▄▅▆▇█', '.:-=+*#@', strict=False)) | {
+    '×': 'x',
+    '…': '...',
+    '–': '-',
+    '−': '-',
+    '·': '*',
+    '°': ' deg',
+    'γ': 'gamma',
+    'µ': 'u',
+    '≥': '>=',
+    '≤': '<=',
+    '’': "'",
+    '“': '"',
+    '”': '"',
+    '→': '->',
+    '²': '2',
+    '³': '3',
+    'é': 'e',
+    'ü': 'ue',
+    'ö': 'oe',
+    'ä': 'ae',
+}
+
 
 def _plain(error):
     "Error handler of codecs: characters that an encoding lacks, in ASCII"
-    if not isinstance(error, UnicodeEncodeError): raise error
-    missing = error.object[error.start:error.end]
-    return ''.join(_PLAIN.get(c,'?') for c in missing), error.end
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    missing = error.object[error.start : error.end]
+    return ''.join(_PLAIN.get(c, '?') for c in missing), error.end
+
 
 codecs.register_error('covid_ct.plain', _plain)
 
-def plain_streams()->None:
+
+def plain_streams() -> None:
     "Let standard output and error print what they can carry instead of failing"
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='covid_ct.plain')
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='covid_ct.plain')

@@ -6,305 +6,544 @@
 __all__ = ['draw_plane', 'named_masks', 'named_maps', 'still_image', 'state_of', 'VolumeViewer']
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #fe05f3ef
-import base64, html, io, math
+import base64
+import html
+import io
+import math
 from pathlib import Path
+
 import anywidget
 import numpy as np
 import traitlets as T
 from PIL import Image, ImageDraw, ImageFont
-from .pack import VIEWER_SCRIPT, RANGES, fit_shape, grey_table, html_page, message_of, presets_of, shrink_grid, to_bytes
-from ..scan import DataError, GeometryError, Grid, Map, Scan, VoxelError, check_same_grid, write_atomic
+
 from ..plot import COLOURS, PLANES, WINDOWS, cut_plane, find_centre
+from covid_ct.scan import (
+    DataError,
+    GeometryError,
+    Grid,
+    Map,
+    Scan,
+    VoxelError,
+    check_same_grid,
+    write_atomic,
+)
+from covid_ct.widgets.pack import (
+    RANGES,
+    VIEWER_SCRIPT,
+    fit_shape,
+    grey_table,
+    html_page,
+    message_of,
+    presets_of,
+    shrink_grid,
+    to_bytes,
+)
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #eebd8b76
 def _ramp(
-    name:str='inferno', # a colour map of matplotlib
-)->np.ndarray: # `(256,4)` uint8, RGBA
+    name: str = 'inferno',  # a colour map of matplotlib
+) -> np.ndarray:  # `(256,4)` uint8, RGBA
     "Colours of a map; the lowest eighth fades out"
     from matplotlib import colormaps
-    if name not in colormaps: raise DataError('ramp', f'unknown colour map {name!r}', 'Use a name of matplotlib, as inferno or viridis.')
-    rgba = (255*colormaps[name](np.arange(256)/255)).round().astype('u1')
-    rgba[:,3] = np.minimum(255, 8*np.arange(256))
+
+    if name not in colormaps:
+        raise DataError(
+            'ramp',
+            f'unknown colour map {name!r}',
+            'Use a name of matplotlib, as inferno or viridis.',
+        )
+    rgba = (255 * colormaps[name](np.arange(256) / 255)).round().astype('u1')
+    rgba[:, 3] = np.minimum(255, 8 * np.arange(256))
     return rgba
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #aab10c41
 def draw_plane(
-    v:np.ndarray, # `(D,H,W)` uint8
-    grid:Grid, # where it lies
-    plane:str, # a key of `show.PLANES`
-    index:tuple, # voxel `(z,y,x)` in which the planes meet
-    table:np.ndarray, # 256 greys
-    masks=(), # pairs of bool array and colour, the first on top
-    heat=None, # map as uint8 `(D,H,W)`, or nothing
-    alpha:float=.4, # opacity of the map
-    scale:float=1., # pixels per mm
-)->Image.Image: # RGB
+    v: np.ndarray,  # `(D,H,W)` uint8
+    grid: Grid,  # where it lies
+    plane: str,  # a key of `show.PLANES`
+    index: tuple,  # voxel `(z,y,x)` in which the planes meet
+    table: np.ndarray,  # 256 greys
+    masks=(),  # pairs of bool array and colour, the first on top
+    heat=None,  # map as uint8 `(D,H,W)`, or nothing
+    alpha: float = 0.4,  # opacity of the map
+    scale: float = 1.0,  # pixels per mm
+) -> Image.Image:  # RGB
     "Draw one plane: greys, then the map, then outlines"
     i = index[PLANES[plane][0]]
-    s,(_,w,h,_) = cut_plane(v, grid, plane, i)
-    size = max(1, round(w*scale)), max(1, round(h*scale))
-    fit = lambda a: Image.fromarray(np.ascontiguousarray(a)).resize(size, Image.Resampling.BILINEAR)
+    s, (_, w, h, _) = cut_plane(v, grid, plane, i)
+    size = max(1, round(w * scale)), max(1, round(h * scale))
+
+    def fit(a):
+        return Image.fromarray(np.ascontiguousarray(a)).resize(size, Image.Resampling.BILINEAR)
+
     im = fit(table[s]).convert('RGB')
     if heat is not None:
         c = _ramp()[np.array(fit(cut_plane(heat, grid, plane, i)[0]))]
-        im.paste(Image.fromarray(c[...,:3].copy()), mask=Image.fromarray((alpha*c[...,3]).astype('u1')))
-    for m,colour in reversed(list(masks)):
-        on = np.pad(np.array(fit(255*cut_plane(m, grid, plane, i)[0].astype('u1')))>127, 1)
-        edge = on[1:-1,1:-1] & ~(on[2:,1:-1]&on[:-2,1:-1]&on[1:-1,2:]&on[1:-1,:-2]) # inside, with a neighbour outside
+        im.paste(
+            Image.fromarray(c[..., :3].copy()),
+            mask=Image.fromarray((alpha * c[..., 3]).astype('u1')),
+        )
+    for m, colour in reversed(list(masks)):
+        on = np.pad(np.array(fit(255 * cut_plane(m, grid, plane, i)[0].astype('u1'))) > 127, 1)
+        edge = on[1:-1, 1:-1] & ~(
+            on[2:, 1:-1] & on[:-2, 1:-1] & on[1:-1, 2:] & on[1:-1, :-2]
+        )  # inside, with a neighbour outside
         im.paste(colour, mask=Image.fromarray(edge))
     return im
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #94c21c0a
 def _letters_of(
-    grid:Grid, # of the scan
-)->list: # for each voxel axis the letters of its low and its high end
+    grid: Grid,  # of the scan
+) -> list:  # for each voxel axis the letters of its low and its high end
     "F/H, A/P and R/L as they lie along the voxel axes"
     out = []
     for column in np.array(grid.direction).T:
         k = int(np.abs(column).argmax())
-        ends = [('F','H'),('A','P'),('R','L')][k]
-        out.append(list(ends if column[k]>0 else ends[::-1]))
+        ends = [('F', 'H'), ('A', 'P'), ('R', 'L')][k]
+        out.append(list(ends if column[k] > 0 else ends[::-1]))
     return out
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #d550dea8
 def named_masks(
-    scan:Scan, # they must lie on its grid
-    masks, # name → bool array, or nothing
-)->dict: # name → bool array
+    scan: Scan,  # they must lie on its grid
+    masks,  # name → bool array, or nothing
+) -> dict:  # name → bool array
     "Masks, checked. Raises `GeometryError` or `VoxelError`"
     out = {}
-    for name,m in (masks or {}).items():
-        if hasattr(m, 'grid'): check_same_grid(scan, m, f'mask {name}')
+    for name, m in (masks or {}).items():
+        if hasattr(m, 'grid'):
+            check_same_grid(scan, m, f'mask {name}')
         m = np.asarray(getattr(m, 'voxels', m))
-        if m.shape!=scan.shape: raise GeometryError(f'mask {name}', f'has shape {m.shape}, the scan {scan.shape}', 'Bring it back to the grid of the scan first.')
-        if m.dtype!=bool and not np.isin(m, (0,1)).all(): raise VoxelError(f'mask {name}', 'holds more than yes and no', 'Compare first, as in `lesions==1`.')
+        if m.shape != scan.shape:
+            raise GeometryError(
+                f'mask {name}',
+                f'has shape {m.shape}, the scan {scan.shape}',
+                'Bring it back to the grid of the scan first.',
+            )
+        if m.dtype != bool and not np.isin(m, (0, 1)).all():
+            raise VoxelError(
+                f'mask {name}', 'holds more than yes and no', 'Compare first, as in `lesions==1`.'
+            )
         out[str(name)] = m.astype(bool)
     return out
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #565d94d8
 def named_maps(
-    scan:Scan, # they must lie on its grid
-    maps, # a `Map`, a list of them, or name → `Map` or array in [0,1]
-)->dict: # name → `Map`
+    scan: Scan,  # they must lie on its grid
+    maps,  # a `Map`, a list of them, or name → `Map` or array in [0,1]
+) -> dict:  # name → `Map`
     "Maps, checked. Raises `GeometryError` or `VoxelError`"
-    if isinstance(maps, Map): maps = [maps]
-    if not isinstance(maps, dict): maps = _by_name(maps or ())
-    out = {str(n): m if isinstance(m, Map) else Map(m, scan.grid, label=str(n)) for n,m in maps.items()}
-    for n,m in out.items(): check_same_grid(scan, m, f'map {n}')
+    if isinstance(maps, Map):
+        maps = [maps]
+    if not isinstance(maps, dict):
+        maps = _by_name(maps or ())
+    out = {
+        str(n): m if isinstance(m, Map) else Map(m, scan.grid, label=str(n))
+        for n, m in maps.items()
+    }
+    for n, m in out.items():
+        check_same_grid(scan, m, f'map {n}')
     return out
+
 
 def _by_name(maps):
     "Method and class name a map; the layer is added where that is not enough"
     plain = [f'{m.method} {m.label}'.strip() or 'map' for m in maps]
-    full = [n if plain.count(n)==1 else f'{n} {m.layer or i+1}'.strip() for i,(n,m) in enumerate(zip(plain, maps))]
-    if len(set(full))<len(full): raise DataError('maps', f'two maps have one name, {", ".join(full)}', 'Give a dict, name to map.')
-    return dict(zip(full, maps))
+    full = [
+        n if plain.count(n) == 1 else f'{n} {m.layer or i + 1}'.strip()
+        for i, (n, m) in enumerate(zip(plain, maps, strict=False))
+    ]
+    if len(set(full)) < len(full):
+        raise DataError(
+            'maps', f'two maps have one name, {", ".join(full)}', 'Give a dict, name to map.'
+        )
+    return dict(zip(full, maps, strict=False))
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #6ccb3809
 def _allowed(
-    meta:dict, # of the scan, as `_meta_of` makes it
-    name:str, # of a trait
-    value, # wanted for it
-)->tuple: # is it possible, and what would be
+    meta: dict,  # of the scan, as `_meta_of` makes it
+    name: str,  # of a trait
+    value,  # wanted for it
+) -> tuple:  # is it possible, and what would be
     "What each trait may be"
-    n,masks,maps = meta['shape'], [m['name'] for m in meta['masks']], meta['maps']
-    if name=='index': return len(value)==3 and all(0<=i<k for i,k in zip(value, n)), f'Give (z,y,x) inside {tuple(n)}.'
-    if name=='preset': return value in {*meta['presets'],'custom'}, f'Use one of {", ".join(meta["presets"])}.'
-    if name=='level': return math.isfinite(value), 'Give a number.'
-    if name=='window': return 0<value<math.inf, 'Give a positive width.'
-    if name=='alpha': return 0<=value<=1, 'Give a number from 0 to 1.'
-    if name=='layers': return set(value)<=set(masks), f'Use some of {", ".join(masks) or "no masks"}.'
-    if name=='side': return value in {'',*PLANES}, f'Use {", ".join(PLANES)}, or an empty name for three planes.'
-    return value in {*maps,''}, f'Use one of {", ".join(maps) or "no maps"}, or an empty name.'
+    n, masks, maps = meta['shape'], [m['name'] for m in meta['masks']], meta['maps']
+    if name == 'index':
+        return len(value) == 3 and all(
+            0 <= i < k for i, k in zip(value, n, strict=False)
+        ), f'Give (z,y,x) inside {tuple(n)}.'
+    if name == 'preset':
+        return value in {*meta['presets'], 'custom'}, f'Use one of {", ".join(meta["presets"])}.'
+    if name == 'level':
+        return math.isfinite(value), 'Give a number.'
+    if name == 'window':
+        return 0 < value < math.inf, 'Give a positive width.'
+    if name == 'alpha':
+        return 0 <= value <= 1, 'Give a number from 0 to 1.'
+    if name == 'layers':
+        return set(value) <= set(masks), f'Use some of {", ".join(masks) or "no masks"}.'
+    if name == 'side':
+        return value in {
+            '',
+            *PLANES,
+        }, f'Use {", ".join(PLANES)}, or an empty name for three planes.'
+    return value in {*maps, ''}, f'Use one of {", ".join(maps) or "no maps"}, or an empty name.'
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #a129544b
 class _ViewerState(anywidget.AnyWidget):
     "What the viewer shows, as traits; every change is checked. Raises `DataError`"
+
     _esm = VIEWER_SCRIPT
-    meta = T.Dict().tag(sync=True)                   # what the scan is; never changes
-    index = T.List(T.Int()).tag(sync=True)           # voxel (z,y,x) in which the planes meet
-    preset = T.Unicode('full').tag(sync=True)        # name of the window, or 'custom'
-    level = T.Float().tag(sync=True)                 # middle grey, in the scan's unit
-    window = T.Float(1.).tag(sync=True)              # width, from black to white
-    alpha = T.Float(.4).tag(sync=True)               # opacity of the map, 0 … 1
+    meta = T.Dict().tag(sync=True)  # what the scan is; never changes
+    index = T.List(T.Int()).tag(sync=True)  # voxel (z,y,x) in which the planes meet
+    preset = T.Unicode('full').tag(sync=True)  # name of the window, or 'custom'
+    level = T.Float().tag(sync=True)  # middle grey, in the scan's unit
+    window = T.Float(1.0).tag(sync=True)  # width, from black to white
+    alpha = T.Float(0.4).tag(sync=True)  # opacity of the map, 0 … 1
     crosshair = T.Bool(True).tag(sync=True)
-    layers = T.List(T.Unicode()).tag(sync=True)      # masks that are drawn
-    map = T.Unicode('').tag(sync=True)               # map that is drawn, '' for none
-    side = T.Unicode('').tag(sync=True)              # plane in which all maps stand side by side, '' for three planes
+    layers = T.List(T.Unicode()).tag(sync=True)  # masks that are drawn
+    map = T.Unicode('').tag(sync=True)  # map that is drawn, '' for none
+    side = T.Unicode('').tag(
+        sync=True
+    )  # plane in which all maps stand side by side, '' for three planes
 
     @T.validate('index', 'preset', 'level', 'window', 'alpha', 'layers', 'map', 'side')
     def _valid(self, proposal):
-        name,value = proposal['trait'].name, proposal['value']
-        ok,remedy = _allowed(self.meta, name, value)
-        if not ok: raise DataError(f'VolumeViewer.{name}', f'{value!r} is not possible', remedy)
+        name, value = proposal['trait'].name, proposal['value']
+        ok, remedy = _allowed(self.meta, name, value)
+        if not ok:
+            raise DataError(f'VolumeViewer.{name}', f'{value!r} is not possible', remedy)
         return value
 
     @T.observe('preset')
     def _to_window(self, change):
-        if self.preset!='custom': self.set_window(*self.meta['presets'][self.preset])
+        if self.preset != 'custom':
+            self.set_window(*self.meta['presets'][self.preset])
+
     @T.observe('level', 'window')
     def _to_preset(self, change):
-        self.preset = next((k for k,w in self.meta['presets'].items() if tuple(w)==(self.level,self.window)), 'custom')
-    def set_window(self, level:float, width:float)->None:
+        self.preset = next(
+            (k for k, w in self.meta['presets'].items() if tuple(w) == (self.level, self.window)),
+            'custom',
+        )
+
+    def set_window(self, level: float, width: float) -> None:
         "Set both ends of the window at once"
-        with self.hold_trait_notifications(): self.level,self.window = level,width
+        with self.hold_trait_notifications():
+            self.level, self.window = level, width
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #155432c0
 def _meta_of(
-    scan:Scan, # the scan
-    grid:Grid, # the grid that is sent: the scan's, or a smaller one
-    masks, # names
-    maps, # names
-    title:str, # heading, plain text
-    height:int=0, # greatest height of the planes in css pixels, 0 for none
-    unit:str='', # what the highest colour of a map means
-)->dict: # plain values, for JSON
+    scan: Scan,  # the scan
+    grid: Grid,  # the grid that is sent: the scan's, or a smaller one
+    masks,  # names
+    maps,  # names
+    title: str,  # heading, plain text
+    height: int = 0,  # greatest height of the planes in css pixels, 0 for none
+    unit: str = '',  # what the highest colour of a map means
+) -> dict:  # plain values, for JSON
     "What a front end must know of a scan besides its voxels"
-    colours = [dict(name=n, colour=COLOURS[k%len(COLOURS)], style=k%4) for k,n in enumerate(masks)]
-    return dict(shape=list(grid.shape), spacing=list(grid.spacing), origin=list(grid.origin), direction=[list(r) for r in grid.direction],
-                known=scan.geometry_known, letters=_letters_of(grid), units=scan.units, range=list(RANGES[scan.units]), title=title, height=height, unit=unit,
-                presets={k:list(v) for k,v in presets_of(scan.units).items()}, masks=colours, maps=list(maps), ramp=_ramp().tobytes().hex())
+    colours = [
+        dict(name=n, colour=COLOURS[k % len(COLOURS)], style=k % 4) for k, n in enumerate(masks)
+    ]
+    return dict(
+        shape=list(grid.shape),
+        spacing=list(grid.spacing),
+        origin=list(grid.origin),
+        direction=[list(r) for r in grid.direction],
+        known=scan.geometry_known,
+        letters=_letters_of(grid),
+        units=scan.units,
+        range=list(RANGES[scan.units]),
+        title=title,
+        height=height,
+        unit=unit,
+        presets={k: list(v) for k, v in presets_of(scan.units).items()},
+        masks=colours,
+        maps=list(maps),
+        ramp=_ramp().tobytes().hex(),
+    )
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #7b7212bf
 def still_image(
-    v:np.ndarray, # `(D,H,W)` uint8
-    grid:Grid, # where it lies
-    index:tuple, # voxel `(z,y,x)` in which the planes meet
-    table:np.ndarray, # 256 greys
-    width:int=900, # of the picture in pixels
-    crosshair:bool=True, # mark the index
-    known:bool=True, # letters stand only on a scan whose orientation is known
-    **layers, # `masks`, `heat` and `alpha` of `draw_plane`
-)->Image.Image: # RGB, the three planes in a row
+    v: np.ndarray,  # `(D,H,W)` uint8
+    grid: Grid,  # where it lies
+    index: tuple,  # voxel `(z,y,x)` in which the planes meet
+    table: np.ndarray,  # 256 greys
+    width: int = 900,  # of the picture in pixels
+    crosshair: bool = True,  # mark the index
+    known: bool = True,  # letters stand only on a scan whose orientation is known
+    **layers,  # `masks`, `heat` and `alpha` of `draw_plane`
+) -> Image.Image:  # RGB, the three planes in a row
     "The three planes side by side, at one scale"
-    d,h,w = grid.size_mm
-    scale,ends,font = (width-4)/(w+w+h), _letters_of(grid), ImageFont.load_default(12)
+    d, h, w = grid.size_mm
+    scale, ends, font = (width - 4) / (w + w + h), _letters_of(grid), ImageFont.load_default(12)
     ims = [draw_plane(v, grid, k, index, table, scale=scale, **layers) for k in PLANES]
-    out = Image.new('RGB', (sum(im.width for im in ims)+4, max(im.height for im in ims)))
+    out = Image.new('RGB', (sum(im.width for im in ims) + 4, max(im.height for im in ims)))
     x = 0
-    for im,(down,across) in zip(ims, ((1,2),(0,2),(0,1))):
-        pen,(W,H) = ImageDraw.Draw(im), im.size
-        at = [(index[k]+.5)/grid.shape[k] for k in (across,down)]
-        cx,cy = at[0]*W, (1-at[1] if down==0 else at[1])*H
+    for im, (down, across) in zip(ims, ((1, 2), (0, 2), (0, 1)), strict=False):
+        pen, (W, H) = ImageDraw.Draw(im), im.size
+        at = [(index[k] + 0.5) / grid.shape[k] for k in (across, down)]
+        cx, cy = at[0] * W, (1 - at[1] if down == 0 else at[1]) * H
         if crosshair:
-            for line in ((0,cy,cx-8,cy), (cx+8,cy,W,cy), (cx,0,cx,cy-8), (cx,cy+8,cx,H)): pen.line(line, '#5b7390')
-        marks = zip((*ends[across], *(ends[down][::-1] if down==0 else ends[down])), ((5,H/2,'lm'), (W-5,H/2,'rm'), (W/2,4,'mt'), (W/2,H-4,'mb')))
-        for letter,(a,b,anchor) in marks if known else (): pen.text((a,b), letter, '#e8edf2', font, anchor=anchor, stroke_width=1, stroke_fill='#000')
-        out.paste(im, (x, (out.height-H)//2)); x += W+2
+            for line in (
+                (0, cy, cx - 8, cy),
+                (cx + 8, cy, W, cy),
+                (cx, 0, cx, cy - 8),
+                (cx, cy + 8, cx, H),
+            ):
+                pen.line(line, '#5b7390')
+        marks = zip(
+            (*ends[across], *(ends[down][::-1] if down == 0 else ends[down])),
+            ((5, H / 2, 'lm'), (W - 5, H / 2, 'rm'), (W / 2, 4, 'mt'), (W / 2, H - 4, 'mb')),
+            strict=False,
+        )
+        for letter, (a, b, anchor) in marks if known else ():
+            pen.text(
+                (a, b), letter, '#e8edf2', font, anchor=anchor, stroke_width=1, stroke_fill='#000'
+            )
+        out.paste(im, (x, (out.height - H) // 2))
+        x += W + 2
     return out
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #ed4b8afb
 def _still_row(
-    view, # a `VolumeViewer` whose `side` names a plane
-    masks, # pairs of bool array and colour
-    width:int=900, # of the picture in pixels
-)->Image.Image: # RGB
+    view,  # a `VolumeViewer` whose `side` names a plane
+    masks,  # pairs of bool array and colour
+    width: int = 900,  # of the picture in pixels
+) -> Image.Image:  # RGB
     "One plane of everything, in a row"
-    panels = [((),None), *([(masks,None)] if view.masks else []), *((masks,h) for h in view._heat)]
-    each = max(1, (width-2*len(panels))//len(panels)); wide = view.scan.grid.size_mm[1 if view.side=='sagittal' else 2]
-    ims = [draw_plane(view._bytes, view.scan.grid, view.side, view.index, grey_table(view.level, view.window, view.scan.units), m, h, view.alpha, each/wide) for m,h in panels]
-    out = Image.new('RGB', (len(ims)*(each+2)-2, ims[0].height))
-    for k,im in enumerate(ims): out.paste(im, (k*(each+2), 0))
+    panels = [
+        ((), None),
+        *([(masks, None)] if view.masks else []),
+        *((masks, h) for h in view._heat),
+    ]
+    each = max(1, (width - 2 * len(panels)) // len(panels))
+    wide = view.scan.grid.size_mm[1 if view.side == 'sagittal' else 2]
+    ims = [
+        draw_plane(
+            view._bytes,
+            view.scan.grid,
+            view.side,
+            view.index,
+            grey_table(view.level, view.window, view.scan.units),
+            m,
+            h,
+            view.alpha,
+            each / wide,
+        )
+        for m, h in panels
+    ]
+    out = Image.new('RGB', (len(ims) * (each + 2) - 2, ims[0].height))
+    for k, im in enumerate(ims):
+        out.paste(im, (k * (each + 2), 0))
     return out
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #be46df58
 def _alt_of(
-    view, # a `VolumeViewer`
-)->str: # one sentence, plain text
+    view,  # a `VolumeViewer`
+) -> str:  # one sentence, plain text
     "Say in words what the viewer shows"
-    z,y,x = view.index
-    more = [f'outlined: {", ".join(view.layers)}']*bool(view.layers) + [f'in colour: {view.map}']*bool(view.map)
-    what = f'{view.preset} window' if view.preset!='custom' else f'level {view.level:g}, width {view.window:g}'
-    if view.side: more,planes = more[:bool(view.layers)]+[f'side by side: the scan, {", ".join(view.maps)}'], view.side.capitalize()
-    else: planes = 'Axial, coronal and sagittal'
-    return f'{planes} plane of {view.meta["title"] or "a CT scan"} through voxel z {z}, y {y}, x {x}, {what}'+''.join(f'; {m}' for m in more)
+    z, y, x = view.index
+    more = [f'outlined: {", ".join(view.layers)}'] * bool(view.layers) + [
+        f'in colour: {view.map}'
+    ] * bool(view.map)
+    what = (
+        f'{view.preset} window'
+        if view.preset != 'custom'
+        else f'level {view.level:g}, width {view.window:g}'
+    )
+    if view.side:
+        more, planes = (
+            more[: bool(view.layers)] + [f'side by side: the scan, {", ".join(view.maps)}'],
+            view.side.capitalize(),
+        )
+    else:
+        planes = 'Axial, coronal and sagittal'
+    return (
+        f'{planes} plane of {view.meta["title"] or "a CT scan"} through voxel z {z}, y {y}, x {x}, {what}'
+        + ''.join(f'; {m}' for m in more)
+    )
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #b4acb3ac
 def _poster_of(
-    view, # a `VolumeViewer`
-    width:int=900, # pixels
-)->bytes: # a WebP picture
+    view,  # a `VolumeViewer`
+    width: int = 900,  # pixels
+) -> bytes:  # a WebP picture
     "The state of a viewer as a still"
-    on = [(view.masks[m['name']], m['colour']) for m in view.meta['masks'] if m['name'] in view.layers]
-    heat,f = dict(zip(view.maps, view._heat)).get(view.map), io.BytesIO()
-    im = _still_row(view, on, width) if view.side else still_image(view._bytes, view.scan.grid, view.index, grey_table(view.level, view.window, view.scan.units), width,
-                 view.crosshair, view.scan.geometry_known, masks=on, heat=heat, alpha=view.alpha)
+    on = [
+        (view.masks[m['name']], m['colour']) for m in view.meta['masks'] if m['name'] in view.layers
+    ]
+    heat, f = dict(zip(view.maps, view._heat, strict=False)).get(view.map), io.BytesIO()
+    im = (
+        _still_row(view, on, width)
+        if view.side
+        else still_image(
+            view._bytes,
+            view.scan.grid,
+            view.index,
+            grey_table(view.level, view.window, view.scan.units),
+            width,
+            view.crosshair,
+            view.scan.geometry_known,
+            masks=on,
+            heat=heat,
+            alpha=view.alpha,
+        )
+    )
     im.save(f, 'webp', quality=60, method=4)
     return f.getvalue()
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #73ffa2fe
 def state_of(
-    view, # a `VolumeViewer`
-    shape:tuple, # of what is sent along, `(D,H,W)`
-)->dict: # plain values, for JSON
+    view,  # a `VolumeViewer`
+    shape: tuple,  # of what is sent along, `(D,H,W)`
+) -> dict:  # plain values, for JSON
     "What a front end starts from where no kernel answers"
     grid = view.scan.grid
-    state = {k:getattr(view, k) for k in 'preset level window alpha crosshair layers map side'.split()}
-    state['index'] = [int((i+.5)*m/n) for i,m,n in zip(view.index, shape, grid.shape)]
-    return state | dict(meta=view.meta | {k:list(getattr(shrink_grid(grid, shape), k)) for k in ('shape','spacing','origin')})
+    state = {
+        k: getattr(view, k) for k in 'preset level window alpha crosshair layers map side'.split()
+    }
+    state['index'] = [
+        int((i + 0.5) * m / n) for i, m, n in zip(view.index, shape, grid.shape, strict=False)
+    ]
+    return state | dict(
+        meta=view.meta
+        | {k: list(getattr(shrink_grid(grid, shape), k)) for k in ('shape', 'spacing', 'origin')}
+    )
+
 
 def _page_of(
-    view, # a `VolumeViewer`
-    title=None, # of the browser's tab; `None` takes the viewer's
-    quality:int=85, # of WebP
-)->str: # HTML
+    view,  # a `VolumeViewer`
+    title=None,  # of the browser's tab; `None` takes the viewer's
+    quality: int = 85,  # of WebP
+) -> str:  # HTML
     "A whole page that shows a viewer's state with no kernel and no network"
     shape = fit_shape(view.scan.grid, view.max_voxels)
-    return html_page(title or view.meta['title'] or 'CT viewer', state_of(view, shape), *view.message(shape, 'webp', quality))
+    return html_page(
+        title or view.meta['title'] or 'CT viewer',
+        state_of(view, shape),
+        *view.message(shape, 'webp', quality),
+    )
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #664debd3
 def _frame_of(
-    view, # a `VolumeViewer`
-    page:str, # its page
-)->str: # HTML for the inside of a page; several may stand in one
+    view,  # a `VolumeViewer`
+    page: str,  # its page
+) -> str:  # HTML for the inside of a page; several may stand in one
     "A still with the live page in a frame above it"
-    src,alt = base64.b64encode(_poster_of(view)).decode(), html.escape(_alt_of(view))
-    return (f'<div style="position:relative;margin:.6em 0"><img alt="{alt}" style="display:block;width:100%;background:#000;border-radius:8px" src="data:image/webp;base64,{src}">'
-            f'<iframe data-covid-ct="1" title="CT viewer: {alt}" loading="lazy" allow="fullscreen" style="position:absolute;inset:0;width:100%;height:100%;border:0;background:transparent" '
-            f'srcdoc="{html.escape(page)}"></iframe></div>')
+    src, alt = base64.b64encode(_poster_of(view)).decode(), html.escape(_alt_of(view))
+    return (
+        f'<div style="position:relative;margin:.6em 0"><img alt="{alt}" style="display:block;width:100%;background:#000;border-radius:8px" src="data:image/webp;base64,{src}">'
+        f'<iframe data-covid-ct="1" title="CT viewer: {alt}" loading="lazy" allow="fullscreen" style="position:absolute;inset:0;width:100%;height:100%;border:0;background:transparent" '
+        f'srcdoc="{html.escape(page)}"></iframe></div>'
+    )
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #81858bac
 class _WrittenViewer(_ViewerState):
     "A viewer that can leave the kernel: as a page, a frame, a still, a file"
-    def page(self, title=None, quality:int=85)->str: return _page_of(self, title, quality)
-    def frame(self, quality:int=85)->str: return _frame_of(self, self.page(quality=quality))
-    def poster(self, width:int=900)->bytes: return _poster_of(self, width)
-    def save(self, path, **kwargs)->Path: return write_atomic(path, self.page(**kwargs))
+
+    def page(self, title=None, quality: int = 85) -> str:
+        return _page_of(self, title, quality)
+
+    def frame(self, quality: int = 85) -> str:
+        return _frame_of(self, self.page(quality=quality))
+
+    def poster(self, width: int = 900) -> bytes:
+        return _poster_of(self, width)
+
+    def save(self, path, **kwargs) -> Path:
+        return write_atomic(path, self.page(**kwargs))
+
     def _repr_mimebundle_(self, **kwargs):
         bundle = super()._repr_mimebundle_(**kwargs)
-        data,meta = bundle if isinstance(bundle, tuple) else (bundle, {})
-        return {**(data or {}), 'text/plain':_alt_of(self), 'text/html':self.frame()}, meta
+        data, meta = bundle if isinstance(bundle, tuple) else (bundle, {})
+        return {**(data or {}), 'text/plain': _alt_of(self), 'text/html': self.frame()}, meta
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #d93693b8
 class VolumeViewer(_WrittenViewer):
     "Three linked planes of a scan, live with or without a kernel. Raises `DataError` for what does not fit"
-    def __init__(self,
-                 scan:Scan, # volume to browse
-                 masks=None, # name → bool array on its grid; the first is the truth
-                 maps=None, # `Map`, list of `Map`, or name → `Map` or array in [0,1]
-                 window='lung', # name of a preset, or (level, width); a scan without HU is shown as stored
-                 index=None, # voxel `(z,y,x)` to start at; `None` looks for one
-                 title=None, # heading; `None` takes the scan's name
-                 max_voxels:int=12_000_000, # limit of what saved pages carry; 0 for none
-                 height:int=0, # greatest height of the planes in css pixels, 0 for none
-                 unit:str='map value', # what stands at the end of the colour scale
-                 **state, # first values of `alpha`, `crosshair`, `layers`, `map`, `side`
-                ):
-        if not isinstance(scan, Scan): raise DataError('VolumeViewer', f'a Scan is needed, this is {type(scan).__name__}', 'Wrap the array: Scan(voxels, spacing).')
-        if odd := set(state)-{'alpha','crosshair','layers','map','side'}: raise DataError('VolumeViewer', f'unknown option {", ".join(sorted(odd))}', 'Use alpha, crosshair, layers, map or side.')
-        self.scan,self.masks,self.maps,self.max_voxels = scan, named_masks(scan, masks), named_maps(scan, maps), max_voxels
-        self._bytes,self._heat = to_bytes(scan.voxels, scan.units), [to_bytes(m.values, 'unit') for m in self.maps.values()]
-        if index is None: index = find_centre(scan, self.masks, next((m.values for m in self.maps.values()), None))
-        meta = _meta_of(scan, scan.grid, self.masks, self.maps, str(scan.scan_id if title is None else title), height, unit)
+
+    def __init__(
+        self,
+        scan: Scan,  # volume to browse
+        masks=None,  # name → bool array on its grid; the first is the truth
+        maps=None,  # `Map`, list of `Map`, or name → `Map` or array in [0,1]
+        window='lung',  # name of a preset, or (level, width); a scan without HU is shown as stored
+        index=None,  # voxel `(z,y,x)` to start at; `None` looks for one
+        title=None,  # heading; `None` takes the scan's name
+        max_voxels: int = 12_000_000,  # limit of what saved pages carry; 0 for none
+        height: int = 0,  # greatest height of the planes in css pixels, 0 for none
+        unit: str = 'map value',  # what stands at the end of the colour scale
+        **state,  # first values of `alpha`, `crosshair`, `layers`, `map`, `side`
+    ):
+        if not isinstance(scan, Scan):
+            raise DataError(
+                'VolumeViewer',
+                f'a Scan is needed, this is {type(scan).__name__}',
+                'Wrap the array: Scan(voxels, spacing).',
+            )
+        if odd := set(state) - {'alpha', 'crosshair', 'layers', 'map', 'side'}:
+            raise DataError(
+                'VolumeViewer',
+                f'unknown option {", ".join(sorted(odd))}',
+                'Use alpha, crosshair, layers, map or side.',
+            )
+        self.scan, self.masks, self.maps, self.max_voxels = (
+            scan,
+            named_masks(scan, masks),
+            named_maps(scan, maps),
+            max_voxels,
+        )
+        self._bytes, self._heat = (
+            to_bytes(scan.voxels, scan.units),
+            [to_bytes(m.values, 'unit') for m in self.maps.values()],
+        )
+        if index is None:
+            index = find_centre(
+                scan, self.masks, next((m.values for m in self.maps.values()), None)
+            )
+        meta = _meta_of(
+            scan,
+            scan.grid,
+            self.masks,
+            self.maps,
+            str(scan.scan_id if title is None else title),
+            height,
+            unit,
+        )
         preset = window if isinstance(window, str) else 'custom'
-        if scan.units!='HU' and preset in WINDOWS: preset = 'full'
-        level,width = map(float, window) if preset=='custom' else meta['presets'].get(preset, (0.,1.))
-        super().__init__(**dict(meta=meta, index=[int(i) for i in index], level=level, window=width, preset=preset,
-                                layers=list(self.masks), map=next(iter(self.maps), '')) | state)
+        if scan.units != 'HU' and preset in WINDOWS:
+            preset = 'full'
+        level, width = (
+            map(float, window) if preset == 'custom' else meta['presets'].get(preset, (0.0, 1.0))
+        )
+        super().__init__(
+            **dict(
+                meta=meta,
+                index=[int(i) for i in index],
+                level=level,
+                window=width,
+                preset=preset,
+                layers=list(self.masks),
+                map=next(iter(self.maps), ''),
+            )
+            | state
+        )
         self.on_msg(self._answer)
 
-    def message(self, shape=None, codec:str='gzip', quality:int=85)->tuple:
+    def message(self, shape=None, codec: str = 'gzip', quality: int = 85) -> tuple:
         "Header and buffers: every voxel, unless a smaller `shape` or `webp` is asked for"
-        return message_of(self._bytes, list(self.masks.values()), self._heat, self.scan.units, shape or self.scan.shape, codec, quality)
+        return message_of(
+            self._bytes,
+            list(self.masks.values()),
+            self._heat,
+            self.scan.units,
+            shape or self.scan.shape,
+            codec,
+            quality,
+        )
+
     def _answer(self, _, content, buffers):
-        if content.get('kind')=='want voxels': self.send(*self.message())
+        if content.get('kind') == 'want voxels':
+            self.send(*self.message())

@@ -1,26 +1,50 @@
 """The residual attention U-Net, its slices and their traps."""
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
+
 from covid_ct.batches.augment import SIX_VIEWS
-from covid_ct.phantom.layouts import write_layout
+from covid_ct.batches.slices import (
+    SLICE_CLASSES,
+    SliceDataset,
+    _body_box,
+    _neighbour_dissimilarity,
+    _require_volume,
+    augmented_six,
+    class_volumes_ml,
+    fit_slice,
+    lesion_classes,
+    lesion_labels,
+    phantom_slices,
+    read_pair,
+    segment_scan,
+)
 from covid_ct.cohort.adapters import open_cohort
-from covid_ct.batches.slices import (SLICE_CLASSES, SliceDataset, _body_box, class_volumes_ml, lesion_labels, phantom_slices, read_pair, _require_volume, segment_scan, augmented_six,
-                                  lesion_classes, _neighbour_dissimilarity, fit_slice)
 from covid_ct.models.blocks import count_parameters
-from covid_ct.models.raunet import RAUNET_ROWS, ResNeXtBlock, RAUNet
+from covid_ct.models.raunet import RAUNET_ROWS, RAUNet, ResNeXtBlock
 from covid_ct.models.unet import UNet
 from covid_ct.phantom.chest import make_phantom
-from covid_ct.scan import CohortError, DataError, GeometryError, ReadError, Scan, UnitsError, VoxelError
+from covid_ct.phantom.layouts import write_layout
+from covid_ct.scan import (
+    CohortError,
+    DataError,
+    GeometryError,
+    ReadError,
+    Scan,
+    UnitsError,
+    VoxelError,
+)
 from covid_ct.train.losses import SegmentationLoss
-from torch import nn
 
 SMALL = dict(widths=(8, 16, 32), cardinality=4, chunk=16)
 
 
 # ---- blocks and network
+
 
 def test_grouped_convolution_is_a_sum_of_branches():
     "Values and every gradient, with copied weights, in evaluation and in training"
@@ -28,9 +52,11 @@ def test_grouped_convolution_is_a_sum_of_branches():
     block, C = ResNeXtBlock(2, 5, 12, 3).double(), 3
     n = 6 // C
     for bn in (block.squeeze[1], block.look[1], block.spread[1], block.shortcut[1]):
-        for p in (bn.weight, bn.bias): nn.init.normal_(p, 1, .3)
+        for p in (bn.weight, bn.bias):
+            nn.init.normal_(p, 1, 0.3)
 
-    def norm(bn, y, s=slice(None)): return F.batch_norm(y, None, None, bn.weight[s], bn.bias[s], True)
+    def norm(bn, y, s=slice(None)):
+        return F.batch_norm(y, None, None, bn.weight[s], bn.bias[s], True)
 
     def branches(x):
         out = 0
@@ -39,22 +65,33 @@ def test_grouped_convolution_is_a_sum_of_branches():
             y = norm(block.squeeze[1], F.conv2d(x, block.squeeze[0].weight[s]), s).relu()
             y = norm(block.look[1], F.conv2d(y, block.look[0].weight[s], padding=1), s).relu()
             out = out + F.conv2d(y, block.spread[0].weight[:, s])
-        return (norm(block.spread[1], out) + norm(block.shortcut[1], F.conv2d(x, block.shortcut[0].weight))).relu()
+        return (
+            norm(block.spread[1], out)
+            + norm(block.shortcut[1], F.conv2d(x, block.shortcut[0].weight))
+        ).relu()
+
     x = torch.randn(4, 5, 6, 7).double().requires_grad_()
     r = torch.randn(4, 12, 6, 7).double()
     wrt = [x, *block.parameters()]
     a, b = (torch.autograd.grad((f(x) * r).sum(), wrt) for f in (block, branches))
     assert (block(x) - branches(x)).abs().max() < 1e-10
-    for g, h in zip(a, b): assert (g - h).abs().max() < 1e-9 and g.abs().sum() > 0
+    for g, h in zip(a, b, strict=False):
+        assert (g - h).abs().max() < 1e-9 and g.abs().sum() > 0
 
 
 def test_cardinality_must_divide():
-    with pytest.raises(DataError, match="divisor"): RAUNet(widths=(8, 16), cardinality=3)
+    with pytest.raises(DataError, match="divisor"):
+        RAUNet(widths=(8, 16), cardinality=3)
 
 
 def test_counts():
     with torch.device("meta"):
-        assert {k: count_parameters(b()) for k, b in RAUNET_ROWS.items()} == {'raunet': 20_316_292, 'raunet-a': 16_138_372, 'raunet-r': 35_214_596, 'raunet-unet': 31_036_676}
+        assert {k: count_parameters(b()) for k, b in RAUNET_ROWS.items()} == {
+            'raunet': 20_316_292,
+            'raunet-a': 16_138_372,
+            'raunet-r': 35_214_596,
+            'raunet-unet': 31_036_676,
+        }
 
 
 @pytest.mark.parametrize("row", RAUNET_ROWS)
@@ -63,7 +100,9 @@ def test_rows_any_size_every_gradient(row, size):
     torch.manual_seed(0)
     net = RAUNET_ROWS[row](**SMALL)
     out = net.outputs(torch.rand(2, 1, *size))
-    assert out["logits"].shape == (2, 4, *size) and len(out["buckets"]) == (2 if row in ("raunet", "raunet-r") else 0)
+    assert out["logits"].shape == (2, 4, *size) and len(out["buckets"]) == (
+        2 if row in ("raunet", "raunet-r") else 0
+    )
     out["logits"].square().mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
     net.eval()
@@ -82,10 +121,12 @@ def test_silenced_attention_is_no_attention():
     torch.manual_seed(0)
     m, without = RAUNet(**SMALL).eval(), RAUNET_ROWS["raunet-a"](**SMALL).eval()
     without.load_state_dict({k: v for k, v in m.state_dict().items() if ".attend." not in k})
-    for d in m.decode: nn.init.normal_(d.attend.out.weight)
+    for d in m.decode:
+        nn.init.normal_(d.attend.out.weight)
     x = torch.rand(1, 1, 20, 20)
     assert (m(x) - without(x)).abs().max() > 1e-4
-    for d in m.decode: nn.init.zeros_(d.attend.out.weight)
+    for d in m.decode:
+        nn.init.zeros_(d.attend.out.weight)
     assert torch.equal(m(x), without(x))
 
 
@@ -93,21 +134,29 @@ def overfit(x, y, steps, lr=1e-2, widths=(12, 24, 48)):
     torch.manual_seed(0)
     net = RAUNet(widths=widths, cardinality=3, heads=1, chunk=32, rounds=1)
     opt = torch.optim.Adam(net.parameters(), lr)
-    loss_of = SegmentationLoss((1., 5., 5., 5.), dice=1.)      # lesions are small: alike, some seeds need more steps
+    loss_of = SegmentationLoss(
+        (1.0, 5.0, 5.0, 5.0), dice=1.0
+    )  # lesions are small: alike, some seeds need more steps
     for step in range(steps):
-        if step == int(.7 * steps): opt.param_groups[0]["lr"] = lr / 5
+        if step == int(0.7 * steps):
+            opt.param_groups[0]["lr"] = lr / 5
         loss, _ = loss_of(dict(logits=net(x)), dict(mask=y))
         opt.zero_grad()
         loss.backward()
         opt.step()
-    with torch.no_grad(): p = net.eval()(x).argmax(1)
-    return {c: float(2 * ((p == k) & (y == k)).sum() / ((p == k).sum() + (y == k).sum())) for k, c in enumerate(SLICE_CLASSES) if (y == k).any()}
+    with torch.no_grad():
+        p = net.eval()(x).argmax(1)
+    return {
+        c: float(2 * ((p == k) & (y == k)).sum() / ((p == k).sum() + (y == k).sum()))
+        for k, c in enumerate(SLICE_CLASSES)
+        if (y == k).any()
+    }
 
 
 def test_learns_four_phantom_slices_by_heart():
     d = SliceDataset(phantom_slices(4, 32, seed=5), 32)
     learned = overfit(d.image, d.mask, 80)
-    assert len(learned) >= 3 and min(learned.values()) > .95, learned
+    assert len(learned) >= 3 and min(learned.values()) > 0.95, learned
 
 
 @pytest.mark.slow
@@ -118,10 +167,11 @@ def test_learns_four_real_slices_by_heart(data_dir):
     some = [i for i in range(len(every)) if len(every.mask[i].unique()) == 3][:2]
     x, y = every.image[three + some], every.mask[three + some]
     learned = overfit(x, y, 200)
-    assert set(learned) == set(SLICE_CLASSES) and min(learned.values()) > .95, learned
+    assert set(learned) == set(SLICE_CLASSES) and min(learned.values()) > 0.95, learned
 
 
 # ---- slices
+
 
 def save(path, v):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,89 +184,146 @@ def pair(tmp_path):
     "A public pair on disk, on its side, and what it shows upright"
     image, m = (np.arange(1600) % 256).astype("u1").reshape(40, 40), np.zeros((40, 40), "u1")
     m[5:20, 5:15], m[8:14, 8:14], m[30:35, 10:30] = 85, 170, 255
-    save(tmp_path / "set/im/256/i07.png", image.T), save(tmp_path / "set/mask/multi/256/z07.png", m.T)
+    (
+        save(tmp_path / "set/im/256/i07.png", image.T),
+        save(tmp_path / "set/mask/multi/256/z07.png", m.T),
+    )
     rows = open_cohort(tmp_path / "set")
-    return dict(rows.iloc[0], path=str(tmp_path / "set/im/256/i07.png"), infection_mask=str(tmp_path / "set/mask/multi/256/z07.png")), image, m
+    return (
+        dict(
+            rows.iloc[0],
+            path=str(tmp_path / "set/im/256/i07.png"),
+            infection_mask=str(tmp_path / "set/mask/multi/256/z07.png"),
+        ),
+        image,
+        m,
+    )
 
 
 def test_pair(pair, tmp_path):
     row, image, m = pair
     v, k = read_pair(row)
-    assert v.dtype == np.float32 and np.array_equal(v, image.astype("f4") / 255) and (k == m // 85).all()          # upright again
+    assert (
+        v.dtype == np.float32
+        and np.array_equal(v, image.astype("f4") / 255)
+        and (k == m // 85).all()
+    )  # upright again
     assert row["patient_id"] == "unknown"
     rgb = save(tmp_path / "rgb.png", np.dstack([image.T] * 3))
     assert (read_pair(row | dict(path=rgb))[0] == v).all()
     rows = open_cohort(tmp_path / "set")
     d = SliceDataset(rows, 40, crop=False)
-    assert torch.equal(d.image[0, 0], torch.from_numpy(v)) and torch.equal(d.mask[0], torch.from_numpy(k).long()) and d.slice_id == ["07"]
+    assert (
+        torch.equal(d.image[0, 0], torch.from_numpy(v))
+        and torch.equal(d.mask[0], torch.from_numpy(k).long())
+        and d.slice_id == ["07"]
+    )
 
 
 def test_bad_pairs(pair, tmp_path):
     row, _, m = pair
-    def mask(v): return row | dict(infection_mask=save(tmp_path / f"{np.random.randint(1 << 30)}.png", v))
-    with pytest.raises(VoxelError, match="77"): read_pair(mask(np.where(m == 85, 77, m).astype("u1")))
-    with pytest.raises(GeometryError, match="20"): read_pair(mask(m[::2, ::2].copy()))
-    soft = np.array(Image.fromarray(m).resize((20, 20), Image.BILINEAR).resize((40, 40), Image.BILINEAR))
-    with pytest.raises(VoxelError, match="labels"): read_pair(mask(soft))
-    with pytest.raises(UnitsError, match="grey"): read_pair(row | dict(path=save(tmp_path / "d.png", np.dstack([m, m, 0 * m]))))
-    with pytest.raises(UnitsError, match="8-bit"): read_pair(row | dict(path=save(tmp_path / "e.png", m.astype("u2") * 100)))
+
+    def mask(v):
+        return row | dict(infection_mask=save(tmp_path / f"{np.random.randint(1 << 30)}.png", v))
+
+    with pytest.raises(VoxelError, match="77"):
+        read_pair(mask(np.where(m == 85, 77, m).astype("u1")))
+    with pytest.raises(GeometryError, match="20"):
+        read_pair(mask(m[::2, ::2].copy()))
+    soft = np.array(
+        Image.fromarray(m).resize((20, 20), Image.BILINEAR).resize((40, 40), Image.BILINEAR)
+    )
+    with pytest.raises(VoxelError, match="labels"):
+        read_pair(mask(soft))
+    with pytest.raises(UnitsError, match="grey"):
+        read_pair(row | dict(path=save(tmp_path / "d.png", np.dstack([m, m, 0 * m]))))
+    with pytest.raises(UnitsError, match="8-bit"):
+        read_pair(row | dict(path=save(tmp_path / "e.png", m.astype("u2") * 100)))
     (tmp_path / "f.png").write_bytes(b"no picture")
-    with pytest.raises(ReadError): read_pair(row | dict(path=tmp_path / "f.png"))
-    with pytest.raises(ReadError): read_pair(row | dict(infection_mask=tmp_path / "gone.png"))
+    with pytest.raises(ReadError):
+        read_pair(row | dict(path=tmp_path / "f.png"))
+    with pytest.raises(ReadError):
+        read_pair(row | dict(infection_mask=tmp_path / "gone.png"))
     save(tmp_path / "set/im/256/i08.png", m)
-    with pytest.raises(CohortError, match="infection_mask"): SliceDataset(open_cohort(tmp_path / "set"), 16)      # a picture without a mask
-    with pytest.raises(VoxelError): SliceDataset([dict(image=np.zeros((8, 8)), mask=np.full((8, 8), 4), slice_id="x")])
-    with pytest.raises(GeometryError): SliceDataset([dict(image=np.zeros((8, 8)), mask=np.zeros((8, 7)), slice_id="x")])
-    with pytest.raises(CohortError): SliceDataset([])
+    with pytest.raises(CohortError, match="infection_mask"):
+        SliceDataset(open_cohort(tmp_path / "set"), 16)  # a picture without a mask
+    with pytest.raises(VoxelError):
+        SliceDataset([dict(image=np.zeros((8, 8)), mask=np.full((8, 8), 4), slice_id="x")])
+    with pytest.raises(GeometryError):
+        SliceDataset([dict(image=np.zeros((8, 8)), mask=np.zeros((8, 7)), slice_id="x")])
+    with pytest.raises(CohortError):
+        SliceDataset([])
 
 
 def test_pairs_and_stack_are_one_reader(tmp_path):
     "The same phantoms as PNG pairs (8 bit, on their side, cut to the lungs) and as a stack (HU): the same slices upright, the same classes"
     from covid_ct.phantom.chest import phantom_cohort
+
     asked = phantom_cohort(3, seed=4, labels=("covid",), second_scan=0)
-    for layout in ("medseg100_png", "medseg100"): write_layout(asked, tmp_path / layout, layout, (16, 40, 40))
-    png, stack = (SliceDataset(open_cohort(tmp_path / layout), 40, crop=False, window=(-1250, 250)) for layout in ("medseg100_png", "medseg100"))
+    for layout in ("medseg100_png", "medseg100"):
+        write_layout(asked, tmp_path / layout, layout, (16, 40, 40))
+    png, stack = (
+        SliceDataset(open_cohort(tmp_path / layout), 40, crop=False, window=(-1250, 250))
+        for layout in ("medseg100_png", "medseg100")
+    )
     assert len(png) == len(stack) and torch.equal(png.mask, stack.mask) and (png.mask > 0).any()
     inside = png.image > 0
-    assert inside.any() and (png.image - stack.image)[inside].abs().max() < .0025
+    assert inside.any() and (png.image - stack.image)[inside].abs().max() < 0.0025
 
 
 def test_classes():
     assert lesion_classes(np.arange(6)).tolist() == [0, 1, 2, 1, 3, 1]
     k = np.random.default_rng(0).integers(0, 4, (3, 5, 6)).astype("u1")
-    assert lesion_labels(k).dtype == np.uint8 and (lesion_classes(lesion_labels(k)) == k).all() and set(np.unique(lesion_labels(k))) == {0, 1, 2, 4}
+    assert (
+        lesion_labels(k).dtype == np.uint8
+        and (lesion_classes(lesion_labels(k)) == k).all()
+        and set(np.unique(lesion_labels(k))) == {0, 1, 2, 4}
+    )
 
 
 def test_phantom_slices():
     a, b = phantom_slices(6, 32, seed=2), phantom_slices(6, 32, seed=2)
-    assert all((s["image"] == t["image"]).all() and (s["mask"] == t["mask"]).all() for s, t in zip(a, b))
+    assert all(
+        (s["image"] == t["image"]).all() and (s["mask"] == t["mask"]).all()
+        for s, t in zip(a, b, strict=False)
+    )
     assert len({s["slice_id"] for s in a}) == 6 and len({s["patient_id"] for s in a}) == 3
     assert {int(v) for s in a for v in np.unique(s["mask"])} == {0, 1, 2, 3}
     wet = np.concatenate([s["image"][s["mask"] == 3] for s in a])
-    assert -60 < np.median(wet) < 60                                               # fluid
+    assert -60 < np.median(wet) < 60  # fluid
 
 
 def test_size():
     image, mask = np.zeros((60, 50), "f4"), np.zeros((60, 50), "u1")
-    image[10:40, 10:40], mask[20:25, 20:30], image[2:4, 2:6] = .5, 3, 1            # body, lesion, a word
+    image[10:40, 10:40], mask[20:25, 20:30], image[2:4, 2:6] = 0.5, 3, 1  # body, lesion, a word
     assert _body_box(image) == (slice(10, 40), slice(10, 40))
     x, y = fit_slice(image, mask, 30)
-    assert torch.equal(x, torch.full((30, 30), .5)) and torch.equal(y, torch.from_numpy(mask[10:40, 10:40]).long())
+    assert torch.equal(x, torch.full((30, 30), 0.5)) and torch.equal(
+        y, torch.from_numpy(mask[10:40, 10:40]).long()
+    )
     x, y = fit_slice(image, mask, 60)
     assert set(y.unique().tolist()) == {0, 3} and int((y == 3).sum()) == 4 * 50
-    assert fit_slice(np.zeros((8, 6)), size=4)[0].shape == (4, 4)                     # nothing to crop to
-    with pytest.raises(GeometryError): fit_slice(image, mask[1:], 30)
+    assert fit_slice(np.zeros((8, 6)), size=4)[0].shape == (4, 4)  # nothing to crop to
+    with pytest.raises(GeometryError):
+        fit_slice(image, mask[1:], 30)
 
 
 def test_the_crop_cuts_no_body_and_no_label():
     image, mask = np.zeros((80, 70), "f4"), np.zeros((80, 70), "u1")
-    image[20:50, 20:50], image[5, 60], image[70, 10] = .5, .02, .3                  # body, a dark speck, a grey one: both are body
+    image[20:50, 20:50], image[5, 60], image[70, 10] = (
+        0.5,
+        0.02,
+        0.3,
+    )  # body, a dark speck, a grey one: both are body
     assert _body_box(image) == (slice(5, 71), slice(10, 61))
-    image[5, 60], image[2:4, 2:6] = 0, 1                                            # only a white word is cut
+    image[5, 60], image[2:4, 2:6] = 0, 1  # only a white word is cut
     assert _body_box(image) == (slice(20, 71), slice(10, 50))
-    mask[15, 66] = 2                                                                # a label on black
+    mask[15, 66] = 2  # a label on black
     assert _body_box(image, mask) == (slice(15, 71), slice(10, 67))
-    assert int((fit_slice(image, mask, 57)[1] == 2).sum()) == 1 and fit_slice(image, mask, 57)[0].max() == .5
+    assert (
+        int((fit_slice(image, mask, 57)[1] == 2).sum()) == 1
+        and fit_slice(image, mask, 57)[0].max() == 0.5
+    )
 
 
 @pytest.mark.data
@@ -227,13 +334,17 @@ def test_the_crop_of_the_real_slices(data_dir):
     for r in rows.to_dict("records"):
         v, m = read_pair(r, rows.attrs["root"])
         box = _body_box(v, m)
-        assert (m[box] > 0).sum() == (m > 0).sum() and (v[box] > .01).sum() == (v > .01).sum(), r["scan_id"]
+        assert (m[box] > 0).sum() == (m > 0).sum() and (v[box] > 0.01).sum() == (v > 0.01).sum(), r[
+            "scan_id"
+        ]
         black[r["scan_id"]] = ((m > 0) & (v == 0)).sum() / max(1, (m > 0).sum())
-    assert max(black, key=black.get) == "039" and black["039"] > .25
+    assert max(black, key=black.get) == "039" and black["039"] > 0.25
 
 
 def test_two_lungs_stay_two():
-    image = np.zeros((50, 50)); image[5:20, 5:45] = 1; image[30:45, 5:45] = .6
+    image = np.zeros((50, 50))
+    image[5:20, 5:45] = 1
+    image[30:45, 5:45] = 0.6
     assert _body_box(image) == (slice(5, 45), slice(5, 45))
 
 
@@ -241,41 +352,62 @@ def test_six_views():
     image, mask = torch.rand(2, 1, 12, 12), torch.randint(0, 4, (2, 12, 12))
     x, y = augmented_six(image, mask)
     assert x.shape == (12, 1, 12, 12) and y.shape == (12, 12, 12) and y.dtype == mask.dtype
-    for k in range(4): assert torch.equal(torch.rot90(x[2 * k:2 * k + 2], k, (-2, -1)), image) and torch.equal(torch.rot90(y[2 * k:2 * k + 2], k, (-2, -1)), mask)
+    for k in range(4):
+        assert torch.equal(torch.rot90(x[2 * k : 2 * k + 2], k, (-2, -1)), image) and torch.equal(
+            torch.rot90(y[2 * k : 2 * k + 2], k, (-2, -1)), mask
+        )
     assert (y[8:10, :3] == 0).all() and (x[8:10, 0, :, :3] == 0).all() and len(SIX_VIEWS) == 6
 
 
 def test_six_views_by_hand():
     "Classes 0 and 3 side by side: an average would make 1 and 2; one pixel, followed through both scales"
     image, mask = torch.zeros(1, 1, 9, 9), torch.zeros(1, 9, 9).long()
-    image[0, 0, 3:6, 3:6], mask[0, 3:6, 3:6] = .5, 3
+    image[0, 0, 3:6, 3:6], mask[0, 3:6, 3:6] = 0.5, 3
     x, y = augmented_six(image, mask)
-    assert y.unique().tolist() == [0, 3] and y[4].nonzero().tolist() == [[4, 4]]                            # pixel q shows 2q: of −1 … 1 only the middle
-    assert y[5].nonzero().tolist() == [[i, j] for i in range(2, 7) for j in range(2, 7)]                    # q shows q/1.5: ±2 shows ±1.33, still inside
-    assert ((x[5] > 0) & (x[5] < .5)).any() and x[5, 0, 4, 4] == .5                                         # the image is interpolated
+    assert y.unique().tolist() == [0, 3] and y[4].nonzero().tolist() == [
+        [4, 4]
+    ]  # pixel q shows 2q: of −1 … 1 only the middle
+    assert y[5].nonzero().tolist() == [
+        [i, j] for i in range(2, 7) for j in range(2, 7)
+    ]  # q shows q/1.5: ±2 shows ±1.33, still inside
+    assert ((x[5] > 0) & (x[5] < 0.5)).any() and x[5, 0, 4, 4] == 0.5  # the image is interpolated
 
 
 def test_a_stack_is_no_volume():
     p = make_phantom("covid", 1, (20, 32, 32))
-    mixed = np.random.default_rng(0).permutation(np.stack([make_phantom("cap", s, (16, 32, 32)).scan.voxels[8] for s in range(12)]))
-    assert _neighbour_dissimilarity(p.scan.voxels) < .5 < .9 < _neighbour_dissimilarity(mixed)
+    mixed = np.random.default_rng(0).permutation(
+        np.stack([make_phantom("cap", s, (16, 32, 32)).scan.voxels[8] for s in range(12)])
+    )
+    assert _neighbour_dissimilarity(p.scan.voxels) < 0.5 < 0.9 < _neighbour_dissimilarity(mixed)
     assert _require_volume(p.scan) is p.scan
-    stack = Scan(mixed, (1., 1., 1.), scan_id="tr_im")
-    with pytest.raises(GeometryError, match="tr_im"): _require_volume(stack)
-    with pytest.raises(GeometryError): segment_scan(nn.Conv2d(1, 4, 1), stack, 32)
+    stack = Scan(mixed, (1.0, 1.0, 1.0), scan_id="tr_im")
+    with pytest.raises(GeometryError, match="tr_im"):
+        _require_volume(stack)
+    with pytest.raises(GeometryError):
+        segment_scan(nn.Conv2d(1, 4, 1), stack, 32)
 
 
 @pytest.mark.data
 def test_the_real_stack_is_no_volume(data_dir):
     rows = open_cohort(data_dir / "medseg100")
     pairs = [read_pair(r, rows.attrs["root"]) for r in rows.to_dict("records")]
-    assert len(pairs) == 60 and _neighbour_dissimilarity(np.stack([v for v, _ in pairs])) > .9
+    assert len(pairs) == 60 and _neighbour_dissimilarity(np.stack([v for v, _ in pairs])) > 0.9
     assert {int(k) for _, m in pairs for k in np.unique(m)} == {0, 1, 2, 3}
 
 
 class Bright(nn.Module):
     "Class 3 where the window shows more than a half"
-    def forward(self, x): return torch.cat([torch.zeros_like(x), torch.full_like(x, -1e3), torch.full_like(x, -1e3), 100 * (x - .5)], 1)
+
+    def forward(self, x):
+        return torch.cat(
+            [
+                torch.zeros_like(x),
+                torch.full_like(x, -1e3),
+                torch.full_like(x, -1e3),
+                100 * (x - 0.5),
+            ],
+            1,
+        )
 
 
 def test_scan_and_back():
@@ -283,14 +415,19 @@ def test_scan_and_back():
     model = nn.Sequential(Bright(), nn.BatchNorm2d(4)).train()
     model[1].eval()
     got = segment_scan(model, p.scan, 88)
-    direct = (p.scan.voxels + 1350) / 1500 > .5
+    direct = (p.scan.voxels + 1350) / 1500 > 0.5
     assert got.shape == p.scan.shape and got.dtype == np.uint8 and set(np.unique(got)) <= {0, 3}
-    assert 2 * ((got == 3) & direct).sum() / ((got == 3).sum() + direct.sum()) > .97
-    assert model.training and not model[1].training                                   # modes as they were
+    assert 2 * ((got == 3) & direct).sum() / ((got == 3).sum() + direct.sum()) > 0.97
+    assert model.training and not model[1].training  # modes as they were
     ml = class_volumes_ml(got, p.scan)
-    assert abs(ml["effusion"] - (got == 3).sum() * np.prod(p.scan.spacing) / 1000) < 1e-6 and ml["ggo"] == 0
-    with pytest.raises(UnitsError): segment_scan(model, p.scan.replace(units="uint8"), 32)
-    with pytest.raises(GeometryError): class_volumes_ml(got, p.scan.replace(geometry_known=False))
+    assert (
+        abs(ml["effusion"] - (got == 3).sum() * np.prod(p.scan.spacing) / 1000) < 1e-6
+        and ml["ggo"] == 0
+    )
+    with pytest.raises(UnitsError):
+        segment_scan(model, p.scan.replace(units="uint8"), 32)
+    with pytest.raises(GeometryError):
+        class_volumes_ml(got, p.scan.replace(geometry_known=False))
 
 
 @pytest.mark.slow
@@ -310,20 +447,29 @@ TINY = dict(widths=(4, 8), cardinality=2, chunk=16, heads=1, rounds=1)
 
 def toy_paper():
     from covid_ct.train.recipes import change, recipe
-    return change(recipe("raunet", "paper"), "test", epochs=1, batch_size=8, slice_size=33, model_kwargs=TINY)
+
+    return change(
+        recipe("raunet", "paper"), "test", epochs=1, batch_size=8, slice_size=33, model_kwargs=TINY
+    )
 
 
 def check_run(run, rows, folder):
     "A run of slices: its size, its parts, its split, its test set"
     import pandas as pd
+
     from covid_ct.train.run_folder import run_split
-    assert run.config["recipe"]["slice_size"] == 33 and run.config["recipe"]["name"].startswith("paper (changed: ")
+
+    assert run.config["recipe"]["slice_size"] == 33 and run.config["recipe"]["name"].startswith(
+        "paper (changed: "
+    )
     split = run_split(folder)
     told = pd.read_csv(folder / "predictions.csv", dtype=str)
     assert set(split.scan_id) == set(rows.scan_id)
     for part, fold in (("valid", 0), ("test", -1)):
         assert set(told[told.part == part].scan_id) == set(split[split.fold == fold].scan_id)
-    assert {"true_ggo", "found_ggo", "both_ggo"} <= set(told) and told.patient_id.nunique() == len(told)
+    assert {"true_ggo", "found_ggo", "both_ggo"} <= set(told) and told.patient_id.nunique() == len(
+        told
+    )
 
 
 @pytest.mark.parametrize("layout", ["medseg100_png", "medseg100"])
@@ -333,6 +479,7 @@ def test_the_papers_recipe_trains_on_slices(tmp_path, layout):
     from covid_ct.scan import SplitError
     from covid_ct.train.run_folder import refuse_trained, run_split
     from covid_ct.train.study import evaluate, train
+
     rows = phantom_cohort(7, seed=3, labels=("covid",), second_scan=0)
     write_layout(rows, tmp_path / "set", layout, shape=(24, 64, 64))
     cohort = open_cohort(tmp_path / "set")
@@ -342,24 +489,34 @@ def test_the_papers_recipe_trains_on_slices(tmp_path, layout):
     said, card = run.config["warnings"], (tmp_path / "run" / "model_card.md").read_text("utf-8")
     assert "Patients are unknown" in said[-1] and all(f"**{w}**" in card for w in said)
     left = len(cohort) - len(masked)
-    assert len(said) == 1 + bool(left) and (not left or said[0].startswith(f"{left} of {len(cohort)} slices"))
+    assert len(said) == 1 + bool(left) and (
+        not left or said[0].startswith(f"{left} of {len(cohort)} slices")
+    )
     split = run_split(tmp_path / "run")
     held = masked[masked.scan_id.isin(split.scan_id[split.fold == -1])]
     found = evaluate(tmp_path / "run", held)
     mine = run.predictions[run.predictions.part == "test"]
-    for k in ("true_ggo", "found_ggo"): assert found[k].tolist() == mine[k].tolist()
-    with pytest.raises(SplitError, match="both sides"): evaluate(tmp_path / "run", masked)
-    with pytest.raises(SplitError): refuse_trained(tmp_path / "run", masked)
+    for k in ("true_ggo", "found_ggo"):
+        assert found[k].tolist() == mine[k].tolist()
+    with pytest.raises(SplitError, match="both sides"):
+        evaluate(tmp_path / "run", masked)
+    with pytest.raises(SplitError):
+        refuse_trained(tmp_path / "run", masked)
 
 
 def test_folds_of_slices(tmp_path):
     "Cross-validation and phantoms in memory go the same way"
     import pandas as pd
+
     from covid_ct.train.study import cross_validate
+
     rows = pd.DataFrame(phantom_slices(20, 40, seed=2))
     rows = rows.assign(scan_id=rows.slice_id, label="covid")
     t = cross_validate(rows, toy_paper(), tmp_path / "cv", progress=False)
-    assert list(t.columns) == [*(f"fold_{k}" for k in range(5)), "mean", "std"] and ("pooled", "Dice mean") in t.index
+    assert (
+        list(t.columns) == [*(f"fold_{k}" for k in range(5)), "mean", "std"]
+        and ("pooled", "Dice mean") in t.index
+    )
     parts = [pd.read_csv(tmp_path / "cv" / f"fold_{k}" / "split.csv") for k in range(5)]
     assert all(p.equals(parts[0]) for p in parts)
 
@@ -368,8 +525,15 @@ def test_volumes_and_slices_without_masks_are_no_cohort_of_slices(tmp_path):
     from covid_ct.cohort.table import write_phantom_cohort
     from covid_ct.phantom.chest import phantom_cohort
     from covid_ct.train.study import train
-    volumes = write_phantom_cohort(tmp_path / "c", phantom_cohort(10, seed=1, labels=("covid",), second_scan=0), shape=(24, 32, 32), jobs=1)
-    with pytest.raises(GeometryError, match="volume of 24 slices, one slice"): train(volumes, toy_paper(), tmp_path / "r", progress=False)
+
+    volumes = write_phantom_cohort(
+        tmp_path / "c",
+        phantom_cohort(10, seed=1, labels=("covid",), second_scan=0),
+        shape=(24, 32, 32),
+        jobs=1,
+    )
+    with pytest.raises(GeometryError, match="volume of 24 slices, one slice"):
+        train(volumes, toy_paper(), tmp_path / "r", progress=False)
     with pytest.raises(CohortError, match="no slice with an infection_mask"):
         train(volumes.drop(columns="infection_mask"), toy_paper(), tmp_path / "r", progress=False)
     assert not (tmp_path / "r").exists()
@@ -379,7 +543,10 @@ def test_volumes_and_slices_without_masks_are_no_cohort_of_slices(tmp_path):
 def test_the_papers_recipe_trains_on_medseg(data_dir, tmp_path):
     "The public slices, at toy size"
     from covid_ct.train.study import train
+
     cohort = open_cohort(data_dir / "medseg100")
     run = train(data_dir / "medseg100", toy_paper(), tmp_path / "run", progress=False)
     check_run(run, cohort, tmp_path / "run")
-    assert len(run.predictions[run.predictions.part == "test"]) == 12 and np.isfinite(run.history.valid_dice_pooled[0])
+    assert len(run.predictions[run.predictions.part == "test"]) == 12 and np.isfinite(
+        run.history.valid_dice_pooled[0]
+    )

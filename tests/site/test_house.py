@@ -1,4 +1,5 @@
 """What holds the house together: who imports whom, what `import` costs, what every public name says of itself."""
+
 import ast
 import csv
 import importlib
@@ -10,24 +11,34 @@ import subprocess
 import sys
 from pathlib import Path
 
-import covid_ct
 import pytest
 from fastcore.docments import docments
 
+import covid_ct
+
 LIB = Path(covid_ct.__file__).parent
-MODULES = sorted(m.name for m in pkgutil.walk_packages([str(LIB)], "covid_ct.") if not m.name.endswith("._modidx"))
+MODULES = sorted(
+    m.name
+    for m in pkgutil.walk_packages([str(LIB)], "covid_ct.")
+    if not m.name.endswith("._modidx")
+)
+
+
 def test_import_is_light():
     "The package costs next to nothing, and its commands load nothing heavy before they are asked to"
     code = "import time,sys; t=time.perf_counter(); import covid_ct, covid_ct.cli; print(time.perf_counter()-t, sum(m in sys.modules for m in ('torch','SimpleITK','matplotlib','sklearn')))"
-    seconds, heavy = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert heavy == "0" and float(seconds) < .5
+    seconds, heavy = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert heavy == "0" and float(seconds) < 0.5
 
 
 def public(module):
     m = importlib.import_module(module)
     for name in getattr(m, "__all__", ()):
         obj = getattr(m, name)
-        if (inspect.isfunction(obj) or inspect.isclass(obj)) and obj.__module__ == module: yield name, obj
+        if (inspect.isfunction(obj) or inspect.isclass(obj)) and obj.__module__ == module:
+            yield name, obj
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -35,32 +46,52 @@ def test_documented(module):
     "Every public name has a docstring, every parameter a comment, every return an annotation"
     missing = []
     for name, obj in public(module):
-        if not (obj.__doc__ or "").strip() or obj.__doc__.startswith(f"{name}("): missing.append(f"{name}: no docstring")
-        if inspect.isclass(obj): continue
+        if not (obj.__doc__ or "").strip() or obj.__doc__.startswith(f"{name}("):
+            missing.append(f"{name}: no docstring")
+        if inspect.isclass(obj):
+            continue
         said, sig = docments(obj, full=True), inspect.signature(obj)
         for p, q in sig.parameters.items():
-            if q.kind in (q.VAR_POSITIONAL, q.VAR_KEYWORD): continue             # docments does not read these
-            if not said[p].docment: missing.append(f"{name}: {p} has no comment")
+            if q.kind in (q.VAR_POSITIONAL, q.VAR_KEYWORD):
+                continue  # docments does not read these
+            if not said[p].docment:
+                missing.append(f"{name}: {p} has no comment")
         yields = inspect.isgeneratorfunction(inspect.unwrap(obj))
-        if not yields and sig.return_annotation is sig.empty: missing.append(f"{name}: no return annotation")
+        if not yields and sig.return_annotation is sig.empty:
+            missing.append(f"{name}: no return annotation")
     assert not missing, "\n".join(missing)
 
 
 def test_no_trace_of_a_machine():
     "No path of a machine, no home folder, in anything that is committed"
     root = LIB.parent
-    tracked = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True).stdout.split("\n")
-    if not any(tracked): tracked = [str(p.relative_to(root)) for p in root.glob("covid_ct/**/*.py")]
+    tracked = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=root, capture_output=True, text=True
+    ).stdout.split("\n")
+    if not any(tracked):
+        tracked = [str(p.relative_to(root)) for p in root.glob("covid_ct/**/*.py")]
     bad = []
     for f in filter(None, tracked):
         p = root / f
-        if p.suffix in {".py", ".ipynb", ".md", ".ini", ".txt", ".js", ".toml", ""} and p.is_file() and p.name != "test_house.py":
-            bad += [f"{f}: {m}" for m in re.findall(r"/(?:home|root|Users|work)/\w[\w./-]*|/tmp/[\w./-]+", p.read_text("utf-8", errors="ignore"))]
+        if (
+            p.suffix in {".py", ".ipynb", ".md", ".ini", ".txt", ".js", ".toml", ""}
+            and p.is_file()
+            and p.name != "test_house.py"
+        ):
+            bad += [
+                f"{f}: {m}"
+                for m in re.findall(
+                    r"/(?:home|root|Users|work)/\w[\w./-]*|/tmp/[\w./-]+",
+                    p.read_text("utf-8", errors="ignore"),
+                )
+            ]
     assert not bad, "\n".join(bad[:20])
 
 
-FUNCTION, CELL = 40, 25                                    # lines, as the style guide says
-LONG = Path(__file__).with_name("long_cells.csv")          # pages that break the cell's budget, and how often
+FUNCTION, CELL = 40, 25  # lines, as the style guide says
+LONG = Path(__file__).with_name(
+    "long_cells.csv"
+)  # pages that break the cell's budget, and how often
 
 
 def pages():
@@ -69,24 +100,32 @@ def pages():
     return sorted(set(found) - set(hidden))
 
 
-def cells_of(page): return json.loads(page.read_text("utf-8"))["cells"]
+def cells_of(page):
+    return json.loads(page.read_text("utf-8"))["cells"]
 
 
-def name_of(page): return page.relative_to(LIB.parent).as_posix()
+def name_of(page):
+    return page.relative_to(LIB.parent).as_posix()
 
 
-def lines_of(node): return node.end_lineno - min([node.lineno, *(d.lineno for d in node.decorator_list)]) + 1
+def lines_of(node):
+    return node.end_lineno - min([node.lineno, *(d.lineno for d in node.decorator_list)]) + 1
 
 
 def long_functions(source):
     "Name and lines of the functions and methods over the cap; one inside of another counts for both"
-    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    nodes = [
+        n
+        for n in ast.walk(ast.parse(source))
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
     return [(n.name, lines_of(n)) for n in nodes if lines_of(n) > FUNCTION]
 
 
 def is_long(source):
     "Whether an exported cell is over its budget: a class or a function that stands alone stays whole"
-    if not source.startswith("#| export") or len(source.splitlines()) <= CELL: return False
+    if not source.startswith("#| export") or len(source.splitlines()) <= CELL:
+        return False
     body = ast.parse(source).body
     return len(body) > 1 or not isinstance(body[0], (ast.ClassDef, ast.FunctionDef))
 
@@ -101,14 +140,19 @@ def test_budgets_by_hand():
 
 
 def test_no_function_over_40_lines():
-    bad = [f"{p.stem}.{name}: {n}" for p in sorted(LIB.rglob("*.py")) if p.name != "_modidx.py"
-           for name, n in long_functions(p.read_text("utf-8"))]
+    bad = [
+        f"{p.stem}.{name}: {n}"
+        for p in sorted(LIB.rglob("*.py"))
+        if p.name != "_modidx.py"
+        for name, n in long_functions(p.read_text("utf-8"))
+    ]
     assert not bad, bad
 
 
 def test_no_exported_cell_over_25_lines():
     "But for the pages that are listed, each with how many; the list only gets shorter"
-    with open(LONG, newline="", encoding="utf-8") as f: allowed = {r["page"]: int(r["cells"]) for r in csv.DictReader(f)}
+    with open(LONG, newline="", encoding="utf-8") as f:
+        allowed = {r["page"]: int(r["cells"]) for r in csv.DictReader(f)}
     counts = {name_of(p): sum(is_long("".join(c["source"])) for c in cells_of(p)) for p in pages()}
     found = {name: n for name, n in counts.items() if n}
     more = {name: n for name, n in found.items() if n > allowed.get(name, 0)}
@@ -120,4 +164,6 @@ def test_no_exported_cell_over_25_lines():
 @pytest.mark.parametrize("page", pages(), ids=lambda p: p.stem)
 def test_a_page_opens_with_title_and_line(page):
     first = next("".join(c["source"]) for c in cells_of(page) if c["cell_type"] == "markdown")
-    assert re.fullmatch(r"# .+\n\n> .+", first), "the title cell holds the title and one line, the site drops the rest"
+    assert re.fullmatch(r"# .+\n\n> .+", first), (
+        "the title cell holds the title and one line, the site drops the rest"
+    )

@@ -1,4 +1,5 @@
 """The layout: a page has the path of its module, numbers give the order of reading, and imports go one way."""
+
 import ast
 import json
 import re
@@ -23,11 +24,22 @@ MAY = {
     "explain": {"plot", "evaluate"},
     "audit": {"plot", "io", "cohort", "evaluate", "widgets"},
     "train": {"plot", "io", "cohort", "preprocess", "batches", "models", "evaluate", "phantom"},
-    "inference": {"plot", "io", "cohort", "preprocess", "batches", "models", "train", "evaluate", "explain", "widgets",
-                  "phantom"},
+    "inference": {
+        "plot",
+        "io",
+        "cohort",
+        "preprocess",
+        "batches",
+        "models",
+        "train",
+        "evaluate",
+        "explain",
+        "widgets",
+        "phantom",
+    },
 }
 MAY["papers"] = {"plot", "phantom", *MAY} - {"papers"}
-ORDER = {                                              # within a subpackage, only from what comes before
+ORDER = {  # within a subpackage, only from what comes before
     "phantom": "anatomy states chest slices layouts cohort",
     "io": "archive labels volume dicom_header dicom read",
     "cohort": "datasets table adapters splits",
@@ -41,9 +53,12 @@ ORDER = {                                              # within a subpackage, on
 def pages():
     "Path below `nbs/` and module of each page that exports"
     for path in sorted((ROOT / "nbs").rglob("*.ipynb")):
-        if any(part.startswith((".", "_")) for part in path.relative_to(ROOT).parts): continue
+        if any(part.startswith((".", "_")) for part in path.relative_to(ROOT).parts):
+            continue
         cells = json.loads(path.read_text("utf-8"))["cells"]
-        found = re.search(r"^#\| default_exp ([\w.]+)", "\n".join("".join(c["source"]) for c in cells[:2]), re.M)
+        found = re.search(
+            r"^#\| default_exp ([\w.]+)", "\n".join("".join(c["source"]) for c in cells[:2]), re.M
+        )
         yield path.relative_to(ROOT / "nbs"), found[1] if found else None
 
 
@@ -54,8 +69,14 @@ def as_module(path):
 def test_a_page_has_the_path_of_its_module():
     "A paper's page is one page and holds its network, which is the one exception"
     odd = [(str(path), module) for path, module in pages() if module and module != as_module(path)]
-    networks = {f"models.{as_module(path).partition('.')[2]}" for path, _ in pages() if path.parts[0] == "papers"}
-    assert [pair for pair in odd if not (pair[0].startswith("papers") and pair[1] in networks)] == []
+    networks = {
+        f"models.{as_module(path).partition('.')[2]}"
+        for path, _ in pages()
+        if path.parts[0] == "papers"
+    }
+    assert [
+        pair for pair in odd if not (pair[0].startswith("papers") and pair[1] in networks)
+    ] == []
 
 
 def test_only_lessons_and_reports_export_nothing():
@@ -71,7 +92,15 @@ def test_no_number_stands_twice_in_a_folder():
 
 
 def test_few_modules_at_the_top():
-    assert {p.stem for p in LIB.glob("*.py")} <= {"__init__", "_modidx", "scan", "plot", "demo", "course", "cli"}
+    assert {p.stem for p in LIB.glob("*.py")} <= {
+        "__init__",
+        "_modidx",
+        "scan",
+        "plot",
+        "demo",
+        "course",
+        "cli",
+    }
 
 
 def imports(path):
@@ -79,9 +108,10 @@ def imports(path):
     package = ["covid_ct", *path.relative_to(LIB).parent.parts]
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            base = package[:len(package) - node.level + 1] if node.level else []
+            base = package[: len(package) - node.level + 1] if node.level else []
             name = ".".join([*base, *(node.module or "").split(".")]).strip(".")
-            if name == "covid_ct" or name.startswith("covid_ct."): yield name, [a.name for a in node.names]
+            if name == "covid_ct" or name.startswith("covid_ct."):
+                yield name, [a.name for a in node.names]
         elif isinstance(node, ast.Import):
             yield from ((a.name, []) for a in node.names if a.name.split(".")[0] == "covid_ct")
 
@@ -94,16 +124,26 @@ def test_imports_go_one_way(path):
     own = path.parent.name
     for name, _ in imports(path):
         parts = name.split(".")[1:]
-        if not parts or parts[0] == "scan": continue
+        if not parts or parts[0] == "scan":
+            continue
         assert parts[0] == own or parts[0] in MAY[own], f"{own}.{path.stem} imports {name}"
         if parts[0] == own and own in ORDER:
             order = ORDER[own].split()
-            assert order.index(parts[1]) < order.index(path.stem), f"{path.stem} imports {name}, which comes later"
+            assert order.index(parts[1]) < order.index(path.stem), (
+                f"{path.stem} imports {name}, which comes later"
+            )
 
 
-@pytest.mark.parametrize("path", [*FILES, *(LIB / f"{n}.py" for n in ("scan", "plot", "demo", "course", "cli"))],
-                         ids=lambda p: f"{p.parent.name}.{p.stem}")
+@pytest.mark.parametrize(
+    "path",
+    [*FILES, *(LIB / f"{n}.py" for n in ("scan", "plot", "demo", "course", "cli"))],
+    ids=lambda p: f"{p.parent.name}.{p.stem}",
+)
 def test_no_private_name_crosses_a_module(path):
-    private = [f"{name}.{n}" for name, names in imports(path) for n in names
-               if n.startswith("_") and not n.startswith("__") and name != "covid_ct._modidx"]
+    private = [
+        f"{name}.{n}"
+        for name, names in imports(path)
+        for n in names
+        if n.startswith("_") and not n.startswith("__") and name != "covid_ct._modidx"
+    ]
     assert not private, private

@@ -1,4 +1,5 @@
 """The notebooks are the source: they run, they are clean, and the library and README.md are what they make."""
+
 import filecmp
 import json
 import os
@@ -8,16 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import nbs
 import pytest
 from stage import ROOT, sources
 from test_course import LESSONS, assert_judged
+
+import nbs
 
 PAGES = [p.relative_to(ROOT).as_posix() for p in sources()]
 EXECUTED = [p for p in PAGES if not p.startswith("nbs/reports/")]
 
 
-def cells(page): return json.loads((ROOT / page).read_text("utf-8"))["cells"]
+def cells(page):
+    return json.loads((ROOT / page).read_text("utf-8"))["cells"]
 
 
 def environment(folder):
@@ -37,12 +40,22 @@ def test_threads_are_the_callers_choice(monkeypatch, tmp_path):
 def test_runs(page, tmp_path):
     "Top to bottom in a fresh kernel, leaving nothing behind; in a lesson, each exercise refuses its unsolved cell and accepts its solution"
     before = {p for p in (ROOT / page).parent.iterdir()}
-    nbdev_test = Path(sys.executable).with_name("nbdev_test")          # called as a function from `-c`, it would not see its arguments
-    r = subprocess.run([nbdev_test, "--path", page, "--n_workers", "0"], cwd=ROOT, capture_output=True, text=True,
-                       env=environment(tmp_path))
+    nbdev_test = Path(sys.executable).with_name(
+        "nbdev_test"
+    )  # called as a function from `-c`, it would not see its arguments
+    r = subprocess.run(
+        [nbdev_test, "--path", page, "--n_workers", "0"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment(tmp_path),
+    )
     assert r.returncode == 0 and "Success" in r.stdout, (r.stdout + r.stderr)[-4000:]
-    if page in LESSONS: assert_judged(page, tmp_path / "course")
-    assert {p for p in (ROOT / page).parent.iterdir() if "checkpoint" not in p.name} <= before, "the page left files beside itself"
+    if page in LESSONS:
+        assert_judged(page, tmp_path / "course")
+    assert {p for p in (ROOT / page).parent.iterdir() if "checkpoint" not in p.name} <= before, (
+        "the page left files beside itself"
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -53,27 +66,46 @@ def test_tidy(page):
     assert len(text) < 1_100_000
     ran = 0
     for c in cells(page):
-        if c["cell_type"] != "code": continue
+        if c["cell_type"] != "code":
+            continue
         source = "".join(c["source"])
         assert not re.search(r"^from .* import \*", source, re.M)
         assert not any(o["output_type"] == "error" for o in c["outputs"])
         ran += bool(c["outputs"])
         if any("image/png" in o.get("data", {}) for o in c["outputs"]):
-            assert re.search(r"^#\| fig-alt: *\S", source, re.M), f"a figure without alt text: {source[:200]}"
+            assert re.search(r"^#\| fig-alt: *\S", source, re.M), (
+                f"a figure without alt text: {source[:200]}"
+            )
     assert ran, "the page is stored without its outputs: run `make run`"
 
 
 def test_export_in_sync(tmp_path):
     "A fresh export gives the library that is committed, and leaves nothing out"
-    for d in ("nbs", "covid_ct"): shutil.copytree(ROOT / d, tmp_path / d, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for d in ("nbs", "covid_ct"):
+        shutil.copytree(
+            ROOT / d,
+            tmp_path / d,
+            ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
+        )
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    for py in (tmp_path / "covid_ct").rglob("*.py"): py.unlink()
-    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=tmp_path, check=True)
-    names = {p.relative_to(r).as_posix() for r in (ROOT, tmp_path) for p in (r / "covid_ct").rglob("*.py")}
+    for py in (tmp_path / "covid_ct").rglob("*.py"):
+        py.unlink()
+    subprocess.run(
+        [sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"],
+        cwd=tmp_path,
+        check=True,
+    )
+    names = {
+        p.relative_to(r).as_posix()
+        for r in (ROOT, tmp_path)
+        for p in (r / "covid_ct").rglob("*.py")
+    }
     _, differ, missing = filecmp.cmpfiles(ROOT, tmp_path, sorted(names), shallow=False)
     assert not differ and not missing, f"run `make export`: {differ} {missing}"
 
 
 def test_readme_in_sync():
-    r = subprocess.run([sys.executable, "docs/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    r = subprocess.run(
+        [sys.executable, "docs/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
     assert r.returncode == 0, r.stderr[-500:]

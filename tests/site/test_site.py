@@ -1,4 +1,5 @@
 """The published site works with no kernel and no network: for the eye, the hand, the keyboard and the ear."""
+
 import contextlib
 import importlib.util
 import json
@@ -26,14 +27,21 @@ MOVE = """async (el) => {
 @pytest.fixture(scope="module")
 def pages(site):
     "Address -> HTML of each page, without what stands in frames"
-    return {p.relative_to(site).as_posix(): re.sub(r'srcdoc="[^"]*"', "", p.read_text("utf-8")) for p in site.rglob("*.html")}
+    return {
+        p.relative_to(site).as_posix(): re.sub(r'srcdoc="[^"]*"', "", p.read_text("utf-8"))
+        for p in site.rglob("*.html")
+    }
 
 
 @pytest.fixture(scope="module")
 def notebooks(root):
     "Notebook -> its cells"
     found = [root / "index.ipynb", *sorted((root / "nbs").rglob("*.ipynb"))]
-    return {p.relative_to(root).as_posix(): json.loads(p.read_text("utf-8"))["cells"] for p in found if ".ipynb_checkpoints" not in p.parts}
+    return {
+        p.relative_to(root).as_posix(): json.loads(p.read_text("utf-8"))["cells"]
+        for p in found
+        if ".ipynb_checkpoints" not in p.parts
+    }
 
 
 @pytest.fixture()
@@ -41,14 +49,30 @@ def visit(served, browser):
     "Opens a page of the site where nothing else can be reached; errors in it and requests elsewhere fail the test"
     wrong = []
     with contextlib.ExitStack() as stack:
+
         def go(path, width=1280, height=900, at=served, **more):
             context = browser.new_context(viewport={"width": width, "height": height}, **more)
             stack.callback(context.close)
             page = context.new_page()
-            page.on("request", lambda r: wrong.append(r.url) if not r.url.startswith((at, "data:", "blob:", "about:")) else None)
-            page.on("pageerror", lambda e: wrong.append(f"{path}: {e}") if "Failed to fetch" not in str(e) or at == served else None)    # no excerpts from file:
+            page.on(
+                "request",
+                lambda r: (
+                    wrong.append(r.url)
+                    if not r.url.startswith((at, "data:", "blob:", "about:"))
+                    else None
+                ),
+            )
+            page.on(
+                "pageerror",
+                lambda e: (
+                    wrong.append(f"{path}: {e}")
+                    if "Failed to fetch" not in str(e) or at == served
+                    else None
+                ),
+            )  # no excerpts from file:
             page.goto(f"{at}/{path}")
             return page
+
         yield go
     assert not wrong
 
@@ -56,7 +80,10 @@ def visit(served, browser):
 # ---------------------------------------------------------------- the files
 def test_no_outside_reference(pages):
     for name, html in pages.items():
-        assert not re.findall(r'<(?:script|img|iframe)[^>]+src="https?://[^"]+|<link[^>]+rel="stylesheet"[^>]+href="https?:', html), name
+        assert not re.findall(
+            r'<(?:script|img|iframe)[^>]+src="https?://[^"]+|<link[^>]+rel="stylesheet"[^>]+href="https?:',
+            html,
+        ), name
 
 
 def test_every_picture_has_alt_text(pages):
@@ -64,24 +91,43 @@ def test_every_picture_has_alt_text(pages):
     for name, html in pages.items():
         for img in re.findall(r"<img[^>]*>", html):
             alt = re.search(r'alt="([^"]*)"', img)
-            if not alt or not alt[1].strip() or re.fullmatch(r"\S*\.(png|svg|jpe?g|webp)", alt[1]): missing.append(f"{name}: {img[:120]}")
+            if not alt or not alt[1].strip() or re.fullmatch(r"\S*\.(png|svg|jpe?g|webp)", alt[1]):
+                missing.append(f"{name}: {img[:120]}")
     assert not missing, "\n".join(missing)
 
 
 def dead_links(folder, pages):
     "Links within the site that lead to no file or to no place in it, and addresses elsewhere that are none"
-    places = {name: set(re.findall(r'\s(?:id|name)="([^"]+)"', html)) for name, html in pages.items()}
+    places = {
+        name: set(re.findall(r'\s(?:id|name)="([^"]+)"', html)) for name, html in pages.items()
+    }
     dead = []
     for name, html in pages.items():
-        for url in set(re.findall(r'<a\s[^>]*?href="([^"]*)"', html)) | set(re.findall(r'<img\s[^>]*?src="([^"]*)"', html)):
+        for url in set(re.findall(r'<a\s[^>]*?href="([^"]*)"', html)) | set(
+            re.findall(r'<img\s[^>]*?src="([^"]*)"', html)
+        ):
             parts = urlsplit(url)
-            if parts.scheme in ("data", "mailto"): continue
+            if parts.scheme in ("data", "mailto"):
+                continue
             if parts.scheme or parts.netloc:
-                if parts.scheme not in ("http", "https") or not re.fullmatch(r"[\w-]+(\.[\w-]+)+", parts.netloc): dead.append(f"{name}: {url}")
+                if parts.scheme not in ("http", "https") or not re.fullmatch(
+                    r"[\w-]+(\.[\w-]+)+", parts.netloc
+                ):
+                    dead.append(f"{name}: {url}")
                 continue
             target = (folder / name).parent / unquote(parts.path) if parts.path else folder / name
-            there = target.resolve().relative_to(folder.resolve()).as_posix() if target.exists() else None
-            if there is None or parts.fragment and there in places and unquote(parts.fragment) not in places[there]: dead.append(f"{name}: {url}")
+            there = (
+                target.resolve().relative_to(folder.resolve()).as_posix()
+                if target.exists()
+                else None
+            )
+            if (
+                there is None
+                or parts.fragment
+                and there in places
+                and unquote(parts.fragment) not in places[there]
+            ):
+                dead.append(f"{name}: {url}")
     return dead
 
 
@@ -91,11 +137,19 @@ def test_no_dead_link(site, pages):
 
 
 def test_dead_links_are_found(tmp_path):
-    pages = {"a.html": '<a class="x" href="b/c.html#here">1</a><a href="b/c.html#gone">2</a><a href="d.html">3</a><a href="https://nowhere">4</a><a href="#top" id="top">5</a>',
-             "b/c.html": '<h1 id="here"></h1><a href="../a.html">up</a><img src="x.png">'}
+    pages = {
+        "a.html": '<a class="x" href="b/c.html#here">1</a><a href="b/c.html#gone">2</a><a href="d.html">3</a><a href="https://nowhere">4</a><a href="#top" id="top">5</a>',
+        "b/c.html": '<h1 id="here"></h1><a href="../a.html">up</a><img src="x.png">',
+    }
     (tmp_path / "b").mkdir()
-    for name, html in pages.items(): (tmp_path / name).write_text(html)
-    assert sorted(dead_links(tmp_path, pages)) == ["a.html: b/c.html#gone", "a.html: d.html", "a.html: https://nowhere", "b/c.html: x.png"]
+    for name, html in pages.items():
+        (tmp_path / name).write_text(html)
+    assert sorted(dead_links(tmp_path, pages)) == [
+        "a.html: b/c.html#gone",
+        "a.html: d.html",
+        "a.html: https://nowhere",
+        "b/c.html: x.png",
+    ]
 
 
 def test_api_is_documented(pages):
@@ -105,9 +159,19 @@ def test_api_is_documented(pages):
 
 
 def labelled(notebooks):
-    return [(name, m[1]) for name, cells in notebooks.items() for c in cells if c["cell_type"] == "code"
-            for m in [re.search(r"^#\| label: (fig-[\w-]+)", "".join(c["source"]), re.M)]
-            if m and any("image/png" in o.get("data", {}) or "data:image/png" in "".join(o.get("data", {}).get("text/html", "")) for o in c["outputs"])]
+    return [
+        (name, m[1])
+        for name, cells in notebooks.items()
+        for c in cells
+        if c["cell_type"] == "code"
+        for m in [re.search(r"^#\| label: (fig-[\w-]+)", "".join(c["source"]), re.M)]
+        if m
+        and any(
+            "image/png" in o.get("data", {})
+            or "data:image/png" in "".join(o.get("data", {}).get("text/html", ""))
+            for o in c["outputs"]
+        )
+    ]
 
 
 def test_gallery_has_every_figure(pages, notebooks):
@@ -126,13 +190,17 @@ def test_map_names_every_page(root, notebooks):
     front = "".join("".join(c["source"]) for c in notebooks["index.ipynb"])
     missing = [n for n in notebooks if n != "index.ipynb" and f"]({n})" not in front]
     assert not missing, missing
-    assert all((root / link).exists() for _, links, _ in rows(root / "index.ipynb") for link in links)
+    assert all(
+        (root / link).exists() for _, links, _ in rows(root / "index.ipynb") for link in links
+    )
 
 
 def test_readme_is_plain(root):
     "A still picture and no widget; what it links to is there"
     text = (root / "README.md").read_text("utf-8")
-    assert "<iframe" not in text and "srcdoc" not in text and ":::" not in text and len(text) < 30_000
+    assert (
+        "<iframe" not in text and "srcdoc" not in text and ":::" not in text and len(text) < 30_000
+    )
     assert re.search(r"!\[[^\]]{20,}\]\(docs/_static/viewer\.png\)", text)
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("https://") or (root / link).exists(), link
@@ -145,15 +213,23 @@ def test_citation(root):
     settings = ConfigParser(delimiters=["="], interpolation=None)
     settings.read(root / "settings.ini", encoding="utf-8")
     cfg = settings["DEFAULT"]
-    assert str(cff["version"]) == cfg["version"] and cff["repository-code"] == cfg["git_url"] and cff["license"] == "Apache-2.0"
+    assert (
+        str(cff["version"]) == cfg["version"]
+        and cff["repository-code"] == cfg["git_url"]
+        and cff["license"] == "Apache-2.0"
+    )
     assert cff["authors"] == [{"name": cfg["author"]}] and cff["cff-version"] == "1.2.0"
     ours = [f for f in refs.sources().values() if "page" in f]
     assert len(ours) == 4
-    for paper, source in zip(cff["references"], ours):
+    for paper, source in zip(cff["references"], ours, strict=False):
         assert paper["title"] == source["title"] and str(paper["year"]) == source["year"]
-        assert [(a["family-names"], a["given-names"]) for a in paper["authors"]] == refs.people(source)
+        assert [(a["family-names"], a["given-names"]) for a in paper["authors"]] == refs.people(
+            source
+        )
         assert paper.get("doi") == source.get("doi")
-        assert [i["value"] for i in paper.get("identifiers", [])] == [f"arXiv:{source[k]}" for k in ["eprint"] if k in source]
+        assert [i["value"] for i in paper.get("identifiers", [])] == [
+            f"arXiv:{source[k]}" for k in ["eprint"] if k in source
+        ]
         assert (root / "nbs" / f"{source['page']}.ipynb").exists()
 
 
@@ -165,17 +241,32 @@ def test_sources_are_known(notebooks):
             text = "".join(c["source"])
             if c["cell_type"] == "markdown":
                 left = refs.cite(text, "references.md", seen)
-                unknown |= {(name, m) for m in re.findall(r"(?<!\[)\b[A-Z][\w-]+ et al\.,? (?:19|20)\d\d", re.sub(r"\[[^\]]*\]\([^)]*\)|`[^`]*`|\$[^$]*\$", "", left))}
-            else: seen |= {m["key_"] or m.lastgroup for m in refs.known().finditer(text)}
+                unknown |= {
+                    (name, m)
+                    for m in re.findall(
+                        r"(?<!\[)\b[A-Z][\w-]+ et al\.,? (?:19|20)\d\d",
+                        re.sub(r"\[[^\]]*\]\([^)]*\)|`[^`]*`|\$[^$]*\$", "", left),
+                    )
+                }
+            else:
+                seen |= {m["key_"] or m.lastgroup for m in refs.known().finditer(text)}
     assert not unknown, unknown
-    assert not set(refs.sources()) - seen, "never named: " + ", ".join(sorted(set(refs.sources()) - seen))
+    assert not set(refs.sources()) - seen, "never named: " + ", ".join(
+        sorted(set(refs.sources()) - seen)
+    )
 
 
 def test_citing_by_hand():
     seen = set()
-    def linked(text): return refs.cite(text, "r.md", seen)
+
+    def linked(text):
+        return refs.cite(text, "r.md", seen)
+
     assert linked("Wilson 1927") == "[Wilson 1927](r.md#ref-wilson1927)"
-    assert linked("by Ouyang et al. (2020, Eq. 1)") == "by [Ouyang et al.](r.md#ref-ouyang2020) (2020, Eq. 1)"
+    assert (
+        linked("by Ouyang et al. (2020, Eq. 1)")
+        == "by [Ouyang et al.](r.md#ref-ouyang2020) (2020, Eq. 1)"
+    )
     assert linked("see @chen2020.") == "see [Chen et al. 2020](r.md#ref-chen2020)."
     assert linked("*Reformer*") == "[*Reformer*](r.md#ref-kitaev2020)"
     kept = "`Wilson 1927`, $Wilson 1927$, [Wilson 1927](x.md), Wilson 1928 and the Reformer\n# Wilson 1927"
@@ -189,14 +280,24 @@ def test_front_page_is_alive(visit):
     frame = page.frame_locator("iframe[data-covid-ct]").first
     frame.locator("[data-ready='1']").wait_for(timeout=30_000)
     box = page.locator("iframe[data-covid-ct]").first.bounding_box()
-    assert box["y"] < 420 and box["height"] > 300 and frame.locator(".covid-ct-viewer").evaluate(MOVE)["changed"]
-    assert page.locator("iframe[data-covid-ct]").count() == 1 and page.locator(".house .room a[href='scan.html']").count() == 1
+    assert (
+        box["y"] < 420
+        and box["height"] > 300
+        and frame.locator(".covid-ct-viewer").evaluate(MOVE)["changed"]
+    )
+    assert (
+        page.locator("iframe[data-covid-ct]").count() == 1
+        and page.locator(".house .room a[href='scan.html']").count() == 1
+    )
 
 
 def test_mathematics_and_search(visit, site):
     page = visit("scan.html")
     page.locator("mjx-container svg").first.wait_for(timeout=20_000)
-    for at in ({}, {"at": site.resolve().as_uri()}):                     # from a server and from the disk: pages and functions
+    for at in (
+        {},
+        {"at": site.resolve().as_uri()},
+    ):  # from a server and from the disk: pages and functions
         page = visit("search.html?q=spacing", **at)
         page.locator("ul.search li a").first.wait_for(timeout=20_000)
         page = visit("search.html?q=check_same_grid", **at)
@@ -237,18 +338,34 @@ def test_gallery_of_scans_answers(visit):
     assert 0 < cards.count() < all_of_them and kinds.nth(1).get_attribute("aria-pressed") == "true"
 
 
-PHONE = ["index.html", "lessons/first_scan.html", "08_train/losses.html", "12_widgets/reading_room.html", "papers/darnet.html", "reports/demo.html", "figures.html", "references.html", "search.html?q=lung"]
+PHONE = [
+    "index.html",
+    "lessons/first_scan.html",
+    "08_train/losses.html",
+    "12_widgets/reading_room.html",
+    "papers/darnet.html",
+    "reports/demo.html",
+    "figures.html",
+    "references.html",
+    "search.html?q=lung",
+]
 
 
 def test_phone(visit):
     "Nothing but tables, code and formulas scrolls sideways, each in its own box"
-    page, wide = visit(PHONE[0], 390, 844, is_mobile=True, has_touch=True, device_scale_factor=2), {}
+    page, wide = (
+        visit(PHONE[0], 390, 844, is_mobile=True, has_touch=True, device_scale_factor=2),
+        {},
+    )
     for path in PHONE:
         page.goto(re.sub(r"^(https?://[^/]+).*", r"\1/" + path, page.url))
-        if over := page.evaluate("document.documentElement.scrollWidth - innerWidth"): wide[path] = over
+        if over := page.evaluate("document.documentElement.scrollWidth - innerWidth"):
+            wide[path] = over
     assert not wide
     page.goto(re.sub(r"^(https?://[^/]+).*", r"\1/index.html", page.url))
-    assert page.evaluate("[...document.querySelectorAll('.room')].every((e, i, all) => !i || e.offsetTop > all[i - 1].offsetTop)")       # one column
+    assert page.evaluate(
+        "[...document.querySelectorAll('.room')].every((e, i, all) => !i || e.offsetTop > all[i - 1].offsetTop)"
+    )  # one column
     page.locator("label.mobile-header-icon[for=__navigation], .nav-overlay-icon").first.click()
     page.locator(".sidebar-drawer input[name=q]").wait_for(state="visible")
 
@@ -261,22 +378,41 @@ AUDIT = """(options) => axe.run(document, {resultTypes: ["violations"], ...optio
 @pytest.fixture(scope="module")
 def axe():
     spec = importlib.util.find_spec("axe_playwright_python")
-    if spec is None: pytest.skip("axe-playwright-python is not installed")
+    if spec is None:
+        pytest.skip("axe-playwright-python is not installed")
     return (Path(spec.origin).parent / "axe.min.js").read_text("utf-8")
 
 
-@pytest.mark.parametrize("path", ["index.html", "lessons/first_scan.html", "scan.html", "papers/raunet.html", "reports/demo.html", "figures.html",
-                                  "references.html", "search.html?q=lung"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "index.html",
+        "lessons/first_scan.html",
+        "scan.html",
+        "papers/raunet.html",
+        "reports/demo.html",
+        "figures.html",
+        "references.html",
+        "search.html?q=lung",
+    ],
+)
 def test_for_everybody(visit, axe, path):
     "No serious finding of axe, in light and in dark"
     page = visit(path)
     if page.locator("iframe[data-covid-ct]").count():
         page.locator("iframe[data-covid-ct]").first.scroll_into_view_if_needed()
-        page.frame_locator("iframe[data-covid-ct]").first.locator("[data-ready='1']").wait_for(timeout=30_000)
-    if "search" in path: page.locator("ul.search li a").first.wait_for(timeout=20_000)
+        page.frame_locator("iframe[data-covid-ct]").first.locator("[data-ready='1']").wait_for(
+            timeout=30_000
+        )
+    if "search" in path:
+        page.locator("ul.search li a").first.wait_for(timeout=20_000)
     page.wait_for_load_state("load")
-    for frame in page.frames: frame.evaluate(axe)
+    for frame in page.frames:
+        frame.evaluate(axe)
     found = page.evaluate(AUDIT, {})
     page.emulate_media(color_scheme="dark")
-    found += [f"dark: {f}" for f in page.evaluate(AUDIT, {"runOnly": ["color-contrast", "link-in-text-block"]})]
+    found += [
+        f"dark: {f}"
+        for f in page.evaluate(AUDIT, {"runOnly": ["color-contrast", "link-in-text-block"]})
+    ]
     assert not found, "\n".join(found)
