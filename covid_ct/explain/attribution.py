@@ -11,7 +11,6 @@ import os
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from weakref import finalize
 
 import numpy as np
 import torch
@@ -25,10 +24,9 @@ from captum.attr import (
     Saliency,
 )
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .cam import class_index, find_layer
+from ..models.cost import LiveMemory
 from ..scan import DataError, GeometryError, evaluating
 
 # %% ../../nbs/11_explain/02_attribution.ipynb #7cb5089b
@@ -62,31 +60,6 @@ def frozen_evaluation(
                     b.copy_(before)
 
 # %% ../../nbs/11_explain/02_attribution.ipynb #8ac16ab7
-class _Meter(TorchDispatchMode):
-    "Bytes of the tensors that are alive, at most"
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = set()
-
-    def _gone(self, key, size):
-        self.known.discard(key)
-        self.now -= size
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if torch.is_tensor(t) and (key := t.untyped_storage()._cdata) not in self.known:
-                s = t.untyped_storage()
-                size = s.nbytes()
-                self.known.add(key)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                finalize(s, self._gone, key, size)
-        return out
-
-
 def _free_memory(
     device='cpu',  # of the network
 ) -> int:  # bytes
@@ -140,7 +113,7 @@ def plan_memory(
 ) -> MemoryPlan:  # what fits, @eq-portion
     "Try one volume and see how many fit; raises `DataError` where not even one does"
     one = x[:1].detach().clone().requires_grad_(backward)
-    with frozen_evaluation(model), _Meter() as meter, torch.set_grad_enabled(backward):
+    with frozen_evaluation(model), LiveMemory() as meter, torch.set_grad_enabled(backward):
         logits = model(one)
         if backward:
             torch.autograd.grad(logits.sum(), one)

@@ -6,7 +6,6 @@
 __all__ = ['dry_run', 'likeliest_class', 'class_probabilities', 'sliding_window', 'segment_masks', 'segmentation_target']
 
 # %% ../../nbs/09_inference/01_sliding_window.ipynb #e6ac409b
-import weakref
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import reduce
@@ -15,35 +14,11 @@ from itertools import product
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ..models.cost import LiveMemory
 from ..scan import GeometryError, evaluating
 
 # %% ../../nbs/09_inference/01_sliding_window.ipynb #3e106d30
-class _Alive(TorchDispatchMode):
-    "Counts the bytes of the tensors that are made and have not died"
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, set()
-
-    def _gone(self, key, n):
-        self.now -= n
-        self.known.discard(key)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for s in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
-            if s._cdata in self.known:
-                continue
-            self.known.add(s._cdata)
-            self.now += s.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(s, self._gone, s._cdata, s.nbytes())
-        return out
-
-
 def dry_run(
     model: nn.Module,  # any network; neither its weights nor its mode are touched
     shape,  # of the input, `(B,C,*S)`
@@ -55,7 +30,7 @@ def dry_run(
     }
     ghost = deepcopy(model, memo).eval()
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    with torch.no_grad(), _Alive() as alive:
+    with torch.no_grad(), LiveMemory() as alive:
         out = ghost(torch.zeros(shape, device='meta', dtype=dtype))
     return out, alive.peak
 
@@ -179,7 +154,7 @@ def _sliding_bytes(
     size = tuple(map(min, window, shape[1:]))
     y, passing = dry_run(model, (1, shape[0], *size))
     slab = torch.empty(y.shape[1], size[0], *shape[2:], device='meta')
-    with _Alive() as finishing:
+    with LiveMemory() as finishing:
         done = finish(slab)
     need = dict(
         window=passing + 3 * y.nbytes,

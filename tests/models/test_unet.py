@@ -9,7 +9,6 @@ from torch import nn
 
 from covid_ct.inference.sliding_window import (
     _BLENDS,
-    _Alive,
     _blend_weights,
     _slabs,
     _sliding_bytes,
@@ -23,6 +22,7 @@ from covid_ct.inference.sliding_window import (
 )
 from covid_ct.io.read import read_mask, write_mask
 from covid_ct.models.blocks import count_parameters
+from covid_ct.models.cost import LiveMemory
 from covid_ct.models.unet import (
     Bottlenecks,
     ConvDown,
@@ -317,7 +317,7 @@ def test_sliding_bytes_are_those_that_lived():
     net, x = UNet(3, 1, 3, widths=(4, 8)).eval(), torch.rand(1, 48, 40, 40)
     for finish in (lambda z: z, likeliest_class):
         need = _sliding_bytes(net, x.shape, (16, 16, 16), finish)["total"]
-        with _Alive() as alive:
+        with LiveMemory() as alive:
             sliding_window(net, x, (16, 16, 16), finish=finish)
         assert 0.5 * need <= alive.peak <= 1.05 * need, (alive.peak, need)
 

@@ -21,7 +21,7 @@ MAY = {
     "models": set(),
     "widgets": {"plot"},
     "evaluate": {"plot", "io", "widgets"},
-    "explain": {"plot", "evaluate"},
+    "explain": {"plot", "models", "evaluate"},
     "audit": {"plot", "io", "cohort", "evaluate", "widgets"},
     "train": {"plot", "io", "cohort", "preprocess", "batches", "models", "evaluate", "phantom"},
     "inference": {
