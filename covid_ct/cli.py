@@ -95,7 +95,8 @@ def _lungs(a):
 
 
 def _segment(a):
-    from covid_ct.batches.slices import class_volumes_ml, lesion_labels, segment_scan
+    from covid_ct.batches.slices import lesion_labels
+    from covid_ct.inference.segment import class_volumes_ml, segment_scan
     from covid_ct.io.read import read, write_mask
     from covid_ct.train.loop import load_run
 

@@ -12,29 +12,23 @@ from covid_ct.batches.slices import (
     SLICE_CLASSES,
     SliceDataset,
     _body_box,
-    _neighbour_dissimilarity,
-    _require_volume,
     augmented_six,
-    class_volumes_ml,
     fit_slice,
     lesion_classes,
     lesion_labels,
     phantom_slices,
     read_pair,
-    segment_scan,
 )
 from covid_ct.cohort.adapters import open_cohort
 from covid_ct.models.blocks import count_parameters
 from covid_ct.models.raunet import RAUNET_ROWS, RAUNet, ResNeXtBlock
 from covid_ct.models.unet import UNet
-from covid_ct.phantom.chest import make_phantom
 from covid_ct.phantom.layouts import write_layout
 from covid_ct.scan import (
     CohortError,
     DataError,
     GeometryError,
     ReadError,
-    Scan,
     UnitsError,
     VoxelError,
 )
@@ -371,63 +365,6 @@ def test_six_views_by_hand():
         [i, j] for i in range(2, 7) for j in range(2, 7)
     ]  # q shows q/1.5: ±2 shows ±1.33, still inside
     assert ((x[5] > 0) & (x[5] < 0.5)).any() and x[5, 0, 4, 4] == 0.5  # the image is interpolated
-
-
-def test_a_stack_is_no_volume():
-    p = make_phantom("covid", 1, (20, 32, 32))
-    mixed = np.random.default_rng(0).permutation(
-        np.stack([make_phantom("cap", s, (16, 32, 32)).scan.voxels[8] for s in range(12)])
-    )
-    assert _neighbour_dissimilarity(p.scan.voxels) < 0.5 < 0.9 < _neighbour_dissimilarity(mixed)
-    assert _require_volume(p.scan) is p.scan
-    stack = Scan(mixed, (1.0, 1.0, 1.0), scan_id="tr_im")
-    with pytest.raises(GeometryError, match="tr_im"):
-        _require_volume(stack)
-    with pytest.raises(GeometryError):
-        segment_scan(nn.Conv2d(1, 4, 1), stack, 32)
-
-
-@pytest.mark.data
-def test_the_real_stack_is_no_volume(data_dir):
-    rows = open_cohort(data_dir / "medseg100")
-    pairs = [read_pair(r, rows.attrs["root"]) for r in rows.to_dict("records")]
-    assert len(pairs) == 60 and _neighbour_dissimilarity(np.stack([v for v, _ in pairs])) > 0.9
-    assert {int(k) for _, m in pairs for k in np.unique(m)} == {0, 1, 2, 3}
-
-
-class Bright(nn.Module):
-    "Class 3 where the window shows more than a half"
-
-    def forward(self, x):
-        return torch.cat(
-            [
-                torch.zeros_like(x),
-                torch.full_like(x, -1e3),
-                torch.full_like(x, -1e3),
-                100 * (x - 0.5),
-            ],
-            1,
-        )
-
-
-def test_scan_and_back():
-    p = make_phantom("cap", 2, (18, 40, 44))
-    model = nn.Sequential(Bright(), nn.BatchNorm2d(4)).train()
-    model[1].eval()
-    got = segment_scan(model, p.scan, 88)
-    direct = (p.scan.voxels + 1350) / 1500 > 0.5
-    assert got.shape == p.scan.shape and got.dtype == np.uint8 and set(np.unique(got)) <= {0, 3}
-    assert 2 * ((got == 3) & direct).sum() / ((got == 3).sum() + direct.sum()) > 0.97
-    assert model.training and not model[1].training  # modes as they were
-    ml = class_volumes_ml(got, p.scan)
-    assert (
-        abs(ml["effusion"] - (got == 3).sum() * np.prod(p.scan.spacing) / 1000) < 1e-6
-        and ml["ggo"] == 0
-    )
-    with pytest.raises(UnitsError):
-        segment_scan(model, p.scan.replace(units="uint8"), 32)
-    with pytest.raises(GeometryError):
-        class_volumes_ml(got, p.scan.replace(geometry_known=False))
 
 
 @pytest.mark.slow

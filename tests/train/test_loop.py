@@ -483,7 +483,7 @@ def test_predict_restores_mode_and_knows_unlabelled_scans():
 
 def test_frozen_layers_stay_frozen():
     "Whoever answers a question restores every module, not only the top: also the sliding window and the tables of sizes"
-    from covid_ct.batches.slices import segment_scan
+    from covid_ct.inference.segment import segment_scan
     from covid_ct.inference.sliding_window import _slabs
     from covid_ct.models.cost import _effective_field
     from covid_ct.models.prior_attention import size_table
