@@ -20,7 +20,8 @@ needs = {
 
 
 class WithLessons(build_py):
-    "The lessons travel inside of the package, without outputs: `covid-ct course` copies them out. A clone has them in nbs/"
+    """The lessons travel inside of the package, without outputs: `covid-ct course` copies them
+    out. A clone has them in nbs/"""
 
     def run(self):
         super().run()

@@ -1,8 +1,8 @@
 """Speed, memory and error beside other packages.
 
-Each module declares `CASES`. A case is run in a process of its own and yields rows.
-A ratio is the peer's number over ours: above 1 we need less time, memory or space.
-Memory is the peak of a process that does the work, above the peak of a process that only prepares it."""
+Each module declares `CASES`. A case is run in a process of its own and yields rows. A ratio is
+the peer's number over ours: above 1 we need less time, memory or space. Memory is the peak of a
+process that does the work, above the peak of a process that only prepares it."""
 
 import json
 import os
@@ -32,7 +32,8 @@ class Case:
 
 
 def row(name: str, ours: float, peer: float, unit: str) -> dict:
-    "What a case yields; the only place where a ratio is made. Raises `BenchError` unless both are positive"
+    """What a case yields; the only place where a ratio is made. Raises `BenchError` unless both
+    are positive"""
     if not (ours > 0 and peer > 0):
         raise BenchError(f"{name}: {ours:.4g} {unit} beside {peer:.4g} {unit} give no ratio")
     numbers = dict(ours=ours, peer=peer, ratio=peer / ours)
@@ -60,7 +61,8 @@ def peak_mb() -> float:
 
 
 def stage(target: str, work: bool, *args) -> dict:
-    "In this process: a generator `module:function` up to its first `yield`, and on to what it yields next if `work`"
+    """In this process: a generator `module:function` up to its first `yield`, and on to what it
+    yields next if `work`"""
     module, name = target.split(":")
     steps = getattr(import_module(module), name)(*args)
     next(steps)
@@ -72,7 +74,8 @@ def stage(target: str, work: bool, *args) -> dict:
 
 
 def alone(target: str, work: bool, *args) -> dict:
-    "`stage` in a process of its own. Raises `BenchError` with the last line that a failed one wrote"
+    """`stage` in a process of its own. Raises `BenchError` with the last line that a failed one
+    wrote"""
     call = [
         sys.executable,
         "-c",

@@ -1,7 +1,8 @@
-"""Run every module of this folder that declares `CASES`, print the ratios, write _bench/results.json after each row.
+"""Run every module of this folder that declares `CASES`, print the ratios, write
+_bench/results.json after each row.
 
-A ratio is the peer's number over ours: above 1 we need less time, memory or space, below 1 the peer does.
-A row that fails or takes too long is reported, and the others go on.
+A ratio is the peer's number over ours: above 1 we need less time, memory or space, below 1 the peer
+does. A row that fails or takes too long is reported, and the others go on.
 
     python -m bench              all of them
     python -m bench preprocess   only those named

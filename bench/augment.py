@@ -1,7 +1,10 @@
-"""Random views of a batch: ours on four scans at once, MONAI's and TorchIO's transforms scan by scan with the very same parameters
+"""Random views of a batch: ours on four scans at once, MONAI's and TorchIO's transforms scan by
+scan with the very same parameters
 
-DARNet's ranges: flip left-right with probability ½, rotation U(−5,5)° and shift U(−5,5) px in the plane, zoom U(0.9,1.1) of each axis; float32, linear for images,
-nearest for masks, 0 outside. Results are compared before anything is timed. Times are milliseconds a scan, the best of some rounds in which all take turns."""
+DARNet's ranges: flip left-right with probability ½, rotation U(−5,5)° and shift U(−5,5) px in
+the plane, zoom U(0.9,1.1) of each axis; float32, linear for images, nearest for masks, 0
+outside. Results are compared before anything is timed. Times are milliseconds a scan, the best
+of some rounds in which all take turns."""
 
 import math
 import time
@@ -85,7 +88,8 @@ def monai_random():
 
 
 def torchio_chain(view):
-    "Flip where it was drawn, then Affine; its rotation comes before its shift, and both before its zoom"
+    """Flip where it was drawn, then Affine; its rotation comes before its shift, and both before
+    its zoom"""
     import torchio as tio
 
     made = []
@@ -137,7 +141,8 @@ def grid_3d(view):
 
 
 def agree(ours, theirs, inside, name):
-    "The same values wherever all neighbours lie inside the old picture, but for mask voxels that lie half-way; raises `AssertionError`"
+    """The same values wherever all neighbours lie inside the old picture, but for mask voxels
+    that lie half-way; raises `AssertionError`"""
     for k, x in ours.items():
         off = ((x.float() - theirs[k].float()).abs() > 1e-3)[inside]
         assert off.float().mean() < 1e-4, (

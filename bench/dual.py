@@ -1,4 +1,5 @@
-"""The dual-sampling network at its full size, 138×256×256, beside MONAI's ResNet-34 of the same geometry; sliding windows beside MONAI's; bytes predicted beside bytes taken."""
+"""The dual-sampling network at its full size, 138×256×256, beside MONAI's ResNet-34 of the same
+geometry; sliding windows beside MONAI's; bytes predicted beside bytes taken."""
 
 import os
 import time
@@ -16,7 +17,8 @@ def _ours():
 
 
 def _peer():
-    "MONAI strides its last stage; here it is set to 1, as the paper does. Its shortcuts have biases in front of their norms: taken off"
+    """MONAI strides its last stage; here it is set to 1, as the paper does. Its shortcuts have
+    biases in front of their norms: taken off"""
     from monai.networks.nets import ResNet
 
     net = ResNet(

@@ -1,13 +1,18 @@
-"""One epoch over prepared scans of 64×224×224: our memory-mapped cache and loader, and MONAI's CacheDataset, with the same augmentation; and a whole epoch
-of training on cached phantoms of 32×64×64: ours from the cache to the weights, and MONAI's CacheDataset, DataLoader and ResNet-18 in a bare loop
+"""One epoch over prepared scans of 64×224×224: our memory-mapped cache and loader, and MONAI's
+CacheDataset, with the same augmentation; and a whole epoch of training on cached phantoms of
+32×64×64: ours from the cache to the weights, and MONAI's CacheDataset, DataLoader and ResNet-18 in
+a bare loop
 
     EPOCH_SCANS=200 python -m bench epoch   more scans than 40
 
-Both read what was prepared before: two bytes a voxel in our folder, the same voxels as float32 in MONAI's memory (its cache is filled before the clock
-starts, ours is in the page cache). Batches of 4; flip, rotation of ±5°, shifts of ±5 px and zooms of 0.9 … 1.1 in the plane; the consumer adds up every
-batch. MONAI once with its DataLoader and once with its ThreadDataLoader. A second run has a consumer that is busy for a while with every batch, as a
-network on an accelerator is, and counts how long it waits for each but the first. Each side runs in a process of its own. Memory is its peak above that
-of a process that holds the same package with one scan in its cache, so that a cache in memory is counted and the package is not."""
+Both read what was prepared before: two bytes a voxel in our folder, the same voxels as float32
+in MONAI's memory (its cache is filled before the clock starts, ours is in the page cache).
+Batches of 4; flip, rotation of ±5°, shifts of ±5 px and zooms of 0.9 … 1.1 in the plane; the
+consumer adds up every batch. MONAI once with its DataLoader and once with its ThreadDataLoader.
+A second run has a consumer that is busy for a while with every batch, as a network on an
+accelerator is, and counts how long it waits for each but the first. Each side runs in a process
+of its own. Memory is its peak above that of a process that holds the same package with one scan
+in its cache, so that a cache in memory is counted and the package is not."""
 
 import math
 import os
@@ -127,7 +132,8 @@ def side(name, folder):
 
 
 def trained(scans=32, size=(32, 64, 64), epochs=3):
-    "Seconds of a whole epoch, ours and MONAI's: reading, views, forward, backward, step. The same phantoms, the same geometry, the same views; epochs in turn"
+    """Seconds of a whole epoch, ours and MONAI's: reading, views, forward, backward, step. The
+    same phantoms, the same geometry, the same views; epochs in turn"""
     import statistics
     from functools import partial
 

@@ -1,7 +1,9 @@
-"""Class activation maps of a cohort: ours against Captum's LayerGradCam and MONAI's CAM on the same network, the same volumes and in the same batches.
+"""Class activation maps of a cohort: ours against Captum's LayerGradCam and MONAI's CAM on the same
+network, the same volumes and in the same batches.
 
-DARNet *tiny*, volumes of 32×64×64. The maps are compared before anything is timed: all three are the same but for a constant. Times are milliseconds a scan, the best of
-some rounds in which all take turns. Two jobs: the map of one class, and the maps of all three."""
+DARNet *tiny*, volumes of 32×64×64. The maps are compared before anything is timed: all three are
+the same but for a constant. Times are milliseconds a scan, the best of some rounds in which all
+take turns. Two jobs: the map of one class, and the maps of all three."""
 
 import math
 import time
@@ -28,7 +30,8 @@ def network():
 
 
 def makers(m):
-    "Peer → function of (batch, class), and functions of a batch that give the maps of all classes, `(B,K,…)`"
+    """Peer → function of (batch, class), and functions of a batch that give the maps of all
+    classes, `(B,K,…)`"""
     from captum.attr import LayerGradCam
     from monai.visualize import CAM
 
@@ -53,7 +56,8 @@ def makers(m):
 
 
 def agree(one, every, x):
-    "The same maps but for the number of feature voxels, which a gradient of a mean divides by; raises `AssertionError`"
+    """The same maps but for the number of feature voxels, which a gradient of a mean divides by;
+    raises `AssertionError`"""
     mine = one["ours"](x, 1)
     n = mine[0].numel()
     np.testing.assert_allclose(n * one["Captum LayerGradCam"](x, 1), mine, rtol=1e-3, atol=1e-4)

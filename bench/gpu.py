@@ -1,11 +1,14 @@
-"""Each system at the size of its paper on the GPU that is there: a training step in plain float32 and as we run it, and what the paper's protocol would take.
+"""Each system at the size of its paper on the GPU that is there: a training step in plain float32
+and as we run it, and what the paper's protocol would take.
 
-    python -m bench.gpu          measures, prints, writes nbs/reports/gpu_<device>.json; without a GPU it says so
+    python -m bench.gpu     measures, prints, writes nbs/reports/gpu_<device>.json; or says: no GPU
     python -m bench.gpu --tiny   the tiny recipes, on whatever there is; prints and writes nothing
 
-Steps go through the package's own `train_step`; batches are noise and lie on the device already. Four engines, each adding one thing: eager float32 as PyTorch
-comes, bfloat16, channels last, compile. Where a batch does not fit it is cut into parts whose gradients are summed. FLOPs are counted by PyTorch (what is
-recomputed counts again) and set beside what a large matrix product of the same type reaches on the same device."""
+Steps go through the package's own `train_step`; batches are noise and lie on the device already.
+Four engines, each adding one thing: eager float32 as PyTorch comes, bfloat16, channels last,
+compile. Where a batch does not fit it is cut into parts whose gradients are summed. FLOPs are
+counted by PyTorch (what is recomputed counts again) and set beside what a large matrix product
+of the same type reaches on the same device."""
 
 import argparse
 import gc
@@ -53,7 +56,10 @@ PROTOCOL = dict(  # trainings, training scans, scans that validate after each ep
         "Wang et al. 2020, V: five folds, epochs of 100 steps of 10 scans, 60 scans that validate",
     ),
 )
-NOTHING = "No GPU here, so nothing was measured and nothing written. On a machine with one, `make bench-gpu` fills nbs/reports/."
+NOTHING = (
+    "No GPU here, so nothing was measured and nothing written. "
+    "On a machine with one, `make bench-gpu` fills nbs/reports/."
+)
 
 
 def batch_of(recipe, shape, n, device):
@@ -190,7 +196,8 @@ def flops(recipe, shape, device):
 
 
 def matmul_peak(device, dtype, n=8192, repeats=10):
-    "Operations a second of the best of some products of two square matrices; float32 in the mode that convolutions run in"
+    """Operations a second of the best of some products of two square matrices; float32 in the
+    mode that convolutions run in"""
     was = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
     try:
@@ -224,9 +231,8 @@ def system_row(system, device, tiny=False, peaks=None, **kw):
         try:
             m = fitting(r, shape, device, **engine, **kw)
         except Exception as e:
-            out[name] = dict(
-                trouble=f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}"
-            )
+            first = next(iter(str(e).strip().splitlines()), "")
+            out[name] = dict(trouble=f"{type(e).__name__}: {first[:200]}")
             continue
         if m is None:
             out[name] = dict(trouble="does not fit, not even scan by scan")
@@ -281,7 +287,8 @@ def line(row):
             f"{k}: {v['trouble']}" for k, v in row["engines"].items() if "trouble" in v
         )
     return (
-        f"{row['system']}: {1e3 * a['step_s']:.1f} ms a step in eager float32, {1e3 * b['step_s']:.1f} ms as we run it; {b['scans_per_s']:.1f} scans a second"
+        f"{row['system']}: {1e3 * a['step_s']:.1f} ms a step in eager float32, "
+        f"{1e3 * b['step_s']:.1f} ms as we run it; {b['scans_per_s']:.1f} scans a second"
         + (f", {b['peak_mb'] / 1e3:.1f} GB" if b["peak_mb"] else "")
         + (f", {b['share_of_peak']:.0%} of the matrix peak" if b["share_of_peak"] else "")
         + f"; the paper's protocol takes {b['protocol_hours']:.1f} h"

@@ -1,7 +1,9 @@
-"""What our loop costs over a bare PyTorch loop, and a training step of DARNet without gates beside MONAI's ResNet-18.
+"""What our loop costs over a bare PyTorch loop, and a training step of DARNet without gates beside
+MONAI's ResNet-18.
 
-Ours is `fit` as a researcher calls it, with its bar, gradient norm, checks and states. Between any two of its steps a twin of the network takes the same
-step in five bare lines, so that a busy machine slows both alike; medians over the pairs are compared."""
+Ours is `fit` as a researcher calls it, with its bar, gradient norm, checks and states. Between
+any two of its steps a twin of the network takes the same step in five bare lines, so that a busy
+machine slows both alike; medians over the pairs are compared."""
 
 import contextlib
 import copy
@@ -55,7 +57,8 @@ def bare_look(model):
 
 
 class Pairs:
-    "Batches; the bare twin works on each before it is handed out. What passes until the next is asked for is ours, whatever `fit` does then"
+    """Batches; the bare twin works on each before it is handed out. What passes until the next
+    is asked for is ours, whatever `fit` does then"""
 
     def __init__(self, batches, twin):
         self.batches, self.twin, self.bare, self.ours, self.epochs = batches, twin, [], [], []
@@ -77,7 +80,8 @@ class Pairs:
 
 
 def compare(model, recipe, shape, train=10, valid=3, epochs=3):
-    "Seconds of a step, ours and bare; seconds of an epoch with validation, tables and checkpoints, ours and bare"
+    """Seconds of a step, ours and bare; seconds of an epoch with validation, tables and
+    checkpoints, ours and bare"""
     from covid_ct.train.loop import Engine, fit
     from covid_ct.train.recipes import change
 
@@ -161,7 +165,8 @@ def _steps(models, x, y, repeats=5):
 
 
 def monai():
-    "The stem of both: 3×7×7, stride 1×2×2, no pooling; four stages of two blocks from 16 channels on"
+    """The stem of both: 3×7×7, stride 1×2×2, no pooling; four stages of two blocks from 16
+    channels on"""
     from monai.networks.nets import ResNet
 
     from covid_ct.models.zoo import build
@@ -185,7 +190,8 @@ def monai():
     with torch.no_grad():
         assert ours(x).shape == peer(x).shape
     assert abs(size[0] / size[1] - 1) < 0.02, size
-    name = f"training step, ResNet-18 of the same geometry ({size[0]:,} parameters; MONAI's has {size[1]:,})"
+    name = "training step, ResNet-18 of the same geometry "
+    name += f"({size[0]:,} parameters; MONAI's has {size[1]:,})"
     yield row(name, *(1e3 * s for s in _steps((ours, peer), x, y)), "ms")
 
 

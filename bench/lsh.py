@@ -1,11 +1,14 @@
-"""LSH attention against all-with-all attention and torch's scaled_dot_product_attention: time and peak memory of a forward and backward pass.
+"""LSH attention against all-with-all attention and torch's scaled_dot_product_attention: time and
+peak memory of a forward and backward pass.
 
-One head of 16 numbers per token, two rounds, chunks of 64, the tokens of an n × n map. Every case runs in a process of its own, so that its peak is its own.
-All-with-all is left out at 192²: it stores every weight. SDPA never stores that matrix; it saves memory, not comparisons.
-Last, the whole network of the paper, M at full width, on one slice of 369 × 369 pixels beside the U-Net of the same widths: one forward and one backward pass.
-Memory is the peak of a process above that of one that only made the network and passed a few tokens through it; below some ten MB it says little.
-Where two curves cross is stated in tokens; where they do not, there is no such row.
-"""
+One head of 16 numbers per token, two rounds, chunks of 64, the tokens of an n × n map. Every
+case runs in a process of its own, so that its peak is its own. All-with-all is left out at 192²:
+it stores every weight. SDPA never stores that matrix; it saves memory, not comparisons. Last,
+the whole network of the paper, M at full width, on one slice of 369 × 369 pixels beside the
+U-Net of the same widths: one forward and one backward pass. Memory is the peak of a process
+above that of one that only made the network and passed a few tokens through it; below some ten
+MB it says little. Where two curves cross is stated in tokens; where they do not, there is no
+such row."""
 
 import math
 import time
@@ -18,7 +21,8 @@ CHUNK, ROUNDS, DIM = 64, 2, 16
 
 
 def _network(row):
-    "A function of the side of a slice that sends one forward and backward through a full-size row of the paper; gives seconds"
+    """A function of the side of a slice that sends one forward and backward through a full-size
+    row of the paper; gives seconds"""
     import torch
 
     from covid_ct.models.raunet import RAUNET_ROWS
@@ -35,7 +39,8 @@ def _network(row):
 
 
 def passes(kind, side):
-    "A pass of a few tokens; then the best of a few forward and backward passes of `side`² tokens, or of a slice"
+    """A pass of a few tokens; then the best of a few forward and backward passes of `side`²
+    tokens, or of a slice"""
     import torch
     import torch.nn.functional as F
 
@@ -80,7 +85,8 @@ def passes(kind, side):
 
 
 def crossover(tokens, ours, peer):
-    "Tokens at which two curves cross, straight lines between points of a log-log plot; None where they do not"
+    """Tokens at which two curves cross, straight lines between points of a log-log plot; None
+    where they do not"""
     gap = [math.log(a / b) for a, b in zip(ours, peer, strict=False)]
     for (t0, g0), (t1, g1) in zip(
         zip(tokens, gap, strict=False), zip(tokens[1:], gap[1:], strict=False), strict=False

@@ -1,12 +1,16 @@
-"""From file to network input, the same chain in our package, MONAI and TorchIO on the same files: time, and error
+"""From file to network input, the same chain in our package, MONAI and TorchIO on the same files:
+time, and error
 
-The chain is the one that the guides of both peers show: spacing 1 mm, window -1350 … 150 HU to [0,1], the central 280 × 320 × 320 mm,
-64 × 224 × 224 voxels. Defaults throughout; for MONAI also with float32 instead of its default float64, and with its anti-aliasing.
-Files: 512 × 512 × 300 int16 of 0.7 × 0.7 × 1 mm, once smooth and quantised, so that it packs well, once with noise of 60 HU, and the latter as a
-series of 300 DICOM files. Each time is the best of some runs, files in the page cache.
+The chain is the one that the guides of both peers show: spacing 1 mm, window -1350 … 150 HU to
+[0,1], the central 280 × 320 × 320 mm, 64 × 224 × 224 voxels. Defaults throughout; for MONAI also
+with float32 instead of its default float64, and with its anti-aliasing. Files: 512 × 512 × 300
+int16 of 0.7 × 0.7 × 1 mm, once smooth and quantised, so that it packs well, once with noise of 60
+HU, and the latter as a series of 300 DICOM files. Each time is the best of some runs, files in the
+page cache.
 
-The error is a root mean square in HU inside the volume. What a value should be is computed in float64 from the file, filtered against aliasing
-and interpolated at the place where *that* package says the voxel lies (its own affine): conventions about half voxels cost nobody anything."""
+The error is a root mean square in HU inside the volume. What a value should be is computed in
+float64 from the file, filtered against aliasing and interpolated at the place where *that*
+package says the voxel lies (its own affine): conventions about half voxels cost nobody anything."""
 
 import math
 import tempfile
@@ -28,7 +32,8 @@ SIZE, SHAPE, SPACING, WINDOW, BOX = (
 
 
 def pattern(places=None):
-    "Smooth detail that the network's grid can hold, in HU, at `places` (three lists of voxel indices); None: at every voxel of the file"
+    """Smooth detail that the network's grid can hold, in HU, at `places` (three lists of voxel
+    indices); None: at every voxel of the file"""
     z, y, x = (
         (np.asarray(i) + 0.5) * s
         for i, s in zip(places or map(np.arange, SHAPE), SPACING, strict=False)
@@ -69,7 +74,8 @@ def write(path, noise):
 
 
 def reference(v, places, steps):
-    "Gaussian of half the reduction, then linear interpolation at `places`, in float64 (scikit-image's antialiased resize)"
+    """Gaussian of half the reduction, then linear interpolation at `places`, in float64
+    (scikit-image's antialiased resize)"""
 
     def weights(n, centres, f):
         sigma, w = max(0, (f - 1) / 2), np.zeros((len(centres), n))

@@ -1,6 +1,8 @@
-"""Reading alone: ours with every check, against bare decoding and against MONAI and TorchIO on the same files
+"""Reading alone: ours with every check, against bare decoding and against MONAI and TorchIO on the
+same files
 
-A row of decoding alone compares us, checks and all, with what SimpleITK takes to unpack the voxels and do nothing else."""
+A row of decoding alone compares us, checks and all, with what SimpleITK takes to unpack the
+voxels and do nothing else."""
 
 import tempfile
 from functools import partial

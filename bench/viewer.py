@@ -1,8 +1,9 @@
-"""The viewer against drawing three planes in Python, its page against other ways to carry the same voxels, and live in JupyterLab against its peers.
+"""The viewer against drawing three planes in Python, its page against other ways to carry the same
+voxels, and live in JupyterLab against its peers.
 
-The peers are matplotlib behind `ipywidgets.interact`, and ipyniivue (WebGL) where it is installed. Without a GPU the browser draws WebGL
-in software, which is what a server's JupyterLab seen through a remote desktop does too, but not what a workstation does.
-"""
+The peers are matplotlib behind `ipywidgets.interact`, and ipyniivue (WebGL) where it is
+installed. Without a GPU the browser draws WebGL in software, which is what a server's JupyterLab
+seen through a remote desktop does too, but not what a workstation does."""
 
 import contextlib
 import gzip
@@ -34,7 +35,8 @@ SHAPE = (128, 256, 256)
 
 
 def chest():
-    "A phantom of 128 × 256 × 256, grown from a small one: what counts here is its size and its noise"
+    """A phantom of 128 × 256 × 256, grown from a small one: what counts here is its size and its
+    noise"""
     p = make_phantom("covid", seed=3, shape=(64, 128, 128), noise=0.0)
 
     def up(v):
@@ -56,7 +58,8 @@ def median_ms(f, n):
 
 
 def in_python(scan):
-    "Three panels whose slice moves, drawn by matplotlib and encoded as the PNG that a notebook would get"
+    """Three panels whose slice moves, drawn by matplotlib and encoded as the PNG that a notebook
+    would get"""
     d, h, w = scan.shape
     fig = Figure(figsize=(12, 4))
     FigureCanvasAgg(fig)
@@ -89,7 +92,8 @@ def chromium():
 
 
 def in_browser(page_html):
-    "Seconds until the page is ready, then milliseconds from the slider's move to the next painted frame, and the share of it that drawing takes"
+    """Seconds until the page is ready, then milliseconds from the slider's move to the next
+    painted frame, and the share of it that drawing takes"""
     with chromium() as b, tempfile.TemporaryDirectory() as d:
         (Path(d) / "page.html").write_text(page_html, "utf-8")
         page = b.new_page(viewport={"width": 1400, "height": 800})
@@ -98,7 +102,8 @@ def in_browser(page_html):
         page.locator("[data-ready='1']").wait_for(timeout=60_000)
         ready = time.perf_counter() - t
         got = page.evaluate("""async () => {
-          const s = document.querySelector('input[data-control=axial]'), f = document.querySelector('[data-ready]').dataset, out = [];
+          const s = document.querySelector('input[data-control=axial]');
+          const f = document.querySelector('[data-ready]').dataset, out = [];
           for (let i = 0; i < 30; i++) {
             const n = Number(f.frames), t = performance.now();
             s.value = 20 + i; s.dispatchEvent(new Event('input', { bubbles: true }));
@@ -112,30 +117,70 @@ def in_browser(page_html):
 # ---------------------------------------------------------------- live, in a JupyterLab
 LIVE = {  # name → the cell that shows a scan, what to press for the next slice, and the key
     "ours": (
-        "from covid_ct.widgets.viewer import VolumeViewer\nfrom covid_ct.io.read import read\nVolumeViewer(read('chest.nii.gz'))",
+        "from covid_ct.widgets.viewer import VolumeViewer\nfrom covid_ct.io.read import read\n"
+        "VolumeViewer(read('chest.nii.gz'))",
         "canvas[data-plane=axial]",
         "ArrowUp",
     ),
     "matplotlib": (
-        "import matplotlib.pyplot as plt\nfrom covid_ct.io.read import read\nfrom ipywidgets import IntSlider, interact\nv = read('chest.nii.gz').voxels\n"
-        "def show(z):\n    fig, axes = plt.subplots(1, 3, figsize=(12,4))\n    for ax, im in zip(axes, (v[z], v[::-1,128], v[::-1,:,128])): ax.imshow(im, cmap='gray', vmin=-1350, vmax=150)\n    plt.show()\n"
+        "import matplotlib.pyplot as plt\nfrom covid_ct.io.read import read\n"
+        "from ipywidgets import IntSlider, interact\nv = read('chest.nii.gz').voxels\n"
+        "def show(z):\n    fig, axes = plt.subplots(1, 3, figsize=(12,4))\n"
+        "    for ax, im in zip(axes, (v[z], v[::-1,128], v[::-1,:,128])): "
+        "ax.imshow(im, cmap='gray', vmin=-1350, vmax=150)\n    plt.show()\n"
         "interact(show, z=IntSlider(64, 0, 127));",
         ".noUi-handle",
         "ArrowRight",
     ),
     "ipyniivue": (
-        "from ipyniivue import NiiVue\nnv = NiiVue(height=400)\nnv.load_volumes([{'path': 'chest.nii.gz'}])\nnv",
+        "from ipyniivue import NiiVue\nnv = NiiVue(height=400)\n"
+        "nv.load_volumes([{'path': 'chest.nii.gz'}])\nnv",
         ".jp-OutputArea-output canvas",
         "wheel",
     ),
 }
-# how many pixels of the first picture in an output are neither black nor white nor the background, and a number that changes with the picture
-LOOK = """() => { const out = document.querySelector('.jp-OutputArea-output'), of = out && ([...out.querySelectorAll('canvas[data-plane=axial]')][0] || [...out.querySelectorAll('canvas, img')].find((e) => e.width > 200));
+# how many pixels of the first picture in an output are neither black nor white nor the background,
+# and a number that changes with the picture
+LOOK = """() => {
+  const out = document.querySelector('.jp-OutputArea-output');
+  const of = out && ([...out.querySelectorAll('canvas[data-plane=axial]')][0]
+    || [...out.querySelectorAll('canvas, img')].find((e) => e.width > 200));
   if (!of || of.width < 200) return [0, 0];
-  const c = Object.assign(document.createElement('canvas'), { width: 200, height: 80 }), x = c.getContext('2d'); x.drawImage(of, 0, 0, 200, 80);
-  const px = x.getImageData(0, 0, 200, 80).data; let n = 0, sum = 0;
-  for (let i = 0; i < px.length; i += 4) { if (px[i] > 20 && px[i] < 235) n++; sum = (sum * 31 + px[i]) % 1000003; }
+  const c = Object.assign(document.createElement('canvas'), { width: 200, height: 80 });
+  const x = c.getContext('2d');
+  x.drawImage(of, 0, 0, 200, 80);
+  const px = x.getImageData(0, 0, 200, 80).data;
+  let n = 0, sum = 0;
+  for (let i = 0; i < px.length; i += 4) {
+    if (px[i] > 20 && px[i] < 235) n++;
+    sum = (sum * 31 + px[i]) % 1000003;
+  }
   return [n, sum]; }"""
+# WebGL keeps its picture, so that it can be read back
+KEEP = """const f = HTMLCanvasElement.prototype.getContext;
+HTMLCanvasElement.prototype.getContext = function (k, o) {
+  return f.call(this, k, k.startsWith('webgl') ? { ...o, preserveDrawingBuffer: true } : o); };"""
+IDLE = """() => {
+  const c = window.jupyterapp?.shell.currentWidget?.sessionContext;
+  return c?.isReady && c.session?.kernel?.status === 'idle'; }"""
+RUN = """(i) => {
+  const a = window.jupyterapp;
+  a.shell.currentWidget.content.activeCellIndex = i;
+  a.commands.execute('notebook:run-cell'); }"""
+# remember the picture and when the next event comes; then wait for another picture
+WATCH = f"""(event) => {{
+  window.seen = ({LOOK})()[1];
+  window.moved = 0;
+  const now = () => {{ window.moved = performance.now(); }};
+  addEventListener(event, now, {{ capture: true, once: true }}); }}"""
+CHANGED = f"""async () => {{
+  const look = {LOOK}, end = performance.now() + 10000;
+  while (performance.now() < end) {{
+    const s = look()[1];
+    if (s && s !== window.seen) return performance.now() - window.moved;
+    await new Promise(requestAnimationFrame);
+  }}
+  return NaN; }}"""
 
 
 @contextlib.contextmanager
@@ -192,7 +237,8 @@ def lab(folder):
 
 
 def in_lab(scan, names):
-    "For each viewer: seconds from running its cell, imports done, to a picture, and milliseconds from a key or wheel to another picture"
+    """For each viewer: seconds from running its cell, imports done, to a picture, and
+    milliseconds from a key or wheel to another picture"""
     import nbformat
 
     from covid_ct.io.read import write_scan
@@ -226,19 +272,15 @@ def in_lab(scan, names):
 
 def one_in_lab(browser, url, handle, key, moves=8):
     page = browser.new_page(viewport={"width": 1600, "height": 1000})
-    page.add_init_script(
-        "const f = HTMLCanvasElement.prototype.getContext; HTMLCanvasElement.prototype.getContext = function (k, o) { return f.call(this, k, k.startsWith('webgl') ? { ...o, preserveDrawingBuffer: true } : o); };"
-    )  # so that it can be read back
+    page.add_init_script(KEEP)
     page.goto(url)
-    idle = "() => { const c = window.jupyterapp?.shell.currentWidget?.sessionContext; return c?.isReady && c.session?.kernel?.status === 'idle'; }"
-    run = "(i) => { const a = window.jupyterapp; a.shell.currentWidget.content.activeCellIndex = i; a.commands.execute('notebook:run-cell'); }"
-    page.wait_for_function(idle, timeout=90_000)
-    page.evaluate(run, 0)
+    page.wait_for_function(IDLE, timeout=90_000)
+    page.evaluate(RUN, 0)
     page.wait_for_timeout(500)
-    page.wait_for_function(idle, timeout=90_000)
+    page.wait_for_function(IDLE, timeout=90_000)
     page.wait_for_timeout(500)
     t = time.perf_counter()
-    page.evaluate(run, 1)
+    page.evaluate(RUN, 1)
     page.wait_for_function(f"() => ({LOOK})()[0] > 800", timeout=120_000, polling=20)
     ready, times = time.perf_counter() - t, []
     page.wait_for_timeout(1500)
@@ -249,22 +291,17 @@ def one_in_lab(browser, url, handle, key, moves=8):
     else:
         target.focus()
     for _ in range(moves):
-        page.evaluate(
-            f"() => {{ window.seen = ({LOOK})()[1]; window.moved = 0; addEventListener('{'wheel' if key == 'wheel' else 'keydown'}', () => {{ window.moved = performance.now(); }}, {{ capture: true, once: true }}); }}"
-        )
+        page.evaluate(WATCH, "wheel" if key == "wheel" else "keydown")
         page.mouse.wheel(0, 120) if key == "wheel" else page.keyboard.press(key)
-        times.append(
-            page.evaluate(
-                f"async () => {{ const look = {LOOK}, end = performance.now() + 10000; while (performance.now() < end) {{ const s = look()[1]; if (s && s !== window.seen) return performance.now() - window.moved; await new Promise(requestAnimationFrame); }} return NaN; }}"
-            )
-        )
+        times.append(page.evaluate(CHANGED))
         page.wait_for_timeout(300)
     page.close()
     return ready, statistics.median(times)
 
 
 def saved_mb(scan):
-    "Megabytes that a saved notebook holds for a living ipyniivue: the widget states, front end and voxels"
+    """Megabytes that a saved notebook holds for a living ipyniivue: the widget states, front end
+    and voxels"""
     from ipyniivue import NiiVue
     from ipywidgets.embed import embed_data
 

@@ -8,7 +8,8 @@ WIDTH = 440
 
 
 def picture(output):
-    "The PNG that an output shows, in base64: of its own or inside of its HTML; None where there is none"
+    """The PNG that an output shows, in base64: of its own or inside of its HTML; None where
+    there is none"""
     data = output.get("data", {})
     inside = re.search(
         r'<img[^>]*src="data:image/png;base64,([^"]+)"', "".join(data.get("text/html", ""))
@@ -31,7 +32,8 @@ def tile(page, fig):
     html = page["page"].removesuffix(".ipynb") + ".html"
     alt = " ".join(fig["alt"].split())
     return (
-        f":::{{container}} tile\n```{{image}} figures/{fig['label']}.webp\n:target: {html}#{fig['label']}\n:alt: {alt}\n:loading: lazy\n```\n\n"
+        f":::{{container}} tile\n```{{image}} figures/{fig['label']}.webp\n"
+        f":target: {html}#{fig['label']}\n:alt: {alt}\n:loading: lazy\n```\n\n"
         f"{fig['caption']}\n\n[{page['title']}]({page['page']})\n:::\n"
     )
 

@@ -1,4 +1,4 @@
-"""The map on the front page: a table in index.ipynb and README.md, a plan of the house on the site."""
+"""The map on the front page: a table in index.ipynb and README.md, a diagram on the site."""
 
 import json
 import re

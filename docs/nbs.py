@@ -21,7 +21,8 @@ KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 
 
 def kept(output):
-    "What a reader without a kernel can use: no progress bars, no warnings of the moment, no widget without its page"
+    """What a reader without a kernel can use: no progress bars, no warnings of the moment, no
+    widget without its page"""
     data = output.get("data", {})
     if output["output_type"] == "stream":
         return output["name"] == "stdout"

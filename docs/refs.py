@@ -1,4 +1,4 @@
-"""The sources in references.bib: what pages call them becomes a link, and one page lists them all."""
+"""The sources in references.bib: their names on pages become links, and one page lists all."""
 
 import functools
 import re
@@ -72,7 +72,8 @@ def known():
 
 
 def cite(md, to, seen):
-    "Markdown with a link from each source that it calls by label, title or key to the page of references; `seen` collects the keys"
+    """Markdown with a link from each source that it calls by label, title or key to the page of
+    references; `seen` collects the keys"""
 
     def one(m):
         key = m["key_"] or m.lastgroup
@@ -116,6 +117,7 @@ def page(cited):
 
     return (
         "# References\n\n_What the pages lean on, each with the pages that name it_\n\n"
-        "Pages name a source as the field does, *Ouyang et al. 2020*; the name is a link to this page. The first word of an entry is its key in `docs/references.bib`.\n\n"
+        "Pages name a source as the field does, *Ouyang et al. 2020*; the name is a link to this "
+        "page. The first word of an entry is its key in `docs/references.bib`.\n\n"
         f"## The four systems\n\n{listed(ours)}\n## All others\n\n{listed(rest)}"
     )

@@ -1,4 +1,5 @@
-"""One nbdev notebook -> one MyST notebook under _build/src/. Imported, never run: IPython takes over `__main__`."""
+"""One nbdev notebook -> one MyST notebook under _build/src/. Imported, never run: IPython takes
+over `__main__`."""
 
 import functools
 import inspect
@@ -87,13 +88,22 @@ def open_here(rel, room):
     take = f"{{download}}`Take this notebook </{TAKE}/{rel}>`"
     home = os.path.relpath("index.ipynb", rel.parent)
     how = {
-        "lessons": f"With [covid_ct installed]({home}#three-ways-in), the lessons come along:\n\n```sh\npip install jupyterlab\ncovid-ct course lessons\njupyter lab lessons/{rel.name}\n```\n\nOr {take.replace('Take', 'take')} alone.",
-        "reports": f"This page keeps the results of long runs; its first cells say which command makes them. {take} to read the code; in a clone of the repository, `make lab` opens `nbs/{rel}`.",
+        "lessons": f"With [covid_ct installed]({home}#three-ways-in), the lessons come along:\n\n"
+        "```sh\npip install jupyterlab\ncovid-ct course lessons\n"
+        f"jupyter lab lessons/{rel.name}\n```\n\nOr {take.replace('Take', 'take')} alone.",
+        "reports": "This page keeps the results of long runs; its first cells say which command "
+        f"makes them. {take} to read the code; in a clone of the repository, `make lab` opens "
+        f"`nbs/{rel}`.",
     }.get(
         room,
-        f"{take}, without its outputs. With [covid_ct installed]({home}#three-ways-in) it runs where you put it:\n\n```sh\npip install jupyterlab\njupyter lab {rel.name}\n```\n\nIn a clone of the repository, `make lab` opens them all; this one is `nbs/{rel}`.",
+        f"{take}, without its outputs. With [covid_ct installed]({home}#three-ways-in) it runs "
+        f"where you put it:\n\n```sh\npip install jupyterlab\njupyter lab {rel.name}\n```\n\n"
+        f"In a clone of the repository, `make lab` opens them all; this one is `nbs/{rel}`.",
     )
-    return f":::{{admonition}} Open this page in JupyterLab\n:class: open-here\n:collapsible: closed\n\n{how}\n:::"
+    return (
+        ":::{admonition} Open this page in JupyterLab\n:class: open-here\n"
+        f":collapsible: closed\n\n{how}\n:::"
+    )
 
 
 def take_away(src):
@@ -106,7 +116,8 @@ def take_away(src):
 
 # ---------------------------------------------------------------- one notebook
 def label(name, is_class=False):
-    "The anchor of a symbol, from its module and name; docutils folds case, so that `Recipe` and `recipe` need to differ"
+    """The anchor of a symbol, from its module and name; docutils folds case, so that `Recipe`
+    and `recipe` need to differ"""
     return re.sub(r"[^\w.]+", "-", f"api-{name}").lower() + ("-class" if is_class else "")
 
 

@@ -1,4 +1,5 @@
-"""The browser of the tests: one that is here, one that can be got, or one line that says how to get one.
+"""The browser of the tests: one that is here, one that can be got, or one line that says how to get
+one.
 
 python tests/find_browser.py     prints its path, `none` without one; tries to get one first
 COVID_CT_BROWSER=PATH            this one and no other; `none`: none"""
@@ -98,7 +99,8 @@ def starts(path: str) -> bool:
 
 
 def ways() -> list[list[list[str]]]:
-    "Each a list of commands that may bring a browser; apt-get only as root, it asks for no password"
+    """Each a list of commands that may bring a browser; apt-get only as root, it asks for no
+    password"""
     out = []
     if hasattr(os, "geteuid") and os.geteuid() == 0 and shutil.which("apt-get"):
         install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "chromium"]

@@ -3,7 +3,8 @@
     python tests/fuzz.py --minutes 10            a long run; failing files are kept in --keep
     python tests/fuzz.py --cases 300 --seed 7    a bounded one
 
-Each file is read in a child process with little memory and little time, so that a crash, a hang or a flood is a finding and not the end."""
+Each file is read in a child process with little memory and little time, so that a crash, a hang
+or a flood is a finding and not the end."""
 
 import argparse
 import contextlib
@@ -25,7 +26,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 MEMORY, SECONDS = 2 * 2**30, 20  # above what the libraries take when loaded; for one file
-KINDS = "nii nii.gz mha packed.mha mhd nrrd packed.nrrd nhdr dicom rle jpeg2000 jpeg deflated enhanced png jpg tif".split()
+KINDS = (
+    "nii nii.gz mha packed.mha mhd nrrd packed.nrrd nhdr "
+    "dicom rle jpeg2000 jpeg deflated enhanced png jpg tif"
+).split()
 
 
 def seeds(folder):
@@ -271,18 +275,20 @@ def bombs(folder):
         ),
         "mha": put(
             "f.mha",
-            b"ObjectType = Image\nNDims = 3\nDimSize = 1000 1000 1000\nElementType = MET_SHORT\nElementSpacing = 1 1 1\nElementDataFile = LOCAL\n"
-            + bytes(600),
+            b"ObjectType = Image\nNDims = 3\nDimSize = 1000 1000 1000\nElementType = MET_SHORT\n"
+            b"ElementSpacing = 1 1 1\nElementDataFile = LOCAL\n" + bytes(600),
         ),
         "packed mha": put(
             "g.mha",
-            b"ObjectType = Image\nNDims = 3\nDimSize = 10 10 10\nElementType = MET_SHORT\nElementSpacing = 1 1 1\nCompressedData = True\nElementDataFile = LOCAL\n"
+            b"ObjectType = Image\nNDims = 3\nDimSize = 10 10 10\nElementType = MET_SHORT\n"
+            b"ElementSpacing = 1 1 1\nCompressedData = True\nElementDataFile = LOCAL\n"
             + zlib.compress(bytes(2**20 * 200), 1),
         ),
         "nrrd": put(
             "h.nrrd",
-            b"NRRD0004\ntype: short\ndimension: 3\nsizes: 1000 1000 1000\nspace: left-posterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,1)\nendian: little\nencoding: raw\n\n"
-            + bytes(600),
+            b"NRRD0004\ntype: short\ndimension: 3\nsizes: 1000 1000 1000\n"
+            b"space: left-posterior-superior\nspace directions: (1,0,0) (0,1,0) (0,0,1)\n"
+            b"endian: little\nencoding: raw\n\n" + bytes(600),
         ),
         "blank lines": put("i.mha", b"ObjectType = Image" + b"\n" * 65000),
     }
@@ -295,10 +301,10 @@ def bombs(folder):
         "no rows": dict(Rows=0, NumberOfFrames=2000000000),
     }.items():
         found[f"dicom, {name}"] = write_series(
-            scan, folder / name.replace(" ", "_"), lambda d, k: d.update(tags)
+            scan, folder / name.replace(" ", "_"), lambda d, k, tags=tags: d.update(tags)
         )
 
-        def packed(d, k):
+        def packed(d, k, tags=tags):
             d.update(tags)
             d.PixelData = pydicom.encaps.encapsulate([bytes(100)])
             d["PixelData"].VR = "OB"

@@ -1,14 +1,14 @@
 """Pages and tests that train or draw, under other instruction sets, numbers of threads and seeds.
 
-    python tests/portable.py                                   everything, hours; what was run before is kept
-    python tests/portable.py nbs/papers/3_raunet.ipynb         only what is named, a page or a file of tests
+    python tests/portable.py                             everything, hours; earlier rows are kept
+    python tests/portable.py nbs/papers/3_raunet.ipynb   only the page or file of tests named
     python tests/portable.py --capability avx2 --threads 2 --seeds 0 7
-    python tests/portable.py --again                           run once more what failed
+    python tests/portable.py --again                     run once more what failed
 
-A seed is a shift: 0 is what the page or test asks for, k adds k to each seed that is given to torch.
-`--onednn` holds the convolutions of oneDNN to the same instruction set as the rest of torch.
-Each result goes to _portable/results.csv as soon as it is there, beside a digest of the page or test:
-one that has been changed since is run again."""
+A seed is a shift: 0 is what the page or test asks for, k adds k to each seed that is given to
+torch. `--onednn` holds the convolutions of oneDNN to the same instruction set as the rest of
+torch. Each result goes to _portable/results.csv as soon as it is there, beside a digest of the
+page or test: one that has been changed since is run again."""
 
 import argparse
 import csv

@@ -1,8 +1,9 @@
-"""Which tests belong to `make quick`: those whose functions took little processor time when `make seconds` ran them.
+"""Which tests belong to `make quick`: those whose functions took little processor time when `make
+seconds` ran them.
 
-`seconds.csv` beside this file holds the recorded functions, all their parameters together,
-child processes included. A test without a record counts as quick unless it is marked `slow` or `browser`,
-or asks for the site."""
+`seconds.csv` beside this file holds the recorded functions, all their parameters together, child
+processes included. A test without a record counts as quick unless it is marked `slow` or
+`browser`, or asks for the site."""
 
 import csv
 import os

@@ -1,4 +1,5 @@
-"""The benchmark's own logic: one ratio, memory that means something, rows that fail alone, results after every row."""
+"""The benchmark's own logic: one ratio, memory that means something, rows that fail alone,
+results after every row."""
 
 import importlib
 import json
@@ -104,7 +105,8 @@ def test_a_process_that_fails_says_why():
 
 
 def test_one_command_runs_all(toy, tmp_path, monkeypatch, capsys):
-    "A case that fails after a row, and one that hangs: both are told, the others measured, and each row was written at once"
+    """A case that fails after a row, and one that hangs: both are told, the others measured, and
+    each row was written at once"""
     out, written = tmp_path / "a" / "results.json", []
     whole = command.write_atomic
 

@@ -35,7 +35,8 @@ def test_a_case_is_run_in_its_environment(tmp_path):
     import nbformat
 
     code = (
-        "import torch\ntorch.manual_seed(0)\nshown = torch.rand(1).item(), torch.get_num_threads()\n"
+        "import torch\ntorch.manual_seed(0)\n"
+        "shown = torch.rand(1).item(), torch.get_num_threads()\n"
         "raise ValueError(f'{shown} ' + torch.backends.cpu.get_cpu_capability())"
     )
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])

@@ -1,4 +1,5 @@
-"""The choice of `make quick` is kept honest: its record names real tests and stays below two minutes."""
+"""The choice of `make quick` is kept honest: its record names real tests and stays below two
+minutes."""
 
 import ast
 import subprocess
@@ -21,7 +22,8 @@ def functions(path):
 
 
 def test_the_record_is_of_these_tests(root):
-    "Nine of ten that are recorded exist, and eight of ten that exist are recorded, or `make seconds` has to record anew"
+    """Nine of ten that are recorded exist, and eight of ten that exist are recorded, or `make
+    seconds` has to record anew"""
     there = {f"{p.name}::{n}" for p in (root / "tests").glob("test_*.py") for n in functions(p)}
     marked = {
         n

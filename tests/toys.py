@@ -1,4 +1,5 @@
-"A scan of a few voxels, for the tests of preparing and loading; worker processes find it by this module's name"
+"""A scan of a few voxels, for the tests of preparing and loading; worker processes find it by
+this module's name"""
 
 import numpy as np
 

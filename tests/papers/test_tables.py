@@ -1,4 +1,5 @@
-"""The papers' tables from run folders: values against scikit-learn, seats, tests, honesty of empty cells and phantoms, traces to files, formats, the checklist, the page."""
+"""The papers' tables from run folders: values against scikit-learn, seats, tests, honesty of
+empty cells and phantoms, traces to files, formats, the checklist, the page."""
 
 import json
 import re
@@ -60,7 +61,8 @@ SYSTEM = {
 
 
 def answers(classes, patients=40, shift=1.5, seed=0, part="test", prefix=""):
-    "Made-up probabilities, two scans of every other patient; the patients' own difficulty does not depend on `seed`"
+    """Made-up probabilities, two scans of every other patient; the patients' own difficulty does
+    not depend on `seed`"""
     who = np.repeat(np.arange(patients), 1 + np.arange(patients) % 2)
     y, n, k = who % len(classes), len(who), len(classes)
     z = (
@@ -276,7 +278,8 @@ def test_a_training_counts_once(darnet):
 
 
 def test_held_out_and_shared(tmp_path):
-    "Test sets of their own, one for all, or validation folds: Table II and Fig. 6 of Wang et al. take what is meant"
+    """Test sets of their own, one for all, or validation folds: Table II and Fig. 6 of Wang et
+    al. take what is meant"""
     classes = recipe("prior_attention", "tiny").classes
     for k in range(3):
         make_run(
@@ -334,7 +337,7 @@ def test_darnet_against_sklearn(darnet):
             prob = p[[f"prob_{c}" for c in ("healthy", "cap", "covid")]].to_numpy()
             y, got = p.label.map(["healthy", "cap", "covid"].index).to_numpy(), prob.argmax(1)
 
-            def one(k):
+            def one(k, y=y, prob=prob, got=got):
                 return dict(
                     AUC=roc_auc_score(y == k, prob[:, k]),
                     sensitivity=recall_score(y == k, got == k),
@@ -393,7 +396,7 @@ def test_segmentation_by_hand(tmp_path):
     for fold in range(2):
         p = pd.read_csv(tmp_path / f"a{fold}" / "predictions.csv")
 
-        def d(c):
+        def d(c, p=p):
             return (2 * p[f"both_{c}"] / (p[f"true_{c}"] + p[f"found_{c}"]))[
                 p[f"true_{c}"] + p[f"found_{c}"] > 0
             ].mean()
@@ -482,7 +485,8 @@ def test_ensemble_by_hand(dual):
 
 
 def test_pooled_folds_and_groups(dual):
-    "TV set: all folds as one, no spread; groups of Table III hold the scans of their ratio, and their counts are counted"
+    """TV set: all folds as one, no spread; groups of Table III hold the scans of their ratio,
+    and their counts are counted"""
     runs, cohort = dual
     t = paper_table("dual_sampling", "II", runs, cohort, n=20)
     both = pd.concat(
@@ -514,7 +518,8 @@ def test_pooled_folds_and_groups(dual):
 
 
 def test_counts(tmp_path, darnet):
-    "Table I from split.csv and the labels of all folds; two splits are refused; what is not known is said"
+    """Table I from split.csv and the labels of all folds; two splits are refused; what is not
+    known is said"""
     t = paper_table("darnet", "I", darnet)
     assert cell(t, "COVID-19", "scans", "test set").note.startswith("no split.csv")
     every = pd.concat(
@@ -588,7 +593,8 @@ def test_interval_is_over_patients():
 
 
 def test_swap_by_patients_is_exact():
-    "With two patients there are four swaps: enumerated by hand, the random ones agree; the models' test is Student's"
+    """With two patients there are four swaps: enumerated by hand, the random ones agree; the
+    models' test is Student's"""
     a, b = (
         pd.DataFrame(
             dict(
@@ -721,7 +727,8 @@ def test_no_difference_without_patients(tmp_path, trained_on, word):
 
 
 def test_a_planted_number_moves_the_table(darnet, tmp_path):
-    "One probability in one file: the numbers that rest on it move, the others do not, the fingerprint tells, the report tells"
+    """One probability in one file: the numbers that rest on it move, the others do not, the
+    fingerprint tells, the report tells"""
     write_report("darnet", darnet, tmp_path / "report", n=20)
     before, files = (
         paper_table("darnet", "IV", darnet, n=20),
@@ -794,7 +801,8 @@ def test_every_number_names_its_files(dual):
     ],
 )
 def test_no_difference_for_a_changed_recipe(tmp_path, how, said):
-    "Real scans, real training, another recipe: the numbers stay, the difference goes, the table says why"
+    """Real scans, real training, another recipe: the numbers stay, the difference goes, the
+    table says why"""
     make_run(tmp_path / "runs" / "a", "darnet", **how)
     t = paper_table("darnet", "IV", tmp_path / "runs", n=10)
     mine = t[t.row == "DARNet"]
@@ -811,7 +819,8 @@ def test_no_difference_for_a_changed_recipe(tmp_path, how, said):
 
 
 def test_what_chooses_the_row_is_no_change(tmp_path):
-    "An ablation of the paper, trained as the paper says with another seed, is held against the paper"
+    """An ablation of the paper, trained as the paper says with another seed, is held against the
+    paper"""
     make_run(tmp_path / "a", "darnet-none", seed=3)
     t = paper_table("darnet", "IV", tmp_path, n=10)
     mine = t[t.row == "DARNet (w/o DA and CA)"]
@@ -835,7 +844,8 @@ def test_latex_escapes_everything():
     raw = r"50 % of a_b & {c} #1 $x$ ~ ^ \n < > ± … −"
     safe = _tex_text(raw)
     bare = re.sub(
-        r"\\[&%$#_{}]|\\textbackslash\{\}|\\textasciitilde\{\}|\\textasciicircum\{\}|\\ldots\{\}|\$[<>-]\$|\$\\pm\$",
+        r"\\[&%$#_{}]|\\textbackslash\{\}|\\textasciitilde\{\}|\\textasciicircum\{\}"
+        r"|\\ldots\{\}|\$[<>-]\$|\$\\pm\$",
         "",
         safe,
     )
@@ -1040,7 +1050,8 @@ def test_claim_of_all_systems(tmp_path, dual):
 
 @pytest.mark.data
 def test_the_authors_own_answers(data_dir, tmp_path):
-    "The release's predictions as two runs: three-class accuracy and AUC by scikit-learn, difference from the paper printed"
+    """The release's predictions as two runs: three-class accuracy and AUC by scikit-learn,
+    difference from the paper printed"""
     t = pd.read_csv(data_dir / "cc_ccii_tables" / "release_predictions.csv")
     names = dict(CP="cap", NCP="covid", Normal="healthy")
     for k, (run, g) in enumerate(t.groupby("run")):

@@ -1,4 +1,5 @@
-"""What holds the house together: who imports whom, what `import` costs, what every public name says of itself."""
+"""What holds the house together: who imports whom, what `import` costs, what every public name
+says of itself."""
 
 import ast
 import csv
@@ -25,8 +26,13 @@ MODULES = sorted(
 
 
 def test_import_is_light():
-    "The package costs next to nothing, and its commands load nothing heavy before they are asked to"
-    code = "import time,sys; t=time.perf_counter(); import covid_ct, covid_ct.cli; print(time.perf_counter()-t, sum(m in sys.modules for m in ('torch','SimpleITK','matplotlib','sklearn')))"
+    """The package costs next to nothing, and its commands load nothing heavy before they are
+    asked to"""
+    code = (
+        "import time, sys; t = time.perf_counter(); import covid_ct, covid_ct.cli; "
+        "heavy = ('torch', 'SimpleITK', 'matplotlib', 'sklearn'); "
+        "print(time.perf_counter() - t, sum(m in sys.modules for m in heavy))"
+    )
     seconds, heavy = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -113,7 +119,8 @@ def lines_of(node):
 
 
 def long_functions(source):
-    "Name and lines of the functions and methods over the cap; one inside of another counts for both"
+    """Name and lines of the functions and methods over the cap; one inside of another counts for
+    both"""
     nodes = [
         n
         for n in ast.walk(ast.parse(source))
@@ -123,7 +130,8 @@ def long_functions(source):
 
 
 def is_long(source):
-    "Whether an exported cell is over its budget: a class or a function that stands alone stays whole"
+    """Whether an exported cell is over its budget: a class or a function that stands alone stays
+    whole"""
     if not source.startswith("#| export") or len(source.splitlines()) <= CELL:
         return False
     body = ast.parse(source).body

@@ -1,4 +1,5 @@
-"""A real JupyterLab runs a notebook; the live widget answers, and Python and the page hold the same state."""
+"""A real JupyterLab runs a notebook; the live widget answers, and Python and the page hold the
+same state."""
 
 import os
 import signal
@@ -13,8 +14,11 @@ import pytest
 from test_site import MOVE
 
 CELLS = (
-    "from covid_ct.widgets.viewer import VolumeViewer\nfrom covid_ct.phantom.chest import make_phantom",
-    "p = make_phantom('covid', seed=3, shape=(64,96,96))\nviewer = VolumeViewer(p.scan, {'lesions':p.infection, 'lungs':p.lungs}, title='Phantom')\nviewer",
+    "from covid_ct.widgets.viewer import VolumeViewer\n"
+    "from covid_ct.phantom.chest import make_phantom",
+    "p = make_phantom('covid', seed=3, shape=(64,96,96))\n"
+    "masks = {'lesions':p.infection, 'lungs':p.lungs}\n"
+    "viewer = VolumeViewer(p.scan, masks, title='Phantom')\nviewer",
     "viewer.preset = 'bone'",
     "print('python sees', viewer.index, viewer.preset)",
 )
@@ -87,8 +91,9 @@ def test_live_viewer(lab, browser):
     page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
     # run-all before the session is ready would open the "Select Kernel" dialog
     page.wait_for_function(
-        """() => { const c = window.jupyterapp?.shell.currentWidget?.sessionContext;
-                                      return c?.isReady && c.session?.kernel?.status === "idle"; }""",
+        """() => {
+          const c = window.jupyterapp?.shell.currentWidget?.sessionContext;
+          return c?.isReady && c.session?.kernel?.status === "idle"; }""",
         timeout=60_000,
     )
     page.evaluate(
@@ -107,10 +112,14 @@ def test_live_viewer(lab, browser):
     viewer.locator("[data-preset=lung]").click()
     page.wait_for_timeout(500)
     page.evaluate(
-        "() => { const a = window.jupyterapp, n = a.shell.currentWidget.content; n.activeCellIndex = 3; a.commands.execute('notebook:run-cell') }"
+        """() => {
+          const a = window.jupyterapp;
+          a.shell.currentWidget.content.activeCellIndex = 3;
+          a.commands.execute('notebook:run-cell') }"""
     )
     page.wait_for_function(
-        f"""() => document.body.innerText.includes("python sees [{before + 5},") && document.body.innerText.includes("lung")""",
+        f"""() => document.body.innerText.includes("python sees [{before + 5},")
+          && document.body.innerText.includes("lung")""",
         timeout=90_000,
     )  # page to Python
     assert viewer.locator(".cct").get_attribute("data-theme") == "light"

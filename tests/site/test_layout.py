@@ -1,4 +1,5 @@
-"""The layout: a page has the path of its module, numbers give the order of reading, and imports go one way."""
+"""The layout: a page has the path of its module, numbers give the order of reading, and imports
+go one way."""
 
 import ast
 import json

@@ -1,4 +1,5 @@
-"""The notebooks are the source: they run, they are clean, and the library and README.md are what they make."""
+"""The notebooks are the source: they run, they are clean, and the library and README.md are what
+they make."""
 
 import filecmp
 import json
@@ -38,7 +39,8 @@ def test_threads_are_the_callers_choice(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("page", EXECUTED)
 def test_runs(page, tmp_path):
-    "Top to bottom in a fresh kernel, leaving nothing behind; in a lesson, each exercise refuses its unsolved cell and accepts its solution"
+    """Top to bottom in a fresh kernel, leaving nothing behind; in a lesson, each exercise
+    refuses its unsolved cell and accepts its solution"""
     before = {p for p in (ROOT / page).parent.iterdir()}
     nbdev_test = Path(sys.executable).with_name(
         "nbdev_test"

@@ -1,4 +1,5 @@
-"""The published site works with no kernel and no network: for the eye, the hand, the keyboard and the ear."""
+"""The published site works with no kernel and no network: for the eye, the hand, the keyboard
+and the ear."""
 
 import contextlib
 import importlib.util
@@ -14,9 +15,11 @@ from house import rows
 
 # moves the axial slice by five and waits for the next frame
 MOVE = """async (el) => {
-  const c = el.querySelector("canvas[data-plane=axial]"), s = el.querySelector("input[data-control=axial]");
+  const c = el.querySelector("canvas[data-plane=axial]");
+  const s = el.querySelector("input[data-control=axial]");
   const px = () => c.getContext("2d").getImageData(0, 0, c.width, c.height).data.join();
-  const raf = () => new Promise(requestAnimationFrame), before = px(), f = el.querySelector("[data-ready]").dataset;
+  const raf = () => new Promise(requestAnimationFrame), before = px();
+  const f = el.querySelector("[data-ready]").dataset;
   const n = Number(f.frames), t = performance.now();
   s.value = Number(s.value) + 5; s.dispatchEvent(new Event("input", { bubbles: true }));
   while (Number(f.frames) <= n) await raf();
@@ -46,7 +49,8 @@ def notebooks(root):
 
 @pytest.fixture()
 def visit(served, browser):
-    "Opens a page of the site where nothing else can be reached; errors in it and requests elsewhere fail the test"
+    """Opens a page of the site where nothing else can be reached; errors in it and requests
+    elsewhere fail the test"""
     wrong = []
     with contextlib.ExitStack() as stack:
 
@@ -81,7 +85,8 @@ def visit(served, browser):
 def test_no_outside_reference(pages):
     for name, html in pages.items():
         assert not re.findall(
-            r'<(?:script|img|iframe)[^>]+src="https?://[^"]+|<link[^>]+rel="stylesheet"[^>]+href="https?:',
+            r'<(?:script|img|iframe)[^>]+src="https?://[^"]+'
+            r'|<link[^>]+rel="stylesheet"[^>]+href="https?:',
             html,
         ), name
 
@@ -97,7 +102,8 @@ def test_every_picture_has_alt_text(pages):
 
 
 def dead_links(folder, pages):
-    "Links within the site that lead to no file or to no place in it, and addresses elsewhere that are none"
+    """Links within the site that lead to no file or to no place in it, and addresses elsewhere
+    that are none"""
     places = {
         name: set(re.findall(r'\s(?:id|name)="([^"]+)"', html)) for name, html in pages.items()
     }
@@ -138,7 +144,8 @@ def test_no_dead_link(site, pages):
 
 def test_dead_links_are_found(tmp_path):
     pages = {
-        "a.html": '<a class="x" href="b/c.html#here">1</a><a href="b/c.html#gone">2</a><a href="d.html">3</a><a href="https://nowhere">4</a><a href="#top" id="top">5</a>',
+        "a.html": '<a class="x" href="b/c.html#here">1</a><a href="b/c.html#gone">2</a>'
+        '<a href="d.html">3</a><a href="https://nowhere">4</a><a href="#top" id="top">5</a>',
         "b/c.html": '<h1 id="here"></h1><a href="../a.html">up</a><img src="x.png">',
     }
     (tmp_path / "b").mkdir()
@@ -185,7 +192,8 @@ def test_every_page_says_how_to_run_it(pages, notebooks):
     assert "covid-ct course lessons" in re.sub("<[^>]+>", "", pages["lessons/first_scan.html"])
 
 
-# ---------------------------------------------------------------- the front page, the README and the sources
+# ---------------------------------------------------------------- the front page, the README and
+# the sources
 def test_map_names_every_page(root, notebooks):
     front = "".join("".join(c["source"]) for c in notebooks["index.ipynb"])
     missing = [n for n in notebooks if n != "index.ipynb" and f"]({n})" not in front]
@@ -269,7 +277,10 @@ def test_citing_by_hand():
     )
     assert linked("see @chen2020.") == "see [Chen et al. 2020](r.md#ref-chen2020)."
     assert linked("*Reformer*") == "[*Reformer*](r.md#ref-kitaev2020)"
-    kept = "`Wilson 1927`, $Wilson 1927$, [Wilson 1927](x.md), Wilson 1928 and the Reformer\n# Wilson 1927"
+    kept = (
+        "`Wilson 1927`, $Wilson 1927$, [Wilson 1927](x.md), "
+        "Wilson 1928 and the Reformer\n# Wilson 1927"
+    )
     assert linked(kept) == kept and seen == {"wilson1927", "ouyang2020", "chen2020", "kitaev2020"}
 
 
@@ -364,15 +375,18 @@ def test_phone(visit):
     assert not wide
     page.goto(re.sub(r"^(https?://[^/]+).*", r"\1/index.html", page.url))
     assert page.evaluate(
-        "[...document.querySelectorAll('.room')].every((e, i, all) => !i || e.offsetTop > all[i - 1].offsetTop)"
+        "[...document.querySelectorAll('.room')]"
+        ".every((e, i, all) => !i || e.offsetTop > all[i - 1].offsetTop)"
     )  # one column
     page.locator("label.mobile-header-icon[for=__navigation], .nav-overlay-icon").first.click()
     page.locator(".sidebar-drawer input[name=q]").wait_for(state="visible")
 
 
-AUDIT = """(options) => axe.run(document, {resultTypes: ["violations"], ...options}).then(r => r.violations
+AUDIT = """(options) => axe.run(document, {resultTypes: ["violations"], ...options})
+  .then(r => r.violations
   .filter(v => ["serious", "critical"].includes(v.impact))
-  .map(v => `${v.id}, ${v.nodes.length} times: ${v.help}: ` + v.nodes.slice(0, 3).map(n => `${n.target} ${n.html.slice(0, 120)}`).join(" | ")))"""
+  .map(v => `${v.id}, ${v.nodes.length} times: ${v.help}: `
+    + v.nodes.slice(0, 3).map(n => `${n.target} ${n.html.slice(0, 120)}`).join(" | ")))"""
 
 
 @pytest.fixture(scope="module")
