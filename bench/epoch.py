@@ -147,7 +147,7 @@ def trained(scans=32, size=(32, 64, 64), epochs=3):
     from covid_ct.batches.loaders import ScanDataset, make_loader
     from covid_ct.batches.samplers import UniformSampler
     from covid_ct.models.zoo import build
-    from covid_ct.phantom.chest import phantom_cohort, phantom_of
+    from covid_ct.phantom.cohort import phantom_cohort, phantom_of
     from covid_ct.preprocess.resample import Prep
     from covid_ct.train.loop import _make_accelerator, _train_epoch, _WithOutputs
     from covid_ct.train.losses import build_loss

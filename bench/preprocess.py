@@ -62,7 +62,7 @@ def write(path, noise):
     "The volume as .nii.gz by nibabel, or as a folder of DICOM slices; returns its voxels"
     import nibabel
 
-    from covid_ct.cohort.table import write_series
+    from covid_ct.io.dicom import write_series
     from covid_ct.scan import Scan
 
     v = volume(noise)

@@ -95,8 +95,8 @@ def _lungs(a):
 
 
 def _segment(a):
-    from covid_ct.batches.slices import lesion_labels
     from covid_ct.inference.segment import class_volumes_ml, segment_scan
+    from covid_ct.io.labels import lesion_labels
     from covid_ct.io.read import read, write_mask
     from covid_ct.train.loop import load_run
 
@@ -313,9 +313,8 @@ def _course(a):
 def _regions(a, scan):
     "Lobes of a mask, or right and left lung; their names; what is odd about a mask that was found"
     from covid_ct.evaluate.burden import SIDES
-    from covid_ct.io.labels import convert_lobes
+    from covid_ct.io.labels import LOBES, convert_lobes
     from covid_ct.io.read import read_mask
-    from covid_ct.phantom.anatomy import LOBES
     from covid_ct.preprocess.lungs import lung_mask, mask_warnings, two_sides
 
     if a.lobes:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from .batches.loaders import ScanDataset
 from .cohort.splits import split_patients, test_part
-from .cohort.table import load_mask, load_row, write_phantom_cohort
+from .cohort.table import load_mask, load_row
 from covid_ct.evaluate.metrics import (
     bootstrap,
     confusion_figure,
@@ -27,7 +27,7 @@ from covid_ct.evaluate.metrics import (
 )
 from .explain.cam import baseline_maps, explain
 from .inference.cases import open_room
-from .phantom.chest import phantom_cohort
+from .phantom.cohort import phantom_cohort, write_phantom_cohort
 from .preprocess.cache import own_lungs
 from .preprocess.lungs import lung_mask
 from .preprocess.resample import PREPS, prepare

@@ -39,7 +39,7 @@ def seeds(folder):
     from pydicom.dataset import Dataset
     from pydicom.sequence import Sequence
 
-    from covid_ct.cohort.table import write_series
+    from covid_ct.io.dicom import write_series
     from covid_ct.scan import Scan
 
     rng = np.random.default_rng(0)
@@ -236,7 +236,7 @@ def bombs(folder):
     "Inputs that promise or unpack to far more than they are, by name"
     import pydicom
 
-    from covid_ct.cohort.table import write_series
+    from covid_ct.io.dicom import write_series
     from covid_ct.scan import Scan
 
     folder.mkdir(parents=True, exist_ok=True)

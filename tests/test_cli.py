@@ -8,9 +8,10 @@ import pytest
 import SimpleITK as sitk
 
 from covid_ct.cli import main
-from covid_ct.cohort.table import write_phantom_cohort, write_series
+from covid_ct.io.dicom import write_series
 from covid_ct.io.read import write_mask, write_scan
-from covid_ct.phantom.chest import make_phantom, phantom_cohort
+from covid_ct.phantom.chest import make_phantom
+from covid_ct.phantom.cohort import phantom_cohort, write_phantom_cohort
 from covid_ct.preprocess.lungs import dice
 
 

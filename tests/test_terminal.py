@@ -14,7 +14,7 @@ import torch
 
 import covid_ct
 from covid_ct.cli import main, parser
-from covid_ct.cohort.table import write_series
+from covid_ct.io.dicom import write_series
 from covid_ct.io.read import write_mask, write_scan
 from covid_ct.models.zoo import build
 from covid_ct.phantom.chest import make_phantom

@@ -9,8 +9,7 @@ __all__ = ['SIDES', 'BurdenError', 'severity_score', 'burden', 'burden_figure', 
 import numpy as np
 import pandas as pd
 
-from ..phantom.anatomy import LOBES
-from ..phantom.chest import LESIONS
+from ..io.labels import LESIONS, LOBES
 from ..plot import Picture, set_alt_text, show_planes
 from ..scan import DataError, GeometryError, Scan
 from ..widgets.html import HtmlReport

@@ -15,10 +15,9 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
 from torch import nn
 
-from ..io.labels import convert_lobes
+from ..io.labels import LOBES, convert_lobes
 from ..io.read import read_mask
 from ..models.unet import UNet
-from ..phantom.anatomy import LOBES
 from ..phantom.chest import PHANTOM_MASKS, Phantom
 from ..preprocess.lungs import dice, lung_mask, two_sides
 from ..preprocess.resample import Prep, Prepared, prepare

@@ -19,7 +19,9 @@ import SimpleITK as sitk
 from PIL import Image
 
 from ..io.read import to_image, write_mask, write_scan
-from .chest import SWITCHES, Phantom, phantom_of, random_stream
+from .anatomy import random_stream
+from .chest import SWITCHES, Phantom
+from .cohort import phantom_of
 from ..scan import CohortError
 
 # %% ../../nbs/01_phantom/07_layouts.ipynb #a448becb

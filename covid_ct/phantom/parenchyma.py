@@ -16,8 +16,8 @@ from covid_ct.phantom.anatomy import (
     SEGMENTS,
     TUBES,
     Chest,
-    _coverage,
     ball,
+    coverage,
     draw_tube,
     grow_tree,
     heart_distance,
@@ -168,13 +168,13 @@ def draw_cavities(
         hole = rng.uniform(13, 20)
         wall = hole + rng.uniform(7, 14)
         d = ball(c, m, (wall, wall, wall))
-        solid = _coverage(c, (d + 5 * rough) / 3) * lungs
-        solid = np.maximum(solid, _coverage(c, ball(c, m, (hole + 5,) * 3)) * lungs)
+        solid = coverage(c, (d + 5 * rough) / 3) * lungs
+        solid = np.maximum(solid, coverage(c, ball(c, m, (hole + 5,) * 3)) * lungs)
         c.at['lesions'][fill(c, solid, 35 + 10 * rough)] = 2
         if k == 0:
             _open_bronchi(c, [(np.stack([_hilum(c, m), m]), (3.5, 4))], 2)
         c.hu += (
-            _coverage(c, ball(c, m, (hole, 0.9 * hole, hole)) + 1.5 * rough) * lungs * (-990 - c.hu)
+            coverage(c, ball(c, m, (hole, 0.9 * hole, hole)) + 1.5 * rough) * lungs * (-990 - c.hu)
         )
 
 # %% ../../nbs/01_phantom/02_parenchyma.ipynb #b1030023

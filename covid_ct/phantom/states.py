@@ -14,8 +14,8 @@ from scipy import ndimage as ndi
 from covid_ct.phantom.anatomy import (
     BRONCHI,
     Chest,
-    _coverage,
     ball,
+    coverage,
     diaphragm,
     draw_tube,
     noise_field,
@@ -65,7 +65,7 @@ def _draw_crescent(
     lungs = c.at['lungs'] & (side * c.x > 0)
     pressed = np.clip(1.1 - depth / rng.uniform(10, 16), 0, 1) * lungs * (angle > 0)
     c.hu += (pressed * np.maximum(25 - c.hu, 0)).astype('f4')
-    fluid = fill(c, _coverage(c, depth) * lungs, 8 + 4 * noise_field(c, rng, 20))
+    fluid = fill(c, coverage(c, depth) * lungs, 8 + 4 * noise_field(c, rng, 20))
     _take_from_lungs(c, fluid)
     c.at['effusion'] |= fluid
     c.at['lesions'][fluid] = 4
@@ -82,7 +82,7 @@ def _draw_free_air(
     depth = c.at['rim'] - gap  # mm inside the surface of the lung
     lungs = c.at['lungs'] & (side * c.x > 0)
     c.hu += 0.14 * lungs * np.maximum(40 - c.hu, 0)
-    _release(c, _coverage(c, depth) * lungs)
+    _release(c, coverage(c, depth) * lungs)
     line = lungs & c.at['lungs'] & (depth < c.edge)
     c.hu[line] = np.maximum(c.hu[line], -480)
 
@@ -139,7 +139,7 @@ def _lift_diaphragm(
         side * c.x > 0
     )
     moved = c.at['lungs'] & (under < 0) & (side * c.x > 0)
-    fill(c, _coverage(c, wall) * place, 45)
+    fill(c, coverage(c, wall) * place, 45)
     if side < 0:
         paint(c, 58, wall + 5, where=place)
     else:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 import pandas as pd
 
 from ..batches.augment import AUGMENTS
-from ..batches.slices import SLICE_CLASSES
+from ..io.labels import SLICE_CLASSES
 from ..models.zoo import ROWS
 from ..preprocess.resample import PREPS
 from ..scan import DataError

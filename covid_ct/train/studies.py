@@ -17,9 +17,9 @@ import pandas as pd
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from ..batches.slices import phantom_slices
 from ..cohort.adapters import open_cohort
-from ..phantom.chest import phantom_cohort, phantom_of
+from ..phantom.cohort import phantom_cohort, phantom_of
+from ..phantom.slices import phantom_slices
 from ..scan import DataError
 from .recipes import Recipe, change, recipe
 from .run_folder import open_run, positive_class, write_text

@@ -36,7 +36,8 @@ from covid_ct.audit.voxels import (
 )
 from covid_ct.cohort.table import read_cohort, write_cohort
 from covid_ct.io.read import read, write_mask, write_scan
-from covid_ct.phantom.chest import SWITCHES, make_phantom, phantom_cohort, phantom_of, random_stream
+from covid_ct.phantom.chest import SWITCHES, make_phantom, random_stream
+from covid_ct.phantom.cohort import phantom_cohort, phantom_of
 from covid_ct.scan import CohortError, DataError
 from covid_ct.widgets.gallery import Gallery, cards_of, gallery, gallery_page
 

@@ -23,7 +23,7 @@ from covid_ct.batches.samplers import ClassBalancedSampler, UniformSampler
 from covid_ct.cohort.adapters import open_cohort
 from covid_ct.cohort.table import check_cohort
 from covid_ct.io.read import write_mask, write_scan
-from covid_ct.phantom.chest import phantom_cohort
+from covid_ct.phantom.cohort import phantom_cohort
 from covid_ct.phantom.layouts import write_layout
 from covid_ct.preprocess.resample import Prep, prepare
 from covid_ct.scan import CohortError, GeometryError, Scan, SplitError, UnitsError, VoxelError

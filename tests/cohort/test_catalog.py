@@ -4,7 +4,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from covid_ct.cohort import table as catalog
 from covid_ct.cohort.table import (
     check_cohort,
     cohort_from_folder,
@@ -12,10 +11,10 @@ from covid_ct.cohort.table import (
     load_row,
     read_cohort,
     write_cohort,
-    write_phantom_cohort,
-    write_series,
 )
-from covid_ct.phantom.chest import phantom_cohort, phantom_of
+from covid_ct.io.dicom import write_series
+from covid_ct.phantom import cohort as phantoms
+from covid_ct.phantom.cohort import phantom_cohort, phantom_of, write_phantom_cohort
 from covid_ct.scan import CohortError, GeometryError, ReadError
 
 SHAPE = (16, 40, 40)
@@ -155,7 +154,7 @@ def test_writing_resumes_and_refuses_another(written):
 
 def test_killed_in_the_middle_leaves_no_half_file(tmp_path, monkeypatch):
     asked = phantom_cohort(2, seed=5)
-    real, calls = catalog.write_mask, []
+    real, calls = phantoms.write_mask, []
 
     def dies(*a, **k):
         calls.append(1)
@@ -163,7 +162,7 @@ def test_killed_in_the_middle_leaves_no_half_file(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*a, **k)
 
-    monkeypatch.setattr(catalog, 'write_mask', dies)
+    monkeypatch.setattr(phantoms, 'write_mask', dies)
     with pytest.raises(KeyboardInterrupt):
         write_phantom_cohort(tmp_path, asked, shape=SHAPE, progress=False)
     assert not (tmp_path / 'cohort.csv').exists()

@@ -19,7 +19,6 @@ from PIL import Image
 
 from covid_ct.cohort import adapters as public
 from covid_ct.cohort import datasets as sets
-from covid_ct.cohort import table as catalog
 from covid_ct.cohort.adapters import (
     ADAPTERS,
     _cc_ccii_tables,
@@ -41,10 +40,18 @@ from covid_ct.cohort.table import (
 )
 from covid_ct.io import archive
 from covid_ct.io.archive import _bad_name, _check_members, open_archive, scans_in, unzip, unzip_part
-from covid_ct.io.labels import LOBE_CONVENTIONS, MASK_CODES, convert_lobes, mask_values, recode
+from covid_ct.io.labels import (
+    LESIONS,
+    LOBE_CONVENTIONS,
+    LOBES,
+    MASK_CODES,
+    convert_lobes,
+    mask_values,
+    recode,
+)
 from covid_ct.phantom import layouts
-from covid_ct.phantom.anatomy import LOBES
-from covid_ct.phantom.chest import LESIONS, SWITCHES, phantom_cohort
+from covid_ct.phantom.chest import SWITCHES
+from covid_ct.phantom.cohort import phantom_cohort, write_phantom_cohort
 from covid_ct.phantom.layouts import _FAULTS, LAYOUTS, phantom_with_faults, to_grey, write_layout
 from covid_ct.scan import (
     CohortError,
@@ -906,7 +913,7 @@ def test_lesion_set_beside_the_scans(asked, tmp_path):
 
 
 def test_house_adapters(asked, tmp_path):
-    catalog.write_phantom_cohort(tmp_path / 'p', asked[:2], shape=SHAPE, progress=False)
+    write_phantom_cohort(tmp_path / 'p', asked[:2], shape=SHAPE, progress=False)
     assert (
         open_cohort(tmp_path / 'p').attrs['adapter'] == 'phantom'
         and open_cohort(tmp_path / 'p' / 'cohort.csv').attrs['adapter'] == 'csv'

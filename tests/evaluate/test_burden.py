@@ -17,8 +17,8 @@ from covid_ct.evaluate.burden import (
     burden_report,
     severity_score,
 )
-from covid_ct.phantom.anatomy import LOBES
-from covid_ct.phantom.chest import LESIONS, make_phantom
+from covid_ct.io.labels import LESIONS, LOBES
+from covid_ct.phantom.chest import make_phantom
 from covid_ct.scan import DataError, GeometryError, Scan
 
 

@@ -24,8 +24,8 @@ from covid_ct.inference.lobes import (
     segment_lobes,
     vote_lobes,
 )
+from covid_ct.io.labels import LOBES
 from covid_ct.io.read import write_mask
-from covid_ct.phantom.anatomy import LOBES
 from covid_ct.phantom.chest import PHANTOM_MASKS, make_phantom
 from covid_ct.preprocess.resample import Prep
 from covid_ct.scan import DataError, GeometryError, NotAChestError, UnitsError, VoxelError

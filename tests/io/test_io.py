@@ -21,8 +21,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from scipy.ndimage import map_coordinates
 
-from covid_ct.cohort.table import write_series
-from covid_ct.io.dicom import decode, untilt
+from covid_ct.io.dicom import decode, untilt, write_series
 from covid_ct.io.dicom_header import _slow, _walk, find_damage, find_foreign, read_header, slices_of
 from covid_ct.io.read import (
     files_of,

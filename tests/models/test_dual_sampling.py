@@ -641,7 +641,7 @@ def test_bad_cohorts(change, word):
 def test_every_path_asks_for_the_masks_of_the_recipe(tmp_path, monkeypatch, call):
     "The attention loss needs lungs and infection; the test set is asked for no mask"
     from covid_ct.cohort.splits import split_patients
-    from covid_ct.phantom.chest import phantom_cohort, phantom_of
+    from covid_ct.phantom.cohort import phantom_cohort, phantom_of
     from covid_ct.preprocess.resample import PREPS
     from covid_ct.train import study
     from covid_ct.train.recipes import change, recipe

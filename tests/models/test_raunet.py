@@ -9,21 +9,19 @@ from torch import nn
 
 from covid_ct.batches.augment import SIX_VIEWS
 from covid_ct.batches.slices import (
-    SLICE_CLASSES,
     SliceDataset,
     _body_box,
     augmented_six,
     fit_slice,
-    lesion_classes,
-    lesion_labels,
-    phantom_slices,
     read_pair,
 )
 from covid_ct.cohort.adapters import open_cohort
+from covid_ct.io.labels import SLICE_CLASSES, lesion_classes, lesion_labels
 from covid_ct.models.blocks import count_parameters
 from covid_ct.models.raunet import RAUNET_ROWS, RAUNet, ResNeXtBlock
 from covid_ct.models.unet import UNet
 from covid_ct.phantom.layouts import write_layout
+from covid_ct.phantom.slices import phantom_slices
 from covid_ct.scan import (
     CohortError,
     DataError,
@@ -251,7 +249,7 @@ def test_bad_pairs(pair, tmp_path):
 
 def test_pairs_and_stack_are_one_reader(tmp_path):
     "The same phantoms as PNG pairs (8 bit, on their side, cut to the lungs) and as a stack (HU): the same slices upright, the same classes"
-    from covid_ct.phantom.chest import phantom_cohort
+    from covid_ct.phantom.cohort import phantom_cohort
 
     asked = phantom_cohort(3, seed=4, labels=("covid",), second_scan=0)
     for layout in ("medseg100_png", "medseg100"):
@@ -412,7 +410,7 @@ def check_run(run, rows, folder):
 @pytest.mark.parametrize("layout", ["medseg100_png", "medseg100"])
 def test_the_papers_recipe_trains_on_slices(tmp_path, layout):
     "Both layouts of MedSeg; no patient is known, and the run says so; evaluated as it was trained"
-    from covid_ct.phantom.chest import phantom_cohort
+    from covid_ct.phantom.cohort import phantom_cohort
     from covid_ct.scan import SplitError
     from covid_ct.train.run_folder import refuse_trained, run_split
     from covid_ct.train.study import evaluate, train
@@ -459,8 +457,7 @@ def test_folds_of_slices(tmp_path):
 
 
 def test_volumes_and_slices_without_masks_are_no_cohort_of_slices(tmp_path):
-    from covid_ct.cohort.table import write_phantom_cohort
-    from covid_ct.phantom.chest import phantom_cohort
+    from covid_ct.phantom.cohort import phantom_cohort, write_phantom_cohort
     from covid_ct.train.study import train
 
     volumes = write_phantom_cohort(

@@ -6,15 +6,8 @@ from scipy import ndimage as ndi
 from scipy.stats import wasserstein_distance
 
 from covid_ct.phantom.anatomy import new_chest, noise_field, random_stream
-from covid_ct.phantom.chest import (
-    _SHORTCUTS,
-    PHANTOM_LABELS,
-    PHANTOM_MASKS,
-    SWITCHES,
-    make_phantom,
-    phantom_cohort,
-    phantom_of,
-)
+from covid_ct.phantom.chest import PHANTOM_LABELS, PHANTOM_MASKS, SWITCHES, make_phantom
+from covid_ct.phantom.cohort import _SHORTCUTS, phantom_cohort, phantom_of
 from covid_ct.scan import DataError
 
 SMALL = (32, 64, 64)

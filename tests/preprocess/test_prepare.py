@@ -17,9 +17,10 @@ import SimpleITK as sitk
 from toys import LABELS, PREP, SIZE, Toy, fails, toy
 
 from covid_ct.cohort.adapters import open_cohort
-from covid_ct.cohort.table import write_series
+from covid_ct.io.dicom import write_series
 from covid_ct.io.read import read, to_image, write_mask, write_scan
-from covid_ct.phantom.chest import make_phantom, phantom_cohort, phantom_of
+from covid_ct.phantom.chest import make_phantom
+from covid_ct.phantom.cohort import phantom_cohort, phantom_of
 from covid_ct.phantom.layouts import write_layout
 from covid_ct.preprocess import cache as C
 from covid_ct.preprocess.cache import (

@@ -23,7 +23,7 @@ MAY = {
     "widgets": {"plot"},
     "evaluate": {"plot", "io", "widgets"},
     "explain": {"plot", "models", "evaluate"},
-    "audit": {"plot", "io", "cohort", "evaluate", "widgets"},
+    "audit": {"plot", "io", "cohort", "preprocess", "evaluate", "widgets"},
     "train": {"plot", "io", "cohort", "preprocess", "batches", "models", "evaluate", "phantom"},
     "inference": {
         "plot",
@@ -41,7 +41,7 @@ MAY = {
 }
 MAY["papers"] = {"plot", "phantom", *MAY} - {"papers"}
 ORDER = {  # within a subpackage, only from what comes before
-    "phantom": "anatomy states chest slices layouts cohort",
+    "phantom": "anatomy parenchyma states chest slices cohort layouts",
     "io": "archive labels volume dicom_header dicom read",
     "cohort": "datasets table adapters splits",
     "audit": "voxels findings shortcuts audit",

@@ -12,8 +12,7 @@ import pytest
 import torch
 import two_processes as two
 
-from covid_ct.cohort.table import write_phantom_cohort
-from covid_ct.phantom.chest import phantom_cohort
+from covid_ct.phantom.cohort import phantom_cohort, write_phantom_cohort
 from covid_ct.train.launch import launch, slurm_script
 from covid_ct.train.optimize import TrainError
 

@@ -732,7 +732,7 @@ def study(monkeypatch):
     from covid_ct.preprocess.resample import PREPS, Prep
 
     monkeypatch.setitem(PREPS, "brick", Prep(size=(8, 32, 32)))
-    from covid_ct.phantom.chest import phantom_cohort
+    from covid_ct.phantom.cohort import phantom_cohort
 
     return (
         split_patients(phantom_cohort(30, seed=2), folds=3, test=0.2),
@@ -985,7 +985,7 @@ def test_the_split_has_a_seed_of_its_own(study, tmp_path):
 
 
 def test_runs_on_batches_of_the_caller_say_what_to_use(whole, tmp_path):
-    from covid_ct.phantom.chest import phantom_cohort
+    from covid_ct.phantom.cohort import phantom_cohort
 
     r = change(
         R,

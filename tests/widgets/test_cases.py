@@ -15,7 +15,7 @@ from playwright.sync_api import expect
 from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
 from test_viewer import EVIL
 
-from covid_ct.cohort.table import check_cohort, write_series
+from covid_ct.cohort.table import check_cohort
 from covid_ct.evaluate.metrics import energy_in
 from covid_ct.inference.cases import (
     _CaseLoader,
@@ -25,6 +25,7 @@ from covid_ct.inference.cases import (
     room_json,
     room_text,
 )
+from covid_ct.io.dicom import write_series
 from covid_ct.phantom.chest import make_phantom
 from covid_ct.scan import DataError, GeometryError, Map, Scan
 from covid_ct.train.recipes import recipe
