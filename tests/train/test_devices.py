@@ -93,7 +93,8 @@ def test_two_processes_learn_what_one_learns(together, tmp_path, sampler):
     ],
 )
 def test_the_commands_of_the_page(tmp_path, processes, by):
-    "Both launchers, from a script that knows nothing of processes; on processors Accelerate's starts more than one only through MPI"
+    "Both launchers, from a script that knows nothing of processes"
+    # on processors Accelerate's launcher starts more than one process only through MPI
     script = tmp_path / "train.py"
     script.write_text("import sys, two_processes\ntwo_processes.train('uniform', sys.argv[1])\n")
     r = subprocess.run(

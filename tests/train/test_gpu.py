@@ -1,4 +1,4 @@
-"""The four systems on a GPU and in every engine (the GPU's part is skipped without one), and the GPU benchmark's own logic, here."""
+"""The four systems on a GPU, skipped without one, and the logic of the GPU benchmark."""
 
 import json
 import math
@@ -125,7 +125,7 @@ class Rounded(torch.autograd.Function):
 
 
 def round_layers(net):
-    "What bfloat16 does to a network, in float32: weights, inputs and outputs of convolutions and linear layers"
+    "Round weights, inputs and outputs of convolutions and linear layers to bfloat16, in float32"
     kinds = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear
     for m in net.modules():
         if not isinstance(m, kinds):
@@ -136,7 +136,7 @@ def round_layers(net):
 
 
 def gradient(system, device, seed, precision="no", rounded=False, double=False, coarse=False):
-    "Loss and gradient of one training step of an untrained network; `coarse` rounds the image alone"
+    "Loss and gradient of one step of an untrained network; `coarse` rounds the image alone"
     r, shape = small(system)
     net, opt, loss, acc = gpu.prepared(r, device, precision=precision, seed=seed)
     b = gpu.batch_of(r, shape, r.batch_size, device)
@@ -163,11 +163,12 @@ def away(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-# A gradient of an untrained network is no fixed target. In float64, rounding the image alone to bfloat16 moves
-# the gradient of dual_sampling by 10 to 160 %, of prior_attention by 60 to 66 % (four seeds; float32 is within
-# 0.2 %): a sigmoid of slope 100 in the attention loss, norms over few values. Its norm says nothing: on the CPU
-# bfloat16 changes it by -22, -3, +2 and +68 % in dual_sampling. So a bfloat16 step is held against what rounding
-# each layer costs in float32 on the same device, and against the direction, over seeds.
+# A gradient of an untrained network is no fixed target. In float64, rounding the image alone to
+# bfloat16 moves the gradient of dual_sampling by 10 to 160 %, of prior_attention by 60 to 66 %
+# (four seeds; float32 is within 0.2 %): a sigmoid of slope 100 in the attention loss, norms over
+# few values. Its norm says nothing: on the CPU bfloat16 changes it by -22, -3, +2 and +68 % in
+# dual_sampling. So a bfloat16 step is held against what rounding each layer costs in float32 on
+# the same device, and against the direction, over seeds.
 SEEDS = range(4)
 
 
@@ -192,7 +193,7 @@ def test_an_untrained_gradient_follows_the_rounding_of_the_image(system):
     ],
 )
 def test_a_bf16_step_costs_what_rounding_costs(system, device):
-    "The others not on the CPU, whose bfloat16 convolutions in 3-D have wrong gradients on maps of 2×2×2"
+    "Others not on the CPU, whose bfloat16 convolutions have wrong gradients on maps of 2×2×2"
     errors, limits, cosines = [], [], []
     for seed in SEEDS:
         (loss, g), (near, got) = (
@@ -308,7 +309,7 @@ def test_fit_on_a_gpu_resumes_and_is_read_without_one(tmp_path, precision):
         and (run.history.peak_memory_mb > 0).all()
         and bool(plain["scaler"]) == (precision == "fp16")
     )
-    model = load_run(run.folder, model=toy())[0]
+    model = load_run(run.folder, model=toy()).model
     assert next(model.parameters()).device.type == "cpu" and np.allclose(
         predict_batches(model, blobs(12, 2)).filter(like="prob_"),
         run.predictions.filter(like="prob_"),
