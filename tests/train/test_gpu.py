@@ -283,25 +283,14 @@ def test_fit_on_a_gpu_resumes_and_is_read_without_one(tmp_path, precision):
         keep="loss",
         precision=precision,
     )
-    run = fit(toy(), blobs(24, 1), blobs(12, 2), r, tmp_path / "a", progress=False)
+    train, valid, often = blobs(24, 1), blobs(12, 2), Engine(save_minutes=0)
+    run = fit(toy(), train, valid, r, tmp_path / "a", progress=False)
     with pytest.raises(OSError):
-        fit(
-            toy(),
-            Cut(blobs(24, 1), 6),
-            blobs(12, 2),
-            r,
-            tmp_path / "b",
-            progress=False,
-            engine=Engine(save_minutes=0),
-        )
-    again = fit(toy(), blobs(24, 1), blobs(12, 2), r, tmp_path / "b", resume=True, progress=False)
-    a, b = (
-        read_tensors(p / "checkpoints" / "last.safetensors")[0] for p in (run.folder, again.folder)
-    )
-    for k in a:
-        assert torch.allclose(a[k], b[k], atol=1e-5), (
-            k
-        )  # atomic sums on a GPU round in another order
+        fit(toy(), Cut(train, 6), valid, r, tmp_path / "b", progress=False, engine=often)
+    again = fit(toy(), train, valid, r, tmp_path / "b", resume=True, progress=False)
+    a, b = run.read_weights("last"), again.read_weights("last")
+    for k in a:  # atomic sums on a GPU round in another order
+        assert torch.allclose(a[k], b[k], atol=1e-5), k
     plain = read_tensors(again.folder / "checkpoints" / "state.safetensors")[1]
     assert (
         run.config["hardware"]["device"] == "cuda"
@@ -366,15 +355,9 @@ def test_hours_of_a_protocol():
 
 def test_a_row_of_the_report(monkeypatch):
     "The whole path on the CPU; an engine that fails is told and the others are measured"
-    monkeypatch.setattr(
-        gpu,
-        "ENGINES",
-        {
-            gpu.FIRST: {},
-            "broken": dict(precision="fp8?"),
-            gpu.OURS: dict(precision="bf16", channels_last=True),
-        },
-    )
+    ours = dict(precision="bf16", channels_last=True)
+    engines = {gpu.FIRST: {}, "broken": dict(precision="fp8?"), gpu.OURS: ours}
+    monkeypatch.setattr(gpu, "ENGINES", engines)
     small_one, shape = small("raunet")
     monkeypatch.setattr(gpu, "shape_of", lambda r: shape)
     monkeypatch.setattr("covid_ct.train.recipes.recipe", lambda system, name: small_one)

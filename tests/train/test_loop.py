@@ -428,6 +428,8 @@ def test_load_run(whole, tmp_path):
     )
     assert same(load_run(whole.folder, "last", net(9)).model.state_dict(), weights(whole.folder))
 
+
+def test_a_damaged_or_foreign_folder_is_not_loaded(whole, tmp_path):
     def copy(**change):
         d = tmp_path / f"c{len(list(tmp_path.iterdir()))}"
         (d / "checkpoints").mkdir(parents=True)
@@ -631,15 +633,9 @@ def test_recipes_are_complete(key):
 
 
 def test_recipe_refusals():
+    words = ("prep", "model", "augment", "sampler", "loss", "precision", "keep", "optimizer")
     for bad in (
-        dict(prep="x"),
-        dict(model="x"),
-        dict(augment="x"),
-        dict(sampler="x"),
-        dict(loss="x"),
-        dict(precision="x"),
-        dict(keep="x"),
-        dict(optimizer="x"),
+        *({k: "x"} for k in words),
         dict(epochs=0),
         dict(epochs=2.5),
         dict(batch_size=True),
@@ -968,39 +964,18 @@ def test_the_command_refuses_patients_of_the_training(tmp_path, monkeypatch, cap
     def enough(*a, **k):
         raise Enough
 
+    kw = dict(classes=3, depth=32, width=2, blocks=(1, 1, 1, 1), strides=(2, 2, 2, 1))
     monkeypatch.setattr(demo, "_known_lungs", enough)
-    monkeypatch.setattr(
-        demo,
-        "recipe",
-        lambda *a: change(
-            recipe(),
-            model_kwargs=dict(
-                classes=3, depth=32, width=2, blocks=(1, 1, 1, 1), strides=(2, 2, 2, 1)
-            ),
-        ),
-    )
+    monkeypatch.setattr(demo, "recipe", lambda *a: change(recipe(), model_kwargs=kw))
     with pytest.raises(Enough):
         demo.run_demo(tmp_path / "d", patients=30, epochs=1, jobs=1)
     assert len(run_split(tmp_path / "d" / "run")) > 30
     csv = next((tmp_path / "d" / "scans").glob("cohort.csv"))
     capsys.readouterr()
-    code = main(
-        [
-            "evaluate",
-            str(csv),
-            "--run",
-            str(tmp_path / "d" / "run"),
-            "--out",
-            str(tmp_path / "answers.csv"),
-        ]
-    )
+    run, out = tmp_path / "d" / "run", tmp_path / "answers.csv"
+    code = main(["evaluate", str(csv), "--run", str(run), "--out", str(out)])
     told = capsys.readouterr().err.strip()
-    assert (
-        code == 2
-        and "both sides" in told
-        and len(told.splitlines()) == 1
-        and not (tmp_path / "answers.csv").exists()
-    )
+    assert code == 2 and "both sides" in told and len(told.splitlines()) == 1 and not out.exists()
 
 
 def test_a_test_set_that_was_trained_on(study, tmp_path):

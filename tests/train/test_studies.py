@@ -150,10 +150,9 @@ def test_a_search_by_optuna(tmp_path):
             load_if_exists=True,
         )
 
-    ask(1).optimize(studies.search_objective(e, space, tmp_path / "out", folds=2), n_trials=2)
-    ask(2).optimize(
-        studies.search_objective(e, space, tmp_path / "out", folds=2), n_trials=1
-    )  # another day; with the same seed it would ask the same again
+    value = studies.search_objective(e, space, tmp_path / "out", folds=2)
+    ask(1).optimize(value, n_trials=2)
+    ask(2).optimize(value, n_trials=1)  # another day; with the same seed it would ask the same
     search = ask()
     assert len(search.trials) == 3 and len({t.params["lr"] for t in search.trials}) == 3
     for t in search.trials:
