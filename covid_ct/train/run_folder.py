@@ -235,8 +235,7 @@ class RunFolder:
     @cached_property
     def history(self) -> pd.DataFrame:  # one row per finished epoch
         path = self.file('history')
-        known = path.is_file()
-        return _read_table(path, float_precision='round_trip') if known else pd.DataFrame()
+        return _read_table(path) if path.is_file() else pd.DataFrame()
 
     @cached_property
     def predictions(self) -> pd.DataFrame:  # of the best weights; `part` is valid or test
