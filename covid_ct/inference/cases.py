@@ -242,7 +242,8 @@ def _load_networks(
 ) -> tuple:  # name → (model, recipe), and what is wrong with the weights: '' if nothing is
     "The networks of runs; without weights that can be used there are no maps, but still cases to read"
     try:
-        return {n: load_run(f)[:2] for n, f in runs.items()}, ''
+        opened = {n: load_run(f) for n, f in runs.items()}
+        return {n: (run.model, run.recipe) for n, run in opened.items()}, ''
     except DataError as e:
         return {}, e.fault
 

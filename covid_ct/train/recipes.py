@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'RecipeError', 'Recipe', 'sourced_fields', 'to_dict', 'from_dict', 'changed_fields', 'name_of', 'change',
-           'source_table', 'recipe']
+           'source_table', 'recipe', 'build_model']
 
 # %% ../../nbs/08_train/03_recipes.ipynb #6aba1c28
 import hashlib
@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 
 import pandas as pd
+from torch import nn
 
 from ..batches.augment import AUGMENTS
 from ..io.labels import SLICE_CLASSES
-from ..models.zoo import ROWS
+from ..models.zoo import ROWS, build
 from ..preprocess.resample import PREPS
 from ..scan import DataError
 from .losses import build_loss
@@ -245,13 +246,19 @@ def _contradictions(r):
                 f'{r.model} for {depth} slices, but {r.prep} makes {size[0]}',
                 f'Put depth={size[0]} into model_kwargs, or choose another prep.',
             )
+    yield from _contradictions_of_sampler_and_loss(r)
+
+
+def _contradictions_of_sampler_and_loss(r):
+    "Settings of sampler and loss that do not fit the batch or the classes"
     parts = r.sampler_kwargs.get('composition', {})
     if not isinstance(parts, dict) or not all(_is(n, int) for n in parts.values()):
         yield f'composition {parts!r}', 'Name the scans of each class, as {"cap": 2, "covid": 3}.'
     if r.sampler == 'composition' and sum(parts.values()) != r.batch_size:
         yield (
             f'a batch of {r.batch_size} from the composition {parts}',
-            f'Put {sum(parts.values())} into batch_size, or name the scans of each class in sampler_kwargs.',
+            f'Put {sum(parts.values())} into batch_size, '
+            'or name the scans of each class in sampler_kwargs.',
         )
     weights = r.loss_kwargs.get('weights')
     if weights is not None and not isinstance(weights, list):
@@ -606,3 +613,19 @@ def recipe(
     raise RecipeError(
         'recipes', f'no recipe {system!r}, {name!r}', f'Use one of {", ".join(map(str, RECIPES))}.'
     )
+
+# %% ../../nbs/08_train/03_recipes.ipynb #50a10001
+def build_model(
+    recipe: Recipe,  # its `model` and `model_kwargs`
+) -> nn.Module:  # with fresh weights
+    "Network of a recipe; raises `RecipeError` for settings that it does not take"
+    try:
+        return build(recipe.model, **recipe.model_kwargs)
+    except DataError:
+        raise
+    except Exception as e:
+        raise RecipeError(
+            f'recipe {recipe.system} {recipe.name}',
+            f'{recipe.model} does not take model_kwargs={recipe.model_kwargs!r} ({e})',
+            'Compare with another recipe of this network.',
+        ) from e

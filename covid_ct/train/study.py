@@ -34,16 +34,14 @@ from ..evaluate.metrics import classification_metrics
 from ..preprocess.cache import given
 from ..preprocess.resample import PREPS
 from ..scan import CohortError
-from .loop import Engine, TrainError, build_model, fit, load_run, predict_batches
-from .recipes import Recipe, RecipeError
+from .loop import Engine, TrainError, fit, load_run, predict_batches
+from .recipes import Recipe, RecipeError, build_model
 from covid_ct.train.run_folder import (
-    Run,
     RunError,
+    RunFolder,
     open_run,
     positive_class,
-    read_config,
     refuse_trained,
-    write_documents,
     write_text,
 )
 from .tasks import dice_table
@@ -78,7 +76,7 @@ def _dataset_of(
     root=None,  # folder that paths in the table start from; None: the cohort's own
     **kwargs,  # `load`, `cache`, `lungs` for `ScanDataset`; slices stay in memory and need none
 ) -> torch.utils.data.Dataset:  # `ScanDataset` or `SliceDataset`
-    "What a network of this recipe reads; raises `TrainError` without a prep, `CohortError` for rows"
+    "What a network of this recipe reads; raises `TrainError` without a prep, else `CohortError`"
     if recipe.task == 'segment':
         return SliceDataset(rows, recipe.slice_size, root=root)
     if recipe.prep:
@@ -110,7 +108,7 @@ def fold_loaders(
     k: int,  # fold that validates
     recipe: Recipe,  # its task, prep, classes, batch size, sampler, augmentation, seed
     workers: int = 0,  # processes that read
-    **kwargs,  # `load`, `root`, `cache` … for `_dataset_of`; `masks` instead of those the recipe needs
+    **kwargs,  # for `_dataset_of`, as `load`, `root`, `cache`, `masks`
 ) -> tuple:  # batches of training, validation and test set; None for a test set without scans
     "Batches of one fold and the test set; raises as `_dataset_of` does"
     masks = kwargs.pop('masks', None) or recipe.masks
@@ -138,7 +136,7 @@ def _scores_of(
 
 
 def score_test(
-    run: Run,  # finished
+    run: RunFolder,  # finished
     batches,  # iterable of Batch dicts of the test set
     unchecked: bool = False,  # as for `evaluate`
 ) -> pd.DataFrame:  # index metric, one column per reading
@@ -147,9 +145,8 @@ def score_test(
     test = predict_batches(run.model, batches, r.classes, r.task).assign(part='test')
     refuse_trained(run.folder, test, unchecked)
     others = run.predictions[run.predictions.part != 'test']
-    run.predictions = pd.concat([others, test], ignore_index=True)
-    write_text(run.folder / 'predictions.csv', run.predictions.to_csv(index=False))
-    write_documents(run)
+    run.write_predictions(pd.concat([others, test], ignore_index=True))
+    run.write_documents()
     return _scores_of(test, r)
 
 # %% ../../nbs/08_train/09_study.ipynb #b7996cba
@@ -163,9 +160,10 @@ def train_fold(
     out,  # folder of this fold's run
     about: dict = None,  # facts for config.json, as `trained_on`
     progress: bool = True,  # show a bar
-    engine: Engine = Engine(),  # how the machine does it
+    engine: Engine | None = None,  # how the machine does it
+    callbacks=(),  # of `Callback`
     **kwargs,  # for `fold_loaders`
-) -> Run:  # with predictions on validation and test set
+) -> RunFolder:  # with predictions on validation and test set
     "Train and test one fold, or go on with it; raises `RunError` for a folder of another run"
     open_run(out, recipe, 'auto', split_hash(cohort), k)
     train, valid, test = fold_loaders(cohort, k, recipe, **kwargs)
@@ -174,7 +172,7 @@ def train_fold(
         about['warnings'] = [*about.get('warnings', []), _BY_SLICE]
     set_seed(recipe.seed)
     model = build_model(recipe)
-    run = fit(model, train, valid, recipe, out, 'auto', about, progress, engine, cohort)
+    run = fit(model, train, valid, recipe, out, 'auto', about, progress, engine, cohort, callbacks)
     if not run.interrupted and test is not None:
         score_test(run, test)
     return run
@@ -212,7 +210,7 @@ def cross_validate(
     split_seed: int = 0,  # seed of the split of a cohort without `fold`
     **kwargs,  # for `fold_loaders`
 ) -> pd.DataFrame:  # index (setting, metric); a column per fold, mean, std
-    "Train each fold, test all on the same patients (Shi et al. 2021, IV-A); finished folds are not trained again"
+    "Train each fold once, test all on the same patients (Shi et al. 2021, IV-A)"
     cohort, out = with_folds(cohort, recipe, split_seed), Path(out)
     if not len(test_part(cohort)):
         raise TrainError(
@@ -228,7 +226,7 @@ def cross_validate(
         run = None if there else train_fold(cohort, k, recipe, folder, about, progress, **kwargs)
         if run and run.interrupted:
             break
-        test = pd.read_csv(folder / 'predictions.csv').query("part=='test'")
+        test = RunFolder(folder).predictions.query("part=='test'")
         scores[f'fold_{k}'] = _scores_of(test, recipe).unstack()
     t = pd.DataFrame(scores)
     t.index.names = ['setting', 'metric']
@@ -241,24 +239,24 @@ def _finished(folder, recipe, split, k):
     "Whether this fold was trained and tested; raises `RunError` for a folder of another run"
     if not open_run(folder, recipe, 'auto', split, k):
         return False
-    p = folder / 'predictions.csv'
-    if read_config(folder)['status'] != 'finished' or not p.exists():
+    run = RunFolder(folder)
+    if run.status != 'finished' or run.predictions.empty:
         return False
-    return bool((pd.read_csv(p).part == 'test').any())
+    return bool((run.predictions.part == 'test').any())
 
 # %% ../../nbs/08_train/09_study.ipynb #4e5e0640
 def train(
-    cohort,  # table of scans or slices, or path that `open_cohort` reads; without `fold` it is split
+    cohort,  # table of scans or slices, or path for `open_cohort`; split if it has no `fold`
     recipe: Recipe,  # how, and which network
     out,  # folder of the run
     fold: int = 0,  # fold that validates
     progress: bool = True,  # show a bar
-    engine: Engine = Engine(),  # how the machine does it
+    engine: Engine | None = None,  # how the machine does it
     about: dict = None,  # facts for config.json
     split_seed: int = 0,  # seed of the split of a cohort without `fold`
-    **kwargs,  # `load`, `root`, `cache`, `workers`
-) -> Run:  # with predictions on validation and test set
-    "Train one network on a cohort, or go on where it was stopped; raises `CohortError`, `SplitError`, `RunError` or `TrainError`"
+    **kwargs,  # `load`, `root`, `cache`, `workers`; `callbacks` for `fit`
+) -> RunFolder:  # with predictions on validation and test set
+    "Train one network on a cohort, or resume it; raises a `DataError` of cohort, split or run"
     named = '' if isinstance(cohort, pd.DataFrame) else Path(cohort).name
     about = dict(trained_on=named) | (about or {})
     cohort = cohort if isinstance(cohort, pd.DataFrame) else open_cohort(cohort)
@@ -273,11 +271,12 @@ def evaluate(
     run,  # folder of a finished run
     cohort,  # table, or path that `open_cohort` reads; patients the run did not learn from
     batch_size: int = 8,  # scans at a time
-    unchecked: bool = False,  # accept patients who cannot be looked up; the result and a warning say so
+    unchecked: bool = False,  # accept patients who cannot be looked up, with a warning
     **kwargs,  # `load`, `root`, `cache`, `workers`
 ) -> pd.DataFrame:  # one row per scan; `.attrs['warnings']`: what has to be said of the result
-    "Answers of a trained network; raises `SplitError` for patients it learned from, `RunError` for the folder"
-    model, r, config = load_run(run)
+    "Answers of a trained network; raises `SplitError` for patients it learned from, or `RunError`"
+    loaded = load_run(run)
+    r = loaded.recipe
     cohort = cohort if isinstance(cohort, pd.DataFrame) else open_cohort(cohort)
     if r.task != 'segment' and r.prep not in PREPS:
         raise RunError(
@@ -286,6 +285,7 @@ def evaluate(
             'Make the same batches and use covid_ct.train.loop.predict_batches.',
         )
     said = refuse_trained(run, cohort, unchecked)
-    found = predict_batches(model, _batches_of(cohort, r, batch_size, **kwargs), r.classes, r.task)
-    found.attrs['warnings'] = [*config.get('warnings', []), *([said] if said else [])]
+    batches = _batches_of(cohort, r, batch_size, **kwargs)
+    found = predict_batches(loaded.model, batches, r.classes, r.task)
+    found.attrs['warnings'] = [*loaded.config.get('warnings', []), *([said] if said else [])]
     return found

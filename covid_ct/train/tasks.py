@@ -60,7 +60,7 @@ def segment_rows(
     batch: dict,  # with `mask` `(B,…)`, class indices
     classes,  # what the values of the mask mean, `(C,)`; the first is the background
 ) -> pd.DataFrame:  # scan_id patient_id, and per class true_<c> found_<c> both_<c> in voxels
-    "Voxels of every class, true, found and both; raises `TaskError` for shapes or values that do not fit"
+    "Voxels of every class, true, found and both; raises `TaskError` for wrong shapes or values"
     if 'mask' not in batch:
         raise TaskError(
             'batch', 'has no mask', 'Segmentation learns from batch["mask"], (B,…) class indices.'
@@ -210,7 +210,8 @@ def dice_figure(
     told = ', '.join(f'{c} {dice_of_counts(counts, c):.2f}' for c in names)
     return set_alt_text(
         fig,
-        f'Dice of each of {len(counts)} images for {len(names)} classes, red line at the median. Means: {told}.',
+        f'Dice of each of {len(counts)} images for {len(names)} classes, red line at the median. '
+        f'Means: {told}.',
     )
 
 # %% ../../nbs/08_train/02_tasks.ipynb #4ec1ecd3

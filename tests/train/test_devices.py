@@ -92,7 +92,8 @@ def test_two_processes_learn_what_one_learns(together, tmp_path, sampler):
     ],
 )
 def test_the_commands_of_the_page(tmp_path, processes, by):
-    "Both launchers, from a script that knows nothing of processes; on processors Accelerate's starts more than one only through MPI"
+    "Both launchers, from a script that knows nothing of processes"
+    # on processors Accelerate's launcher starts more than one process only through MPI
     script = tmp_path / "train.py"
     script.write_text("import sys, two_processes\ntwo_processes.train('uniform', sys.argv[1])\n")
     r = subprocess.run(
@@ -156,32 +157,19 @@ def test_the_package_s_own_command_in_two_processes(tmp_path):
         "batch_size=4",
         'model_kwargs={"classes":3,"depth":32,"width":4,"blocks":[1,1,1,1],"strides":[1,2,2,1]}',
     ]
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 --no-python".split()
+    threads = os.environ.get("OMP_NUM_THREADS", "1")
     r = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            "2",
-            "--no-python",
-            *command,
-        ],
+        [sys.executable, *torchrun, *command],
         capture_output=True,
         text=True,
         timeout=280,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-            "ACCELERATE_USE_CPU": "true",
-        },
+        env={**os.environ, "OMP_NUM_THREADS": threads, "ACCELERATE_USE_CPU": "true"},
     )
     assert not r.returncode, r.stderr[-3000:]
-    c, p, split = (
-        json.loads((tmp_path / "run" / "config.json").read_text()),
-        pd.read_csv(tmp_path / "run" / "predictions.csv"),
-        pd.read_csv(tmp_path / "run" / "split.csv"),
-    )
+    c = json.loads((tmp_path / "run" / "config.json").read_text())
+    p = pd.read_csv(tmp_path / "run" / "predictions.csv")
+    split = pd.read_csv(tmp_path / "run" / "split.csv")
     assert (c["hardware"]["processes"], c["status"]) == (2, "finished")
     for part, fold in (("valid", 0), ("test", -1)):
         assert sorted(p[p.part == part].scan_id) == sorted(split[split.fold == fold].scan_id)

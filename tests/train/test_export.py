@@ -1,4 +1,4 @@
-"Networks for elsewhere: the program and ONNX answer like the network, for each of the zoo and any number of scans"
+"Program and ONNX answer like the network, for each of the zoo and any number of scans"
 
 import numpy as np
 import pytest

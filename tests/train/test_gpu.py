@@ -1,4 +1,4 @@
-"""The four systems on a GPU and in every engine (the GPU's part is skipped without one), and the GPU benchmark's own logic, here."""
+"""The four systems on a GPU, skipped without one, and the logic of the GPU benchmark."""
 
 import json
 import math
@@ -125,7 +125,7 @@ class Rounded(torch.autograd.Function):
 
 
 def round_layers(net):
-    "What bfloat16 does to a network, in float32: weights, inputs and outputs of convolutions and linear layers"
+    "Round weights, inputs and outputs of convolutions and linear layers to bfloat16, in float32"
     kinds = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear
     for m in net.modules():
         if not isinstance(m, kinds):
@@ -136,7 +136,7 @@ def round_layers(net):
 
 
 def gradient(system, device, seed, precision="no", rounded=False, double=False, coarse=False):
-    "Loss and gradient of one training step of an untrained network; `coarse` rounds the image alone"
+    "Loss and gradient of one step of an untrained network; `coarse` rounds the image alone"
     r, shape = small(system)
     net, opt, loss, acc = gpu.prepared(r, device, precision=precision, seed=seed)
     b = gpu.batch_of(r, shape, r.batch_size, device)
@@ -163,11 +163,12 @@ def away(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-# A gradient of an untrained network is no fixed target. In float64, rounding the image alone to bfloat16 moves
-# the gradient of dual_sampling by 10 to 160 %, of prior_attention by 60 to 66 % (four seeds; float32 is within
-# 0.2 %): a sigmoid of slope 100 in the attention loss, norms over few values. Its norm says nothing: on the CPU
-# bfloat16 changes it by -22, -3, +2 and +68 % in dual_sampling. So a bfloat16 step is held against what rounding
-# each layer costs in float32 on the same device, and against the direction, over seeds.
+# A gradient of an untrained network is no fixed target. In float64, rounding the image alone to
+# bfloat16 moves the gradient of dual_sampling by 10 to 160 %, of prior_attention by 60 to 66 %
+# (four seeds; float32 is within 0.2 %): a sigmoid of slope 100 in the attention loss, norms over
+# few values. Its norm says nothing: on the CPU bfloat16 changes it by -22, -3, +2 and +68 % in
+# dual_sampling. So a bfloat16 step is held against what rounding each layer costs in float32 on
+# the same device, and against the direction, over seeds.
 SEEDS = range(4)
 
 
@@ -192,7 +193,7 @@ def test_an_untrained_gradient_follows_the_rounding_of_the_image(system):
     ],
 )
 def test_a_bf16_step_costs_what_rounding_costs(system, device):
-    "The others not on the CPU, whose bfloat16 convolutions in 3-D have wrong gradients on maps of 2×2×2"
+    "Others not on the CPU, whose bfloat16 convolutions have wrong gradients on maps of 2×2×2"
     errors, limits, cosines = [], [], []
     for seed in SEEDS:
         (loss, g), (near, got) = (
@@ -282,25 +283,14 @@ def test_fit_on_a_gpu_resumes_and_is_read_without_one(tmp_path, precision):
         keep="loss",
         precision=precision,
     )
-    run = fit(toy(), blobs(24, 1), blobs(12, 2), r, tmp_path / "a", progress=False)
+    train, valid, often = blobs(24, 1), blobs(12, 2), Engine(save_minutes=0)
+    run = fit(toy(), train, valid, r, tmp_path / "a", progress=False)
     with pytest.raises(OSError):
-        fit(
-            toy(),
-            Cut(blobs(24, 1), 6),
-            blobs(12, 2),
-            r,
-            tmp_path / "b",
-            progress=False,
-            engine=Engine(save_minutes=0),
-        )
-    again = fit(toy(), blobs(24, 1), blobs(12, 2), r, tmp_path / "b", resume=True, progress=False)
-    a, b = (
-        read_tensors(p / "checkpoints" / "last.safetensors")[0] for p in (run.folder, again.folder)
-    )
-    for k in a:
-        assert torch.allclose(a[k], b[k], atol=1e-5), (
-            k
-        )  # atomic sums on a GPU round in another order
+        fit(toy(), Cut(train, 6), valid, r, tmp_path / "b", progress=False, engine=often)
+    again = fit(toy(), train, valid, r, tmp_path / "b", resume=True, progress=False)
+    a, b = run.read_weights("last"), again.read_weights("last")
+    for k in a:  # atomic sums on a GPU round in another order
+        assert torch.allclose(a[k], b[k], atol=1e-5), k
     plain = read_tensors(again.folder / "checkpoints" / "state.safetensors")[1]
     assert (
         run.config["hardware"]["device"] == "cuda"
@@ -308,7 +298,7 @@ def test_fit_on_a_gpu_resumes_and_is_read_without_one(tmp_path, precision):
         and (run.history.peak_memory_mb > 0).all()
         and bool(plain["scaler"]) == (precision == "fp16")
     )
-    model = load_run(run.folder, model=toy())[0]
+    model = load_run(run.folder, model=toy()).model
     assert next(model.parameters()).device.type == "cpu" and np.allclose(
         predict_batches(model, blobs(12, 2)).filter(like="prob_"),
         run.predictions.filter(like="prob_"),
@@ -365,15 +355,9 @@ def test_hours_of_a_protocol():
 
 def test_a_row_of_the_report(monkeypatch):
     "The whole path on the CPU; an engine that fails is told and the others are measured"
-    monkeypatch.setattr(
-        gpu,
-        "ENGINES",
-        {
-            gpu.FIRST: {},
-            "broken": dict(precision="fp8?"),
-            gpu.OURS: dict(precision="bf16", channels_last=True),
-        },
-    )
+    ours = dict(precision="bf16", channels_last=True)
+    engines = {gpu.FIRST: {}, "broken": dict(precision="fp8?"), gpu.OURS: ours}
+    monkeypatch.setattr(gpu, "ENGINES", engines)
     small_one, shape = small("raunet")
     monkeypatch.setattr(gpu, "shape_of", lambda r: shape)
     monkeypatch.setattr("covid_ct.train.recipes.recipe", lambda system, name: small_one)

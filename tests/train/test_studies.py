@@ -17,19 +17,40 @@ seeds = [0, 1]
 [[run]]
 recipe = "darnet/tiny"
 phantoms = { patients = 15, shape = [32, 48, 48] }
-set = { epochs = 1, milestones = [], model_kwargs = { classes = 3, depth = 32, width = 4, blocks = [1,1,1,1], strides = [1,2,2,1] } }
+[run.set]
+epochs = 1
+milestones = []
+[run.set.model_kwargs]
+classes = 3
+depth = 32
+width = 4
+blocks = [1,1,1,1]
+strides = [1,2,2,1]
 [[run]]
 recipe = "dual_sampling/tiny"
 phantoms = { patients = 12, shape = [32, 48, 48], labels = ["cap", "covid"] }
-set = { epochs = 1, milestones = [], model_kwargs = { classes = 2, depth = 24, width = 4, blocks = [1,1,1], strides = [1,1,1] } }
+[run.set]
+epochs = 1
+milestones = []
+[run.set.model_kwargs]
+classes = 2
+depth = 24
+width = 4
+blocks = [1,1,1]
+strides = [1,1,1]
 [[run]]
 recipe = "raunet/tiny"
 phantoms = { n = 20, size = 33 }
-set = { epochs = 1, model_kwargs = { widths = [4,8], cardinality = 2, chunk = 16, heads = 1, rounds = 1 } }
+[run.set]
+epochs = 1
+model_kwargs = { widths = [4,8], cardinality = 2, chunk = 16, heads = 1, rounds = 1 }
 [[run]]
 recipe = "prior_attention/tiny"
 phantoms = { patients = 30, shape = [32, 48, 48] }
-set = { epochs = 1, model_kwargs = { depth = 32, width = 4, blocks = [1,1,1,1], hidden = 16 }, sampler_kwargs = { composition = { healthy = 4, ild = 3, covid = 3 }, batches = 2 } }
+[run.set]
+epochs = 1
+model_kwargs = { depth = 32, width = 4, blocks = [1,1,1,1], hidden = 16 }
+sampler_kwargs = { composition = { healthy = 4, ild = 3, covid = 3 }, batches = 2 }
 """
 
 
@@ -105,11 +126,13 @@ def test_what_cannot_be_carried_out_is_said(tmp_path):
 
 
 def test_a_search_by_optuna(tmp_path):
-    "What is suggested is what is trained, what is told is what was reached, and a search goes on without training twice"
+    "It trains what was suggested, returns what was reached, and resumes without training twice"
     optuna = pytest.importorskip("optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     e = read_study(
-        'name = "search"\n[[run]]\nrecipe = "raunet/tiny"\nphantoms = { n = 12, size = 17 }\nset = { epochs = 1, model_kwargs = { widths = [4,8], cardinality = 2, chunk = 16, heads = 1, rounds = 1 } }'
+        'name = "search"\n[[run]]\nrecipe = "raunet/tiny"\nphantoms = { n = 12, size = 17 }\n'
+        '[run.set]\nepochs = 1\nmodel_kwargs = '
+        '{ widths = [4,8], cardinality = 2, chunk = 16, heads = 1, rounds = 1 }'
     ).runs[0]
 
     def space(trial):
@@ -127,10 +150,9 @@ def test_a_search_by_optuna(tmp_path):
             load_if_exists=True,
         )
 
-    ask(1).optimize(studies.search_objective(e, space, tmp_path / "out", folds=2), n_trials=2)
-    ask(2).optimize(
-        studies.search_objective(e, space, tmp_path / "out", folds=2), n_trials=1
-    )  # another day; with the same seed it would ask the same again
+    value = studies.search_objective(e, space, tmp_path / "out", folds=2)
+    ask(1).optimize(value, n_trials=2)
+    ask(2).optimize(value, n_trials=1)  # another day; with the same seed it would ask the same
     search = ask()
     assert len(search.trials) == 3 and len({t.params["lr"] for t in search.trials}) == 3
     for t in search.trials:
