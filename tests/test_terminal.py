@@ -350,7 +350,7 @@ def test_an_option_that_is_recommended_exists():
         for text, where in remedies(module):
             for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
                 assert option in every, f"{where}: {text}"
-            if module.name in ("io.py", "dicom.py"):
+            if module.parent.name == "io":
                 for argument in re.findall(r"\b(?:pass|Pass|with) (\w+)=", text):
                     named.setdefault(argument, where)
     assert {"allow_unknown_geometry", "tilt", "series", "overwrite"} <= set(named)
