@@ -196,6 +196,138 @@ def _fetch(a):
 
     print(fetch(a.name, a.out, progress=True))
 
+# %% ../nbs/14_cli.ipynb #group000
+def _grouped(a, recipe):
+    "The cohort as a table; raises `DataError` where it, or the task, knows no such groups"
+    from covid_ct.cohort.adapters import open_cohort
+
+    if recipe.task != 'classify':
+        raise DataError('--by', f'is for classifiers ({recipe.system})', 'Leave it out.')
+    cohort = _cohort(a)
+    cohort = open_cohort(cohort) if cohort is a.path else cohort
+    if a.by not in cohort:
+        raise DataError('--by', f'no column {a.by!r}', f'Use one of {", ".join(cohort)}.')
+    return cohort
+
+# %% ../nbs/14_cli.ipynb #explain00
+_METHODS = {
+    'CAM': 'cam',
+    'contrast-CAM': 'contrast_cam',
+    'Grad-CAM': 'grad_cam',
+    'Grad-CAM++': 'grad_cam_pp',
+    'integrated-gradients': 'integrated_gradients',
+    'SmoothGrad': 'smooth_grad',
+    'occlusion': 'occlusion',
+}  # word on the command line → function of `explain.cam` or `explain.attribution`
+
+
+def _method_of(name):
+    "What `explain.cam.explain` takes: a key of `CAM_METHODS`, or a function"
+    from covid_ct.explain.cam import CAM_METHODS
+
+    key = name.replace('contrast-', 'contrast ')
+    if key in CAM_METHODS:
+        return key
+    from covid_ct.explain import attribution
+
+    return getattr(attribution, _METHODS[name])
+
+
+def _check_map(heat, model, ready, label, lungs, scan):
+    "Mean probability of a class as a map's voxels are taken out or put in, beside two baselines"
+    import pandas as pd
+    import torch
+
+    from covid_ct.explain.cam import baseline_maps
+    from covid_ct.explain.faithfulness import curve_area, deletion
+
+    image = torch.tensor(ready.voxels)[None, None]
+    maps = {heat.method: heat, **baseline_maps(scan, lungs)}
+    rows = []
+    for name, m in maps.items():
+        values = ready.forward(m.values, fraction=True)
+        removed = deletion(model, image, values, label)
+        added = deletion(model, image, values, label, insert=True)
+        rows.append(dict(map=name, deletion=curve_area(removed), insertion=curve_area(added)))
+    return pd.DataFrame(rows)
+
+# %% ../nbs/14_cli.ipynb #explain01
+def _classifier(folder):
+    "Network and recipe of a run that names scans"
+    from covid_ct.preprocess.resample import PREPS
+    from covid_ct.train.loop import load_run
+
+    model, recipe, _ = load_run(folder)
+    if recipe.task != 'classify' or recipe.prep not in PREPS:
+        raise DataError(
+            folder,
+            f'holds no network that names whole scans ({recipe.system})',
+            'Give the run folder of a classifier.',
+        )
+    return model.eval(), recipe, PREPS[recipe.prep]
+
+
+def _label_of(asked, classes, model, ready):
+    "The class that was asked for, else the predicted one"
+    import torch
+
+    if asked is None:
+        with torch.no_grad():
+            return classes[int(model(torch.tensor(ready.voxels)[None, None]).argmax())]
+    if asked not in classes:
+        raise DataError('--label', f'no class {asked!r}', f'Choose one of {", ".join(classes)}.')
+    return asked
+
+
+def _explain_report(scan, heat, table):
+    "The map on the scan, and its checks, as a page"
+    from covid_ct.widgets.html import HtmlReport
+    from covid_ct.widgets.overlay import overlay
+
+    r = HtmlReport(
+        scan.scan_id or 'A scan',
+        f'{heat.method}: what argues for {heat.label} in a trained network.',
+    )
+    r.note('For teaching and research, not for clinical use.')
+    if table is not None:
+        r.section('Checks', _CHECKS).table(table)
+    return r.section('Map').html(overlay(scan, maps=[heat]).frame())
+
+# %% ../nbs/14_cli.ipynb #explain02
+_CHECKS = (
+    'Mean probability of the class while the voxels that a map ranks highest are removed (lower '
+    'is better) or added (higher is better). Two maps that never saw a network are beside it.'
+)
+
+
+def _explain(a):
+    from covid_ct.explain.cam import explain
+    from covid_ct.io.read import read, write_map
+    from covid_ct.preprocess.lungs import lung_mask
+    from covid_ct.preprocess.resample import prepare
+
+    model, recipe, prep = _classifier(a.run_folder)
+    scan = read(a.path, series=a.series, **_how(a))
+    ready = prepare(scan, prep, lungs=lung_mask)
+    classes = tuple(recipe.classes)
+    label = _label_of(a.label, classes, model, ready)
+    heat = explain(model, ready, scan, label, _method_of(a.method), classes)
+    table = None
+    if a.check:
+        table = _check_map(heat, model, ready, classes.index(label), lung_mask(scan), scan)
+    write_map(heat, scan, a.out, overwrite=a.overwrite)
+    if a.report:
+        _explain_report(scan, heat, table).write(a.report)
+    _warn(scan.remarks)
+    if a.json:
+        checks = None if table is None else table.to_dict('records')
+        found = dict(file=a.out, label=label, method=heat.method, checks=checks)
+        print(json.dumps(found, indent=1))
+        return
+    print(f'{heat.method} for {label} in {Path(a.out).name}')
+    if table is not None:
+        print(table.round(3).to_string(index=False))
+
 # %% ../nbs/14_cli.ipynb #3c00a337
 def _recipe(a):
     "The recipe that was named, changed as asked"
@@ -251,17 +383,49 @@ def _evaluate(a):
     from covid_ct.train.tasks import TASKS
 
     r = from_dict(read_config(a.run_folder)['recipe'])
-    found = evaluate(
-        a.run_folder, _cohort(a), unchecked=a.unchecked, workers=a.workers, **_cache(a)
-    )
+    cohort = _grouped(a, r) if a.by else _cohort(a)
+    found = evaluate(a.run_folder, cohort, unchecked=a.unchecked, workers=a.workers, **_cache(a))
     if a.out:
         write_text(a.out, found.to_csv(index=False))
     _warn(found.attrs['warnings'])
-    table = TASKS[r.task].table(found, r.classes, positive_class(r))
+    table, groups = TASKS[r.task].table(found, r.classes, positive_class(r)), None
+    if r.task == 'classify':
+        table = _with_calibration(table, found, positive_class(r))
+    if a.by:
+        groups = _by_group(found, cohort, a.by, positive_class(r))
     if a.json:
-        print(table.to_json(orient='records', indent=1))
+        rows = [json.loads(t.to_json(orient='records')) for t in (table, groups) if t is not None]
+        print(json.dumps([row for some in rows for row in some], indent=1))
     else:
         print(table.round(3).to_string(index=False))
+        if groups is not None:
+            print(groups.round(3).to_string(index=False))
+
+
+def _with_calibration(table, found, positive):
+    "One row more: the expected calibration error, and what it would be by chance alone"
+    import pandas as pd
+
+    from covid_ct.evaluate.calibration import ece, ece_floor
+
+    prob = found[f'prob_{positive}'].to_numpy(float)
+    floor = ece_floor(prob)
+    by_chance = f'{floor.value:.3f} ({floor.low:.3f} … {floor.high:.3f})'
+    row = dict(
+        metric='ECE',
+        value=ece((found.label == positive).to_numpy(), prob),
+        note=f'{positive} against the rest; of a calibrated network {by_chance}',
+    )
+    return pd.concat([table, pd.DataFrame([row])], ignore_index=True)
+
+
+def _by_group(found, cohort, by, positive):
+    "Metrics of every group that a column of the cohort names"
+    from covid_ct.evaluate.calibration import subgroups
+
+    column = cohort.assign(scan_id=cohort.scan_id.astype(str)).set_index('scan_id')[by]
+    found = found.assign(**{by: found.scan_id.astype(str).map(column)})
+    return subgroups(found, by, positive).rename(columns=dict(measure='metric'))
 
 # %% ../nbs/14_cli.ipynb #9af00bf5
 def _study(a):
@@ -401,6 +565,27 @@ def _of_scans(add):
     p = add('predict', _predict, 'probabilities and attention of a trained network', _SCAN)
     _run_in(p)
     _page_out(p)
+    _of_maps(add)
+    _of_masks(add)
+
+
+def _of_maps(add):
+    "The command that explains an answer"
+    p = add('explain', _explain, 'write a heat-map of a trained network, and check it', _SCAN)
+    _run_in(p)
+    p.add_argument('--method', default='CAM', choices=tuple(_METHODS), help='default: CAM')
+    p.add_argument('--label', help='class to argue for; default: the predicted one')
+    p.add_argument(
+        '--check', action='store_true', help='deletion and insertion, beside baseline maps'
+    )
+    p.add_argument('--out', required=True, help='file for the map, as map.nii.gz')
+    p.add_argument('--overwrite', action='store_true', help='replace the file if it exists')
+    p.add_argument('--report', help='page to write')
+    writes(p, out='mask', report='page')
+
+
+def _of_masks(add):
+    "The command that measures masks"
     p = add(
         'burden', _burden, 'infected volume and CT severity score, lobe by lobe, from masks', _SCAN
     )
@@ -498,6 +683,11 @@ def _of_training(add):
     )
     p.add_argument('--trackers', nargs='*', default=(), help='as tensorboard')
     _stored(p)
+    _of_evaluation(add)
+
+
+def _of_evaluation(add):
+    "The command that measures a run"
     p = add(
         'evaluate', _evaluate, 'answers and metrics of a trained network on other patients', _COHORT
     )
@@ -510,6 +700,7 @@ def _of_training(add):
     )
     writes(p, out='file')
     _stored(p)
+    p.add_argument('--by', metavar='COLUMN', help='also by groups of the cohort, as scanner')
 
 # %% ../nbs/14_cli.ipynb #9985e3b3
 def _of_runs(add):
@@ -534,6 +725,15 @@ def _of_runs(add):
     p.add_argument(
         '--draws', type=whole(1), default=1000, help='resampled cohorts, and random swaps'
     )
+    _of_cases(add)
+    p = add('export', _export, 'write a trained network as ONNX', 'run folder', js=False)
+    p.add_argument('out', help='file, as model.onnx')
+    writes(p, out='model')
+    p.add_argument('--which', choices=('best', 'last'), default='best', help='weights')
+
+
+def _of_cases(add):
+    "The command that shows cases"
     p = add(
         'cases',
         _cases,
@@ -560,10 +760,6 @@ def _of_runs(add):
         help='cases that carry a small copy of their scan in the page',
     )
     p.add_argument('--no-notes', action='store_true', help='leave out what readers wrote')
-    p = add('export', _export, 'write a trained network as ONNX', 'run folder', js=False)
-    p.add_argument('out', help='file, as model.onnx')
-    writes(p, out='model')
-    p.add_argument('--which', choices=('best', 'last'), default='best', help='weights')
 
 # %% ../nbs/14_cli.ipynb #f6efdbfd
 class _Version(argparse.Action):

@@ -53,7 +53,7 @@ def exercise(
     kind: str,  # a key of `_KINDS`
     hints,  # str or list of str, at least one, the gentlest first
 ) -> Callable:  # decorator that registers a judge and returns it
-    "Register the judge of an exercise; running the cell again keeps the attempts. Raises `CourseError`"
+    "Register the judge of an exercise; running it again keeps the attempts. Raises `CourseError`"
     hints = (hints,) if isinstance(hints, str) else tuple(hints)
     if kind not in _KINDS:
         raise CourseError(
@@ -110,7 +110,8 @@ class Verdict:
         sign, edge = ('✓', '#0072b2') if self.right else ('○', '#d55e00')
         said = re.sub('`([^`]+)`', r'<code>\1</code>', html.escape(self.said))
         return (
-            f'<div role="status" style="border-left:.4em solid {edge};padding:.3em .8em;margin:.3em 0">{html.escape(self.name)} · {self.kind}: '
+            f'<div role="status" style="border-left:.4em solid {edge};padding:.3em .8em;'
+            f'margin:.3em 0">{html.escape(self.name)} · {self.kind}: '
             f'<strong>{sign} {self.word}</strong>' + (f'<br>{said}' if said else '') + '</div>'
         )
 
@@ -194,7 +195,7 @@ def check(
     name: str,  # of the exercise, `4.1`
     answer,  # the student's
 ) -> Verdict:  # shown where it is the last line of a cell
-    "Judge an answer and count the attempt; `...` and `None` are none. Raises `CourseError` for an unknown exercise"
+    "Judge an answer and count the attempt, not `...` or `None`; raises `CourseError`"
     one = find_exercise(name)
     tried = not _unanswered(answer)
     right, fits = _judged(one, answer) if tried else (False, '')
@@ -210,7 +211,7 @@ def solution(
     name: str,  # of the exercise
     answer,  # the author's
 ) -> Verdict:  # always right
-    "Judge the solution of a lesson; it counts for nobody. Raises `CourseError` where the judge refuses it"
+    "Judge the solution of a lesson, for nobody's count; raises `CourseError` where it is refused"
     one = find_exercise(name)
     right, fits = (False, 'it is missing') if _unanswered(answer) else _judged(one, answer)
     if not right:
@@ -234,8 +235,8 @@ def scores() -> pd.DataFrame:  # one row per exercise of this notebook: `kind at
 # %% ../nbs/15_course.ipynb #4872b7d5
 def class_progress(
     files,  # paths, or a dict name → path; one file for each student
-) -> pd.DataFrame:  # a row for each student, a column for each exercise: attempts until solved, 0 tried in vain, nan not tried
-    "Who solved what, from the files named in `COVID_CT_COURSE`; raises `CourseError` for a file that is none"
+) -> pd.DataFrame:  # students × exercises: attempts until solved, 0 tried in vain, nan not tried
+    "Who solved what, from the files of `COVID_CT_COURSE`; raises `CourseError` for another file"
     files = files if isinstance(files, dict) else {Path(f).stem: f for f in files}
     table = {}
     for who, file in files.items():
@@ -362,7 +363,7 @@ def _for_students(
     notebook: str,  # text of an `.ipynb` file
     solutions: bool = True,  # keep them, folded
 ) -> str:  # text of the notebook that students get
-    "A lesson without outputs, its judges and solutions folded for JupyterLab, its links leading somewhere"
+    "A lesson without outputs, judges and solutions folded for JupyterLab, links leading somewhere"
     nb = json.loads(notebook)
     cells = []
     for c in nb['cells']:

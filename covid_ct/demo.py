@@ -205,7 +205,7 @@ def attention_energy(
 def energy_table(
     energy: pd.DataFrame,  # from `attention_energy`
 ) -> pd.DataFrame:  # index map, columns share, low, high
-    "Mean share of energy inside the lesions, with intervals over patients; the last rows are paired differences"
+    "Mean share of energy in the lesions, intervals over patients; last rows: paired differences"
 
     def mean(f):
         return lambda t, w: w @ f(t) / w.sum(1)
@@ -285,9 +285,64 @@ def _case_view(
     )
 
 # %% ../nbs/13_demo.ipynb #adc70b39
-_ROOM = 'Three are not enough to learn from. The reading room has all {} scans of the test set to sort and to filter, worst first, and some of them with their maps.'
+_NOTE = (
+    '**Phantoms, not patients.** The scans are drawn by a program, and the numbers say nothing '
+    'about people. For teaching and research, not for clinical use.'
+)
+_HOW_GOOD = (
+    'Two readings: COVID-19 against everything else, and the mean over the three classes. '
+    'Intervals resample patients, not scans.'
+)
+_COMPARED = (
+    'AUC for COVID-19 of classifiers that see no pattern, only summary numbers of the scan. '
+    'The network has to be better than these.'
+)
+_ENERGY = (
+    "Share of a map's energy inside the lesions, over the COVID-19 scans of the test set. "
+    "The lung mask's share is the infection ratio itself."
+)
+_EVERY_CASE = (
+    'Three are not enough to learn from. The reading room has all {} scans of the test set to '
+    'sort and to filter, worst first, and some of them with their maps.'
+)
+
+# %% ../nbs/13_demo.ipynb #add0re50
+def _add_results(r, test, run, table, share) -> None:
+    "Numbers to see first, metrics and figures of the test set"
+    predictions, classes = run.predictions[run.predictions.part == 'test'], run.recipe.classes
+    value = table[(table.metric == 'AUC')].iloc[0]
+    r.facts(
+        {
+            'AUC, COVID against the rest': f'{value.value:.3f}',
+            '95 % interval over patients': f'{value.low:.3f} … {value.high:.3f}',
+            'scans / patients in the test set': f'{len(test)} / {test.patient_id.nunique()}',
+            'of the attention lies in true lesions': f'{share:.0%}',
+        }
+    )
+    r.section('How good is it?', _HOW_GOOD)
+    r.table(
+        table.drop(columns='note'),
+        f'Test set: {len(test)} scans of {test.patient_id.nunique()} patients',
+    )
+    for fig in (
+        roc_figure(predictions, 'covid', classes),
+        confusion_figure(predictions, classes),
+        history_figure(run),
+    ):
+        r.figure(fig, fig.alt)
 
 
+def _add_origin(r, cohort, recipe) -> None:
+    "Patients of each part, and the recipe"
+    n = cohort.groupby(
+        cohort.fold.map(lambda f: 'test' if f < 0 else 'validation' if f == 0 else 'training')
+    ).agg(scans=('scan_id', 'size'), patients=('patient_id', 'nunique'))
+    r.section('How it was made').table(n.rename_axis('part')).text(
+        f'Recipe `{recipe.system}/{recipe.name}`, {recipe.epochs} epochs, '
+        f'batch {recipe.batch_size}, seed {recipe.seed}.'
+    )
+
+# %% ../nbs/13_demo.ipynb #wr17e000
 def _write_report(
     out,  # HTML file
     cohort: pd.DataFrame,  # on disk, with `fold`
@@ -299,59 +354,22 @@ def _write_report(
 ) -> Path:  # the file
     "The demo's report"
     predictions, recipe = run.predictions[run.predictions.part == 'test'], run.recipe
-    table = metrics_table(predictions, recipe.classes)
-    value = table[(table.metric == 'AUC')].iloc[0]
-    e = energy_table(energy)
-    test = cohort[cohort.fold < 0]
+    test, e = cohort[cohort.fold < 0], energy_table(energy)
     r = HtmlReport(
         'DARNet tiny on phantom patients',
         'A small network, trained on this machine a moment ago, tested on patients it never saw.',
     )
-    r.note(
-        '**Phantoms, not patients.** The scans are drawn by a program, and the numbers say nothing about people. For teaching and research, not for clinical use.'
-    )
-    r.facts(
-        {
-            'AUC, COVID against the rest': f'{value.value:.3f}',
-            '95 % interval over patients': f'{value.low:.3f} … {value.high:.3f}',
-            'scans / patients in the test set': f'{len(test)} / {test.patient_id.nunique()}',
-            'of the attention lies in true lesions': f"{e.share['CAM']:.0%}",
-        }
-    )
-    r.section(
-        'How good is it?',
-        'Two readings: COVID-19 against everything else, and the mean over the three classes. Intervals resample patients, not scans.',
-    )
-    r.table(
-        table.drop(columns='note'),
-        f'Test set: {len(test)} scans of {test.patient_id.nunique()} patients',
-    )
-    for fig in (
-        roc_figure(predictions, 'covid', recipe.classes),
-        confusion_figure(predictions, recipe.classes),
-        history_figure(run),
-    ):
-        r.figure(fig, fig.alt)
-    r.section(
-        'Compared with what?',
-        'AUC for COVID-19 of classifiers that see no pattern, only summary numbers of the scan. The network has to be better than these.',
-    ).table(plain)
-    r.section(
-        'Does it look at the disease?',
-        "Share of a map's energy inside the lesions, over the COVID-19 scans of the test set. The lung mask's share is the infection ratio itself.",
-    ).table(e)
+    r.note(_NOTE)
+    _add_results(r, test, run, metrics_table(predictions, recipe.classes), e.share['CAM'])
+    r.section('Compared with what?', _COMPARED).table(plain)
+    r.section('Does it look at the disease?', _ENERGY).table(e)
     for name, case in _pick_cases(predictions, recipe.classes).items():
         _case_view(r, name, case, cohort, root, run)
     if room:
-        r.section('Every case', _ROOM.format(len(test))).html(
+        r.section('Every case', _EVERY_CASE.format(len(test))).html(
             f'<p><a href="{html.escape(room)}">Open the reading room</a></p>'
         )
-    n = cohort.groupby(
-        cohort.fold.map(lambda f: 'test' if f < 0 else 'validation' if f == 0 else 'training')
-    ).agg(scans=('scan_id', 'size'), patients=('patient_id', 'nunique'))
-    r.section('How it was made').table(n.rename_axis('part')).text(
-        f'Recipe `{recipe.system}/{recipe.name}`, {recipe.epochs} epochs, batch {recipe.batch_size}, seed {recipe.seed}.'
-    )
+    _add_origin(r, cohort, recipe)
     return r.write(out)
 
 # %% ../nbs/13_demo.ipynb #000fcccd
@@ -362,7 +380,7 @@ def run_demo(
     seed: int = 0,  # of cohort and training
     jobs: int = 2,  # processes that write and prepare scans
 ) -> Path:  # the report; beside it lies `cases.html`, the reading room
-    "The main job: phantom cohort → DARNet tiny → test set → CAM against the lesions → reading room → report"
+    "Phantom cohort → DARNet tiny → test set → CAM against the lesions → reading room → report"
     out = Path(out)
     scans = out / 'scans'
     r = change(

@@ -250,6 +250,7 @@ def test_train_evaluate_export(capsys, tmp_path):
     )
     code, _, err = run(capsys, "evaluate", tmp_path / "c" / "cohort.csv", "--run", tmp_path / "run")
     assert code == 2 and "patient" in err and err.count("\n") == 1
+    explains_and_groups(capsys, tmp_path, other)
     pytest.importorskip("onnxruntime")
     assert (
         run(capsys, "export", tmp_path / "run", tmp_path / "m.onnx")[0] == 0
@@ -263,6 +264,49 @@ def test_train_evaluate_export(capsys, tmp_path):
     ):
         code, _, err = run(capsys, "train", tmp_path / "c" / "cohort.csv", tmp_path / "new", *bad)
         assert code == 2 and err.count("\n") == 1 and not (tmp_path / "new").exists()
+
+
+def explains_and_groups(capsys, tmp_path, other):
+    "The run of the test above: calibration, subgroups, and maps by several methods with their checks"
+    table, scan = tmp_path / "other" / "cohort.csv", tmp_path / "scan.nii.gz"
+    groups = pd.read_csv(table).assign(scanner=["A", "A", "B"])
+    groups.to_csv(table, index=False)
+    run_of = ["--run", tmp_path / "run", "--json"]
+    code, out, _ = run(capsys, "evaluate", table, *run_of, "--by", "scanner")
+    rows = json.loads(out)
+    ece = next(r for r in rows if r["metric"] == "ECE")
+    assert code == 0 and 0 <= ece["value"] <= 1 and "calibrated" in ece["note"]
+    assert {r["group"] for r in rows if "group" in r} == {"A", "B"}
+    code, out, err = run(capsys, "evaluate", table, *run_of, "--by", "weather")
+    assert code == 2 and not out and "weather" in err and err.count("\n") == 1
+    write_scan(make_phantom("covid", seed=3, shape=(32, 48, 48)).scan, scan)
+    for method in ("CAM", "Grad-CAM", "integrated-gradients"):
+        to = tmp_path / f"{method}.nii.gz"
+        extra = ["--check", "--report", tmp_path / "map.html"] if method == "CAM" else []
+        code, out, _ = run(
+            capsys,
+            "explain",
+            scan,
+            *run_of,
+            "--method",
+            method,
+            "--label",
+            "covid",
+            "--out",
+            to,
+            *extra,
+        )
+        found, heat = json.loads(out), sitk.ReadImage(str(to))
+        assert code == 0 and found["label"] == "covid"
+        assert np.allclose(heat.GetSpacing(), sitk.ReadImage(str(scan)).GetSpacing())
+        assert sitk.GetArrayFromImage(heat).max() <= 1
+        if extra:
+            assert [c["map"] for c in found["checks"]] == ["CAM", "centre", "lungs"]
+            assert all(0 <= c[k] <= 1 for c in found["checks"] for k in ("deletion", "insertion"))
+    assert (tmp_path / "map.html").stat().st_size > 10_000
+    bad = tmp_path / "bad.nii.gz"
+    code, _, err = run(capsys, "explain", scan, *run_of, "--label", "flu", "--out", bad)
+    assert code == 2 and "flu" in err and err.count("\n") == 1 and not bad.exists()
 
 
 def test_report(capsys, tmp_path):

@@ -24,7 +24,7 @@ from covid_ct.train.recipes import change, recipe
 from covid_ct.widgets.terminal import UsageError, as_options, options_of
 
 LIB = Path(covid_ct.__file__).parent
-OF_SCANS = ("inspect", "lungs", "segment", "predict", "burden")
+OF_SCANS = ("inspect", "lungs", "segment", "predict", "explain", "burden")
 OF_COHORTS = ("audit", "prepare", "train", "evaluate")
 SMALL = {"classes": 3, "depth": 32, "width": 4, "blocks": [1, 1, 1, 1], "strides": [1, 2, 2, 1]}
 
@@ -350,13 +350,13 @@ def test_an_option_that_is_recommended_exists():
         for text, where in remedies(module):
             for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
                 assert option in every, f"{where}: {text}"
-            if module.name in ("io.py", "dicom.py"):
+            if module.parent.name == "io":
                 for argument in re.findall(r"\b(?:pass|Pass|with) (\w+)=", text):
                     named.setdefault(argument, where)
     assert {"allow_unknown_geometry", "tilt", "series", "overwrite"} <= set(named)
     for argument in set(named) - {"units"}:  # a unit is a column of a cohort
         option = "--" + argument.replace("_", "-")
-        for c in {"overwrite": ("lungs", "segment"), "series": OF_SCANS}.get(argument, commands):
+        for c in {"overwrite": ("lungs", "segment", "explain"), "series": OF_SCANS}.get(argument, commands):
             assert option in options_of(ap, c), f"{named[argument]}: covid-ct {c} has no {option}"
 
 

@@ -109,18 +109,10 @@ def _check_predictions(
         )
     return t
 
-# %% ../../nbs/12_widgets/05_cases.ipynb #33f538bb
-def case_table(
-    predictions,  # one table of `read_predictions`, or a list of them on the same scans
-    about=None,  # table with `scan_id` and any of `infection_ratio outside_lung outside_lesion`, all in [0,1]
-) -> pd.DataFrame:  # one row a scan; probabilities are means over the networks
-    "Loss, margin and disagreement of every case (@eq-split); raises `CaseError` for networks that saw other scans"
-    tables = [
-        _check_predictions(t).set_index('scan_id')
-        for t in ([predictions] if isinstance(predictions, pd.DataFrame) else predictions)
-    ]
+# %% ../../nbs/12_widgets/05_cases.ipynb #1d5e77b0
+def _stack_probabilities(tables) -> tuple:
+    "Names of the columns, and probabilities `(networks, scans, classes)` of the same scans"
     probs = [c for c in tables[0] if c.startswith('prob_')]
-    classes = np.array([c[5:] for c in probs])
     for t in tables[1:]:
         if [c for c in t if c.startswith('prob_')] != probs or set(t.index) != set(tables[0].index):
             raise CaseError(
@@ -128,7 +120,20 @@ def case_table(
                 'are of other scans or classes than the first ones',
                 'Open networks together only where they answered the same question.',
             )
-    p = np.stack([t.loc[tables[0].index, probs].to_numpy(float) for t in tables])
+    return probs, np.stack([t.loc[tables[0].index, probs].to_numpy(float) for t in tables])
+
+# %% ../../nbs/12_widgets/05_cases.ipynb #33f538bb
+def case_table(
+    predictions,  # one table of `read_predictions`, or a list of them on the same scans
+    about=None,  # table with `scan_id` and any of `_MEASURES`, all in [0,1]
+) -> pd.DataFrame:  # one row a scan; probabilities are means over the networks
+    "Loss, margin and disagreement of every case, @eq-split; raises `CaseError` for other scans"
+    tables = [
+        _check_predictions(t).set_index('scan_id')
+        for t in ([predictions] if isinstance(predictions, pd.DataFrame) else predictions)
+    ]
+    probs, p = _stack_probabilities(tables)
+    classes = np.array([c[5:] for c in probs])
     mean = p.mean(0)
     order = np.sort(mean, 1)
     out = tables[0][['patient_id', 'label']].assign(
@@ -172,51 +177,44 @@ class Rules:
     def flags(self, t: pd.DataFrame) -> dict:  # name → (words, bool array)
         "Every filter that the columns of a table allow"
         wrong = (t.predicted != t.label).to_numpy()
-
-        def get(c):
-            return t.get(c, pd.Series(np.nan, t.index)).to_numpy(float)
-
-        ratio, lung, lesion = map(get, _MEASURES)
+        sure, doubtful = (t.sure >= self.sure).to_numpy(), (t.margin < self.doubt).to_numpy()
+        words = f'wrong with a probability of {self.sure:g} or more'
+        apart = f'first and second class less than {self.doubt:g} apart'
         out = {
             'wrong': ('the answer is not the label', wrong),
-            'confident and wrong': (
-                f'wrong with a probability of {self.sure:g} or more',
-                wrong & (t.sure >= self.sure).to_numpy(),
-            ),
-            'doubtful': (
-                f'first and second class less than {self.doubt:g} apart',
-                (t.margin < self.doubt).to_numpy(),
-            ),
-            'looks outside the lung': (
-                f'{self.outside:.0%} or more of the attention lies outside the lung',
-                lung >= self.outside,
-            ),
-            'misses the lesions': (
-                'less of the attention lies in the lesions than a map of the whole lung would have there',
-                lesion > 1 - ratio,
-            ),
-            'small infection': (
-                f'infected, but less than {self.small:.0%} of the lungs',
-                (ratio > 0) & (ratio < self.small),
-            ),
-            'networks disagree': (
-                'the networks do not give the same answer',
-                (t.votes > 1).to_numpy(),
-            ),
+            'confident and wrong': (words, wrong & sure),
+            'doubtful': (apart, doubtful),
         }
-        known = {
-            'looks outside the lung': lung,
-            'misses the lesions': lesion + ratio,
-            'small infection': ratio,
-            'networks disagree': np.where(t.disagree > 0, 1.0, np.nan),
-        }
-        return {k: v for k, v in out.items() if k not in known or np.isfinite(known[k]).any()}
+        for name, words, on, known in self._where_known(t):
+            if np.isfinite(known).any():
+                out[name] = words, on
+        return out
+
+    def _where_known(self, t) -> list:
+        "Filters on what only some tables know: name, words, bool array, values that must be there"
+        ratio, lung, lesion = (
+            t.get(c, pd.Series(np.nan, t.index)).to_numpy(float) for c in _MEASURES
+        )
+        outside = f'{self.outside:.0%} or more of the attention lies outside the lung'
+        missed = (
+            'less of the attention lies in the lesions than a map of the whole lung would have '
+            'there'
+        )
+        small = f'infected, but less than {self.small:.0%} of the lungs'
+        apart, votes = 'the networks do not give the same answer', (t.votes > 1).to_numpy()
+        several = np.where(t.disagree > 0, 1.0, np.nan)
+        return [
+            ('looks outside the lung', outside, lung >= self.outside, lung),
+            ('misses the lesions', missed, lesion > 1 - ratio, lesion + ratio),
+            ('small infection', small, (ratio > 0) & (ratio < self.small), ratio),
+            ('networks disagree', apart, votes, several),
+        ]
 
 # %% ../../nbs/12_widgets/05_cases.ipynb #4c5ae4ce
 def roc_points(
     t: pd.DataFrame,  # from `case_table`
     positive: str,  # class against the rest
-) -> list:  # `[threshold, 1 − specificity, sensitivity]` from strict to lenient; empty where one side has no case
+) -> list:  # `[threshold, 1 − specificity, sensitivity]`, strict first; empty without both sides
     "The ROC curve as a list of thresholds"
     y, p = (t.label == positive).to_numpy(), t[f'prob_{positive}'].to_numpy()
     if y.all() or not y.any():
@@ -289,7 +287,7 @@ def write_index(
     about: pd.DataFrame,  # one row a case: `scan_id` and `_MEASURES`
     thumbs: np.ndarray,  # `(N,72,72,3)` uint8, in the order of the rows
 ) -> Path:  # the folder
-    "Keep measures and thumbnails; the table is written last, so that it never promises more than there is"
+    "Keep measures and thumbnails; the table is written last and never promises what is not there"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     f = io.BytesIO()
@@ -345,7 +343,7 @@ class NoteConflict(CaseError):
 
 @contextmanager
 def _alone(path, wait: float = 5.0):
-    "Hold `path` by a lock file beside it; one that a crash left behind is removed after half a minute"
+    "Hold `path` by a lock file beside it; one left by a crash is removed after half a minute"
     lock, end = Path(f'{path}.lock'), time.monotonic() + wait
     while True:
         try:
@@ -367,7 +365,7 @@ def _alone(path, wait: float = 5.0):
 
 # %% ../../nbs/12_widgets/05_cases.ipynb #1777bb7a
 class Notes:
-    "Notes on cases in one JSON file: scan id → text, by whom, when. Raises `CaseError`, and `NoteConflict` rather than overwrite"
+    "Notes on cases in one JSON file: text, by whom, when; raises `CaseError`, `NoteConflict`"
 
     def __init__(
         self,

@@ -16,7 +16,8 @@ import ipywidgets as W
 import pandas as pd
 
 from ..scan import DataError, write_atomic
-from .pack import VIEWER_SCRIPT, fit_shape, script_json
+from .html import fill_template
+from .pack import fit_shape, live_frame, script_json, viewer_module
 from .viewer import VolumeViewer, state_of
 
 # %% ../../nbs/12_widgets/06_gallery.ipynb #94b18538
@@ -46,7 +47,7 @@ def _small_view(
     scan_id: str,  # which
     max_voxels: int = 120_000,  # of the copy
 ) -> dict:  # what the front end needs of a viewer, or the `fault` that kept it from being made
-    "State, header and voxels of one scan for a page of its own; a scan that cannot be loaded says why"
+    "State, header and voxels of one scan for a page; a scan that cannot be loaded says why"
     try:
         v = VolumeViewer(load(scan_id), window='lung', max_voxels=max_voxels)
     except DataError as e:
@@ -65,60 +66,14 @@ def _small_view(
         shape=list(shape),
     )
 
-# %% ../../nbs/12_widgets/06_gallery.ipynb #1b22c5b6
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>__TITLE__</title><style>
-:root{color-scheme:light dark}body{margin:0;font:14px/1.4 system-ui,sans-serif}#all{padding:2px}#bar,#cards{display:flex;flex-wrap:wrap;gap:6px;margin-bottom:8px}#cards{max-height:19rem;overflow:auto}
-:is(#bar,#cards) button{font:inherit;color:inherit;background:transparent;border:1px solid #8886;border-radius:6px;cursor:pointer;padding:3px 9px}:is(#bar,#cards) button[aria-pressed=true]{outline:2px solid #b5179e;outline-offset:-1px}
-#cards button{width:12.5rem;padding:4px;text-align:left}#cards img{width:100%;display:block;background:#000;border-radius:3px}#cards span{display:block;font-size:12px;overflow-wrap:anywhere}
-#words{margin:.3em 0;min-height:1.4em}#still{max-width:36rem;width:100%;background:#000}</style></head><body><div id="all"><div id="bar" role="group" aria-label="Findings"></div>
-<div id="cards" role="group" aria-label="Scans"></div><p id="words" aria-live="polite"></p><div id="view"></div></div><script id="data" type="application/json">__DATA__</script><script type="module">
-__FRONT__
-const cards = JSON.parse(document.getElementById("data").textContent), at = (i) => document.getElementById(i), make = (t, o) => Object.assign(document.createElement(t), o);
-let end = null;                                   // of the viewer before this one
-async function choose(c) {
-  end?.(); end = null;
-  for (const b of at("cards").children) b.setAttribute("aria-pressed", b.dataset.id === c.id);
-  at("words").textContent = `${c.id}, ${c.label}. ${c.words}${c.fault ? ". " + c.fault : c.page ? "" : ". No small copy in this page: open it from the notebook."}`;
-  const el = make("div"); at("view").replaceChildren(el);
-  if (c.page) { const d = JSON.parse(c.page); d.state.meta.height = 420; end = await __viewer.standalone(el, d); }
-  else if (c.thumb) el.append(make("img", { id: "still", src: c.thumb, alt: `Axial, coronal and sagittal cut of ${c.id}` }));
-}
-function filter(k) {
-  for (const b of at("bar").children) b.setAttribute("aria-pressed", b.dataset.k === k);
-  const seen = cards.filter((c) => k === "all" || c.checks.includes(k));
-  at("cards").replaceChildren(...seen.map((c) => {
-    const b = make("button", { type: "button", onclick: () => choose(c) }); b.dataset.id = c.id;
-    if (c.thumb) b.append(make("img", { src: c.thumb, alt: "" }));
-    b.append(make("span", { textContent: `${c.id} (${c.label}): ${c.checks.join(", ")}` })); return b;
-  }));
-  if (seen.length) choose(seen[0]);
-}
-for (const k of ["all", ...new Set(cards.flatMap((c) => c.checks))]) {
-  const n = k === "all" ? cards.length : cards.filter((c) => c.checks.includes(k)).length, b = make("button", { type: "button", textContent: `${k} ${n}`, onclick: () => filter(k) });
-  b.dataset.k = k; at("bar").append(b);
-}
-filter("all");
-try { const f = window.frameElement; if (f?.dataset.gallery) { const fit = () => { f.style.height = `${Math.ceil(at("all").getBoundingClientRect().height) + 4}px`; };
-  for (const i of f.parentElement.querySelectorAll("[data-fallback]")) i.hidden = true, i.style.display = "none"; f.style.position = "static"; f.style.display = "block"; new ResizeObserver(fit).observe(at("all")); fit(); } } catch {}
-</script></body></html>"""
-
 # %% ../../nbs/12_widgets/06_gallery.ipynb #14aa8b83
 def gallery_page(
     cards: list,  # from `cards_of`, some with what `_small_view` gave
     title: str = 'Suspicious scans',  # of the browser's tab
 ) -> str:  # HTML
     "A whole page that filters, lists and shows scans with no kernel and no network"
-    a, b = _PAGE.split('__TITLE__')
-    b, c = b.split('__DATA__')
-    c, d = c.split('__FRONT__')
-    return (
-        a
-        + html.escape(title)
-        + b
-        + script_json(cards)
-        + c
-        + VIEWER_SCRIPT.read_text('utf-8').replace('export default', 'const __viewer =')
-        + d
+    return fill_template(
+        'gallery.html', title=title, data=script_json(cards), script=viewer_module()
     )
 
 # %% ../../nbs/12_widgets/06_gallery.ipynb #eba2bc8d
@@ -208,15 +163,22 @@ def _gallery_frame(
     page: str,  # from `gallery_page`
 ) -> str:  # HTML for the inside of a page
     "A still grid of thumbnails with the live page in a frame above it"
-    still = ''.join(
-        f'<figure style="margin:0;width:12rem"><img alt="{html.escape(c["id"])}: {html.escape(", ".join(c["checks"]))}" style="width:100%" src="{c["thumb"]}"></figure>'
-        for c in cards[:12]
-        if c['thumb']
+    still = ''.join(_thumbnail(c) for c in cards[:12] if c['thumb'])
+    return live_frame(
+        f'<div data-fallback="1" style="display:flex;flex-wrap:wrap;gap:6px">{still}</div>',
+        page,
+        f'Gallery of {len(cards)} suspicious scans',
+        'data-gallery',
+        fullscreen=False,
+        least='8em',
     )
-    return (
-        f'<div style="position:relative;margin:.6em 0;min-height:8em"><div data-fallback="1" style="display:flex;flex-wrap:wrap;gap:6px">{still}</div>'
-        f'<iframe data-gallery="1" title="Gallery of {len(cards)} suspicious scans" loading="lazy" style="position:absolute;inset:0;width:100%;height:100%;border:0;background:transparent" srcdoc="{html.escape(page)}"></iframe></div>'
-    )
+
+
+def _thumbnail(card) -> str:
+    "One card of the still grid"
+    alt = f'{html.escape(card["id"])}: {html.escape(", ".join(card["checks"]))}'
+    image = f'<img alt="{alt}" style="width:100%" src="{card["thumb"]}">'
+    return f'<figure style="margin:0;width:12rem">{image}</figure>'
 
 
 def gallery(

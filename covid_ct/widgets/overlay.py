@@ -18,9 +18,9 @@ def overlay(
     maps=(),  # `Map`, list of `Map`, or name → `Map` or array in [0,1]; the first is shown
     masks=None,  # name → bool array on the scan's grid; the truth first
     window='lung',  # name of a preset, or (level, width)
-    index=None,  # voxel `(z,y,x)` to start at; `None` goes to the first mask, else to the peak of the first map
+    index=None,  # voxel `(z,y,x)` to start at; `None`: first mask, else peak of the first map
     title=None,  # heading; `None` takes the scan's name
-    **options,  # `max_voxels`, `height`, `unit` and first values of `alpha`, `crosshair`, `layers`, `map`, `side`
+    **options,  # `max_voxels height unit`, first values of `alpha crosshair layers map side`
 ) -> VolumeViewer:  # the widget
     "Browse a scan with masks and maps over it. Raises `GeometryError` for a layer of another grid"
     return VolumeViewer(scan, masks, maps, window, index, title, **options)
@@ -30,13 +30,13 @@ def view_side_by_side(
     scan: Scan,  # volume in its own geometry
     maps,  # name → `Map`, or a list of `Map`
     masks=None,  # name → bool array; the truth first
-    at=None,  # voxel `(z,y,x)` in which the planes meet; `None` goes to the first mask, else to the peak of the first map
+    at=None,  # voxel `(z,y,x)` where the planes meet; `None`: first mask, else peak of a map
     planes=('axial', 'coronal'),  # rows of the figure, keys of `show.PLANES`
     window='lung',  # name of a window, or (level, width)
     title=None,  # title; `None` takes the scan's name
     width: float = 8.6,  # of the figure in inches
 ) -> Picture:  # one column for the scan, one for each map, with one colour scale
-    "Lay maps side by side. Raises `GeometryError` for one of another grid, `DataError` for an unknown plane"
+    "Maps side by side; raises `GeometryError` for another grid, `DataError` for an unknown plane"
     maps, masks = named_maps(scan, maps), named_masks(scan, masks)
     if not maps:
         raise DataError('compare', 'no maps', 'Give at least one.')
@@ -57,10 +57,11 @@ def view_side_by_side(
     for ax, name in zip(axes[0], ('scan', *maps), strict=False):
         ax.set_title(name, fontsize=9)
     _share_scale(fig, axes)
-    return set_alt_text(
-        finish_figure(fig, scan, window, masks, None, title),
-        f'{title or scan.scan_id or "Scan"}: {" and ".join(planes)} cut, without a map and under {", ".join(maps)}, on one colour scale from 0 to 1.',
+    alt = (
+        f'{title or scan.scan_id or "Scan"}: {" and ".join(planes)} cut, without a map and '
+        f'under {", ".join(maps)}, on one colour scale from 0 to 1.'
     )
+    return set_alt_text(finish_figure(fig, scan, window, masks, None, title), alt)
 
 
 def _share_scale(fig, axes):

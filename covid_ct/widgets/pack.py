@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RANGES', 'VIEWER_SCRIPT', 'to_bytes', 'presets_of', 'grey_table', 'tile_slices', 'fit_shape', 'shrink_grid',
-           'message_of', 'script_json', 'html_page']
+           'message_of', 'viewer_module', 'script_json', 'html_page', 'live_frame']
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #94c49799
 import base64
@@ -21,6 +21,7 @@ from PIL import Image
 import covid_ct
 from ..plot import WINDOWS
 from ..scan import DataError, Grid
+from .html import fill_template
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #697a9ceb
 RANGES = {
@@ -59,7 +60,7 @@ def presets_of(
     "Windows on offer: those of the reading room for HU, else only the full range"
     lo, step = RANGES[units]
     named = {k: WINDOWS[k] for k in ('lung', 'mediastinum', 'bone')} if units == 'HU' else {}
-    return {k: (float(l), float(w)) for k, (l, w) in named.items()} | {
+    return {k: (float(level), float(width)) for k, (level, width) in named.items()} | {
         'full': (lo + 127.5 * step, 255 * step)
     }
 
@@ -221,15 +222,11 @@ def message_of(
 
 # %% ../../nbs/12_widgets/02_pack.ipynb #9e87e39c
 VIEWER_SCRIPT = Path(covid_ct.__file__).parent / 'static' / 'volume_viewer.js'
-_PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>__TITLE__</title>
-<style>:root{color-scheme:light dark}body{margin:0;background:transparent}.alone{margin:12px}</style></head><body><div id="viewer"></div>
-<script id="voxels" type="application/json">__DATA__</script><script type="module">
-__FRONT__
-const el = document.getElementById("viewer"), data = JSON.parse(document.getElementById("voxels").textContent);
-data.state.meta.fill = window.parent === window;
-if (data.state.meta.fill) el.className = "alone";
-__viewer.standalone(el, data);
-</script></body></html>"""
+
+
+def viewer_module() -> str:
+    "The viewer's script, its exports under one name, for a page that goes on with more"
+    return VIEWER_SCRIPT.read_text('utf-8').replace('export default', 'const __viewer =')
 
 
 def script_json(
@@ -254,7 +251,23 @@ def html_page(
 ) -> str:  # HTML
     "Put front end, state and voxels into one page"
     data = dict(state=state, header=header, buffers=[base64.b64encode(b).decode() for b in buffers])
-    esm = VIEWER_SCRIPT.read_text('utf-8').replace('export default', 'const __viewer =')
-    head, rest = _PAGE.split('__TITLE__')
-    body, rest = rest.split('__DATA__')
-    return head + html.escape(title) + body + script_json(data) + rest.replace('__FRONT__', esm)
+    return fill_template('viewer.html', title=title, data=script_json(data), script=viewer_module())
+
+
+def live_frame(
+    still: str,  # HTML that shows while the page is not alive
+    page: str,  # a whole page
+    title: str,  # of the frame, plain text
+    kind: str,  # attribute by which the page knows its frame, as `data-gallery`
+    fullscreen: bool = True,  # the page may ask for the whole screen
+    least: str = '',  # least height, as `8em`
+) -> str:  # HTML for the inside of another page
+    "A still with a live page in a frame above it"
+    allow = ' allow="fullscreen"' * fullscreen
+    fill = 'position:absolute;inset:0;width:100%;height:100%;border:0;background:transparent'
+    height = f';min-height:{least}' if least else ''
+    return (
+        f'<div style="position:relative;margin:.6em 0{height}">{still}'
+        f'<iframe {kind}="1" title="{html.escape(title)}" loading="lazy"{allow} style="{fill}" '
+        f'srcdoc="{html.escape(page)}"></iframe></div>'
+    )

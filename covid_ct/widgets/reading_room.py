@@ -26,7 +26,14 @@ from covid_ct.widgets.cases import (
     roc_points,
     thumbnail_sheets,
 )
-from .pack import VIEWER_SCRIPT, fit_shape, script_json
+from .html import fill_template
+from covid_ct.widgets.pack import (
+    VIEWER_SCRIPT,
+    fit_shape,
+    live_frame,
+    script_json,
+    viewer_module,
+)
 from .viewer import VolumeViewer, state_of
 
 # %% ../../nbs/12_widgets/07_reading_room.ipynb #50095d2d
@@ -42,11 +49,12 @@ _COLUMNS = (  # key, heading, what it means, digits; a column without a value is
     ('outside_lesion', 'outside lesions', 'share of the attention outside the lesions', '%'),
     ('infection_ratio', 'infected', 'share of the lungs that is infected', '%1'),
 )
+_RULES = Rules()
 
 
 def _case_rows(
     t: pd.DataFrame,  # from `case_table`
-    rules: Rules = Rules(),  # of the filters
+    rules: Rules = _RULES,  # of the filters
     seen=(),  # scan ids that have a thumbnail, in its order
 ) -> list:  # dicts of plain values
     "Cases as the front end reads them"
@@ -124,9 +132,7 @@ ROOM = VIEWER_SCRIPT.with_name('cases.js')
 
 def _module() -> str:
     "Viewer and room as one module"
-    return VIEWER_SCRIPT.read_text('utf-8').replace(
-        'export default', 'const __viewer ='
-    ) + ROOM.read_text('utf-8')
+    return viewer_module() + ROOM.read_text('utf-8')
 
 
 def _pack_case(
@@ -161,9 +167,24 @@ def _try_case(
             fault=f'This case cannot be shown ({type(e).__name__}).'
         ), []  # a reader's click must not end in silence
 
+# %% ../../nbs/12_widgets/07_reading_room.ipynb #5b9d02e4
+def _classes_of(table, positive=None) -> tuple:
+    "Classes of a table, and the one of the ROC curve; raises `CaseError` for another one"
+    classes = [c[5:] for c in table if c.startswith('prob_')]
+    positive = positive or ('covid' if 'covid' in classes else classes[-1])
+    if positive not in classes:
+        raise CaseError(
+            'ReadingRoom', f'no class {positive!r}', f'Use one of {", ".join(classes)}.'
+        )
+    return classes, positive
+
+
+def _unzip(named: dict) -> tuple:
+    return list(named), list(named.values())
+
 # %% ../../nbs/12_widgets/07_reading_room.ipynb #ede9f9cd
 class ReadingRoom(anywidget.AnyWidget):
-    "Cases to filter, to look at and to write about, with a kernel or without one; raises `CaseError` for a table it cannot show"
+    "Cases to filter, to look at and to write about, with a kernel or without one"
 
     _esm = _module()
     meta = T.Dict().tag(sync=True)  # title, classes, filters and columns; never changes
@@ -173,33 +194,20 @@ class ReadingRoom(anywidget.AnyWidget):
     def __init__(
         self,
         table: pd.DataFrame,  # from `case_table`
-        load: Callable = None,  # scan id → `Scan`, or dict of `scan masks maps`; called when a case is chosen
+        load: Callable = None,  # scan id → `Scan`, or dict of `scan masks maps`; of a chosen case
         thumbs=None,  # scan id → thumbnail, or pair of scan ids and `(N,72,72,3)`
         notes=None,  # `Notes`, or path of their file; None: no notes are taken
         positive=None,  # class of the ROC curve; None: covid, else the last one
         title: str = 'Reading room',  # heading
-        rules: Rules = Rules(),  # of the filters
+        rules: Rules = _RULES,  # of the filters
     ):
+        "Raises `CaseError` for a table that it cannot show"
         if not len(table):
             raise CaseError('table', 'has no cases', 'Check the part of the run.')
-        classes = [c[5:] for c in table if c.startswith('prob_')]
-        positive = positive or ('covid' if 'covid' in classes else classes[-1])
-        if positive not in classes:
-            raise CaseError(
-                'ReadingRoom', f'no class {positive!r}', f'Use one of {", ".join(classes)}.'
-            )
-        ids, pictures = (
-            thumbs
-            if isinstance(thumbs, tuple)
-            else (list(thumbs or {}), list((thumbs or {}).values()))
-        )
-        self.table, self.load, self.rules, self.notes, self.pictures = (
-            table,
-            load,
-            rules,
-            Notes(notes) if isinstance(notes, (str, Path)) else notes,
-            pictures,
-        )
+        classes, positive = _classes_of(table, positive)
+        ids, pictures = thumbs if isinstance(thumbs, tuple) else _unzip(thumbs or {})
+        self.table, self.load, self.rules, self.pictures = table, load, rules, pictures
+        self.notes = Notes(notes) if isinstance(notes, (str, Path)) else notes
         self.rows, self.roc = _case_rows(table, rules, ids), roc_points(table, positive)
         super().__init__(
             meta=dict(
@@ -281,14 +289,6 @@ class ReadingRoom(anywidget.AnyWidget):
         }, meta
 
 # %% ../../nbs/12_widgets/07_reading_room.ipynb #d6f6c84b
-_ROOM = """<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>__TITLE__</title>
-<style>:root{color-scheme:light dark}body{margin:0;background:transparent}</style></head><body><main id="room"></main>
-<script id="held" type="application/json">__DATA__</script><script type="module">
-__FRONT__
-readingAlone(document.getElementById("room"), JSON.parse(document.getElementById("held").textContent));
-</script></body></html>"""
-
-
 def _volumes_of(
     room: ReadingRoom,  # with `load`
     most: int = 8,  # cases
@@ -320,7 +320,10 @@ def _room_page(
 ) -> str:  # HTML
     "A whole page that filters, lists and shows cases with no kernel and no network"
     volumes, used = _volumes_of(room, most, budget, max_voxels)
-    here = f'in this page {len(volumes)} of {len(room.rows)} cases carry a small copy of their scan, {used / 1e6:.1f} MB of {budget / 1e6:.1f}'
+    here = (
+        f'in this page {len(volumes)} of {len(room.rows)} cases carry a small copy of their scan, '
+        f'{used / 1e6:.1f} MB of {budget / 1e6:.1f}'
+    )
     held = room.cases() | ({} if notes else dict(notes={}))
     held['cases'] = [
         r
@@ -341,10 +344,12 @@ def _room_page(
         volumes=volumes,
         sheets=[d | dict(picture=base64.b64encode(b).decode()) for d, b in room.sheets()],
     )
-    a, b = _ROOM.split('__TITLE__')
-    b, c = b.split('__DATA__')
-    c, d = c.split('__FRONT__')
-    return a + html.escape(room.meta['title']) + b + script_json(data) + c + _module() + d
+    return fill_template(
+        'reading_room.html',
+        title=room.meta['title'],
+        data=script_json(data),
+        script=_module(),
+    )
 
 
 def _room_frame(
@@ -353,15 +358,14 @@ def _room_frame(
 ) -> str:  # HTML for the inside of a page
     "A still of the worst cases with the live page in a frame above it"
     worst = [r for r in sorted(room.rows, key=lambda r: -r['loss']) if r['thumb'] is not None][:24]
-    alt = html.escape(
-        f'{room.meta["title"]}: {len(room.rows)} cases, {sum(not r["right"] for r in room.rows)} of them wrong'
-        + (f'; thumbnails of the {len(worst)} with the highest loss' if worst else '')
-    )
-    still = f'<p data-fallback="1">{alt}.</p>'
+    wrong = sum(not r['right'] for r in room.rows)
+    alt = f'{room.meta["title"]}: {len(room.rows)} cases, {wrong} of them wrong'
+    if worst:
+        alt += f'; thumbnails of the {len(worst)} with the highest loss'
+    still = f'<p data-fallback="1">{html.escape(alt)}.</p>'
     if worst:
         ((_, picture),) = thumbnail_sheets(np.stack([room.pictures[r['thumb']] for r in worst]))
-        still = f'<img data-fallback="1" alt="{alt}" style="display:block;max-width:100%" src="data:image/webp;base64,{base64.b64encode(picture).decode()}">'
-    return (
-        f'<div style="position:relative;margin:.6em 0;min-height:8em">{still}<iframe data-room="1" title="{alt}" loading="lazy" allow="fullscreen" '
-        f'style="position:absolute;inset:0;width:100%;height:100%;border:0;background:transparent" srcdoc="{html.escape(_room_page(room, **kwargs))}"></iframe></div>'
-    )
+        source = 'data:image/webp;base64,' + base64.b64encode(picture).decode()
+        style = 'display:block;max-width:100%'
+        still = f'<img data-fallback="1" alt="{html.escape(alt)}" style="{style}" src="{source}">'
+    return live_frame(still, _room_page(room, **kwargs), alt, 'data-room', least='8em')

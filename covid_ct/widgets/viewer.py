@@ -34,6 +34,7 @@ from covid_ct.widgets.pack import (
     fit_shape,
     grey_table,
     html_page,
+    live_frame,
     message_of,
     presets_of,
     shrink_grid,
@@ -360,10 +361,8 @@ def _alt_of(
         )
     else:
         planes = 'Axial, coronal and sagittal'
-    return (
-        f'{planes} plane of {view.meta["title"] or "a CT scan"} through voxel z {z}, y {y}, x {x}, {what}'
-        + ''.join(f'; {m}' for m in more)
-    )
+    place = f'{view.meta["title"] or "a CT scan"} through voxel z {z}, y {y}, x {x}'
+    return f'{planes} plane of {place}, {what}' + ''.join(f'; {m}' for m in more)
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #b4acb3ac
 def _poster_of(
@@ -432,12 +431,12 @@ def _frame_of(
     page: str,  # its page
 ) -> str:  # HTML for the inside of a page; several may stand in one
     "A still with the live page in a frame above it"
-    src, alt = base64.b64encode(_poster_of(view)).decode(), html.escape(_alt_of(view))
-    return (
-        f'<div style="position:relative;margin:.6em 0"><img alt="{alt}" style="display:block;width:100%;background:#000;border-radius:8px" src="data:image/webp;base64,{src}">'
-        f'<iframe data-covid-ct="1" title="CT viewer: {alt}" loading="lazy" allow="fullscreen" style="position:absolute;inset:0;width:100%;height:100%;border:0;background:transparent" '
-        f'srcdoc="{html.escape(page)}"></iframe></div>'
+    source, alt = base64.b64encode(_poster_of(view)).decode(), _alt_of(view)
+    still = (
+        f'<img alt="{html.escape(alt)}" style="display:block;width:100%;background:#000;'
+        f'border-radius:8px" src="data:image/webp;base64,{source}">'
     )
+    return live_frame(still, page, f'CT viewer: {alt}', 'data-covid-ct')
 
 # %% ../../nbs/12_widgets/03_viewer.ipynb #81858bac
 class _WrittenViewer(_ViewerState):
@@ -460,9 +459,35 @@ class _WrittenViewer(_ViewerState):
         data, meta = bundle if isinstance(bundle, tuple) else (bundle, {})
         return {**(data or {}), 'text/plain': _alt_of(self), 'text/html': self.frame()}, meta
 
+# %% ../../nbs/12_widgets/03_viewer.ipynb #6c1a0f27
+def _check_arguments(scan, state) -> None:
+    "Raise `DataError` for what is no scan, or for a first value of an unknown trait"
+    if not isinstance(scan, Scan):
+        raise DataError(
+            'VolumeViewer',
+            f'a Scan is needed, this is {type(scan).__name__}',
+            'Wrap the array: Scan(voxels, spacing).',
+        )
+    if odd := set(state) - {'alpha', 'crosshair', 'layers', 'map', 'side'}:
+        raise DataError(
+            'VolumeViewer',
+            f'unknown option {", ".join(sorted(odd))}',
+            'Use alpha, crosshair, layers, map or side.',
+        )
+
+
+def _first_window(meta, window) -> dict:
+    "Traits `level window preset` for a name or (level, width)"
+    preset = window if isinstance(window, str) else 'custom'
+    if meta['units'] != 'HU' and preset in WINDOWS:
+        preset = 'full'
+    known = meta['presets'].get(preset, (0.0, 1.0))
+    level, width = map(float, window) if preset == 'custom' else known
+    return dict(level=level, window=width, preset=preset)
+
 # %% ../../nbs/12_widgets/03_viewer.ipynb #d93693b8
 class VolumeViewer(_WrittenViewer):
-    "Three linked planes of a scan, live with or without a kernel. Raises `DataError` for what does not fit"
+    "Three linked planes of a scan, with or without a kernel; raises `DataError` for a misfit"
 
     def __init__(
         self,
@@ -477,59 +502,24 @@ class VolumeViewer(_WrittenViewer):
         unit: str = 'map value',  # what stands at the end of the colour scale
         **state,  # first values of `alpha`, `crosshair`, `layers`, `map`, `side`
     ):
-        if not isinstance(scan, Scan):
-            raise DataError(
-                'VolumeViewer',
-                f'a Scan is needed, this is {type(scan).__name__}',
-                'Wrap the array: Scan(voxels, spacing).',
-            )
-        if odd := set(state) - {'alpha', 'crosshair', 'layers', 'map', 'side'}:
-            raise DataError(
-                'VolumeViewer',
-                f'unknown option {", ".join(sorted(odd))}',
-                'Use alpha, crosshair, layers, map or side.',
-            )
-        self.scan, self.masks, self.maps, self.max_voxels = (
-            scan,
-            named_masks(scan, masks),
-            named_maps(scan, maps),
-            max_voxels,
-        )
-        self._bytes, self._heat = (
-            to_bytes(scan.voxels, scan.units),
-            [to_bytes(m.values, 'unit') for m in self.maps.values()],
-        )
+        _check_arguments(scan, state)
+        self.scan, self.max_voxels = scan, max_voxels
+        self.masks, self.maps = named_masks(scan, masks), named_maps(scan, maps)
+        self._bytes = to_bytes(scan.voxels, scan.units)
+        self._heat = [to_bytes(m.values, 'unit') for m in self.maps.values()]
         if index is None:
-            index = find_centre(
-                scan, self.masks, next((m.values for m in self.maps.values()), None)
-            )
-        meta = _meta_of(
-            scan,
-            scan.grid,
-            self.masks,
-            self.maps,
-            str(scan.scan_id if title is None else title),
-            height,
-            unit,
+            first = next((m.values for m in self.maps.values()), None)
+            index = find_centre(scan, self.masks, first)
+        title = str(scan.scan_id if title is None else title)
+        meta = _meta_of(scan, scan.grid, self.masks, self.maps, title, height, unit)
+        shown = dict(
+            meta=meta,
+            index=[int(i) for i in index],
+            **_first_window(meta, window),
+            layers=list(self.masks),
+            map=next(iter(self.maps), ''),
         )
-        preset = window if isinstance(window, str) else 'custom'
-        if scan.units != 'HU' and preset in WINDOWS:
-            preset = 'full'
-        level, width = (
-            map(float, window) if preset == 'custom' else meta['presets'].get(preset, (0.0, 1.0))
-        )
-        super().__init__(
-            **dict(
-                meta=meta,
-                index=[int(i) for i in index],
-                level=level,
-                window=width,
-                preset=preset,
-                layers=list(self.masks),
-                map=next(iter(self.maps), ''),
-            )
-            | state
-        )
+        super().__init__(**shown | state)
         self.on_msg(self._answer)
 
     def message(self, shape=None, codec: str = 'gzip', quality: int = 85) -> tuple:

@@ -92,7 +92,7 @@ def test_an_exercise_is_written_as_agreed(page):
     for name in facts["exercises"]:
         code = [(s, text_of(o)) for t, s, o in found if t == "code"]
         q = re.escape(name)
-        judge = [s for s, _ in code if re.search(rf"@exercise\(['\"]{q}['\"]", s)]
+        judge = [s for s, _ in code if re.search(rf"@exercise\(\s*['\"]{q}['\"]", s)]
         assert len(judge) == 1 and judge[0].startswith("#| code-fold: true"), (
             f"{name}: one judge, folded: its cell begins with `#| code-fold: true`"
         )
