@@ -356,7 +356,9 @@ def test_an_option_that_is_recommended_exists():
     assert {"allow_unknown_geometry", "tilt", "series", "overwrite"} <= set(named)
     for argument in set(named) - {"units"}:  # a unit is a column of a cohort
         option = "--" + argument.replace("_", "-")
-        for c in {"overwrite": ("lungs", "segment", "explain"), "series": OF_SCANS}.get(argument, commands):
+        for c in {"overwrite": ("lungs", "segment", "explain"), "series": OF_SCANS}.get(
+            argument, commands
+        ):
             assert option in options_of(ap, c), f"{named[argument]}: covid-ct {c} has no {option}"
 
 

@@ -1,4 +1,5 @@
 """`import covid_ct as ct` is enough for what most people need, and costs nothing before it is used."""
+
 import inspect
 import json
 import subprocess
@@ -7,7 +8,17 @@ import sys
 import covid_ct as ct
 import pytest
 
-HEAVY = ("torch", "SimpleITK", "matplotlib", "pandas", "numpy", "sklearn", "seaborn", "captum", "ipywidgets")
+HEAVY = (
+    "torch",
+    "SimpleITK",
+    "matplotlib",
+    "pandas",
+    "numpy",
+    "sklearn",
+    "seaborn",
+    "captum",
+    "ipywidgets",
+)
 PACKAGES = {"audit": "run_audit", "train": "train", "evaluate": "evaluate", "explain": "explain"}
 
 
