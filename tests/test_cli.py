@@ -1,4 +1,4 @@
-"""The commands as a script meets them: exit codes, JSON, one line of error, nothing half written."""
+"""The commands as a script meets them: exit codes, JSON, one line of error, whole files."""
 
 import json
 
@@ -267,7 +267,7 @@ def test_train_evaluate_export(capsys, tmp_path):
 
 
 def explains_and_groups(capsys, tmp_path, other):
-    "The run of the test above: calibration, subgroups, and maps by several methods with their checks"
+    "The run of the test above: calibration, subgroups, maps by several methods, their checks"
     table, scan = tmp_path / "other" / "cohort.csv", tmp_path / "scan.nii.gz"
     groups = pd.read_csv(table).assign(scanner=["A", "A", "B"])
     groups.to_csv(table, index=False)

@@ -106,7 +106,9 @@ def test_read_once_lungs_once(capsys, work, monkeypatch, argv):
             if not hasattr(module, name):
                 continue
 
-            def counted(*a, name=name, f=getattr(module, name), **k):
+            f = getattr(module, name)
+
+            def counted(*a, name=name, f=f, **k):
                 calls.append(name)
                 return f(*a, **k)
 
@@ -356,9 +358,8 @@ def test_an_option_that_is_recommended_exists():
     assert {"allow_unknown_geometry", "tilt", "series", "overwrite"} <= set(named)
     for argument in set(named) - {"units"}:  # a unit is a column of a cohort
         option = "--" + argument.replace("_", "-")
-        for c in {"overwrite": ("lungs", "segment", "explain"), "series": OF_SCANS}.get(
-            argument, commands
-        ):
+        of = {"overwrite": ("lungs", "segment", "explain"), "series": OF_SCANS}
+        for c in of.get(argument, commands):
             assert option in options_of(ap, c), f"{named[argument]}: covid-ct {c} has no {option}"
 
 

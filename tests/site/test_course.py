@@ -1,4 +1,4 @@
-"""The course: verdicts and hints, exercises that can be failed and solved, lessons that travel in the wheel."""
+"""The course: verdicts and hints, exercises to fail and to solve, lessons in the wheel."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def text_of(outputs):
 
 
 def assert_judged(page, log):
-    "Of an execution: each exercise of the page refused its unsolved cell and accepted its solution. `log` is what `COVID_CT_COURSE` names"
+    "Each exercise refused its unsolved cell and accepted its solution; `log`: `COVID_CT_COURSE`"
     said = (
         [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
     )
@@ -78,7 +78,8 @@ def assert_judged(page, log):
 
 @pytest.mark.parametrize("page", LESSONS)
 def test_an_exercise_is_written_as_agreed(page):
-    "Heading, folded judge, a cell for the student, folded reason, folded solution; stored with *not yet* and *right*"
+    "Heading, folded judge, student's cell, folded reason and solution; stored *not yet* and \
+*right*"
     found, number = cells(page), page.split("/")[-1].split("_")[0]
     facts = _lesson_facts(ROOT / page)
     assert 2 <= len(facts["exercises"]) <= 6 and set(facts["exercises"].values()) <= set(
@@ -382,7 +383,8 @@ def test_lessons_travel_in_the_wheel(tmp_path):
         z.extractall(tmp_path / "installed")
     names = sorted(p.name for p in (ROOT / "nbs" / "lessons").glob("[0-9]*.ipynb"))
     assert inside == [f"covid_ct/lessons/{n}" for n in names]
-    code = "import covid_ct; print(covid_ct.__file__); from covid_ct.course import copy_course; print([p.name for p in copy_course('mine')])"
+    code = "import covid_ct; print(covid_ct.__file__); from covid_ct.course import copy_course; \
+print([p.name for p in copy_course('mine')])"
     got = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -1,4 +1,5 @@
-"""The viewer's page in a real browser: it answers, it is fast, it draws what Python draws, and text stays text."""
+"""The viewer's page in a real browser: it answers, is fast, draws as Python draws, and text \
+stays text."""
 
 import base64
 import io
@@ -91,8 +92,10 @@ def state(page):
     return page.evaluate("""async () => {
       await new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r)));
       const q = (s) => document.querySelector(s), v = (s) => Number(q(s).value);
-      return { index: ['axial', 'coronal', 'sagittal'].map((n) => v(`input[data-control=${n}]`)), level: v('[data-control=level]'), width: v('[data-control=window]'),
-               preset: q('.cct-seg [aria-pressed=true]')?.dataset.preset ?? 'custom', read: q('.cct-read').innerText, note: q('.cct-note').innerText }; }""")
+      return { index: ['axial', 'coronal', 'sagittal'].map((n) => v(`input[data-control=${n}]`)), \
+level: v('[data-control=level]'), width: v('[data-control=window]'),
+               preset: q('.cct-seg [aria-pressed=true]')?.dataset.preset ?? 'custom', read: \
+q('.cct-read').innerText, note: q('.cct-note').innerText }; }""")
 
 
 def middle(page, plane, dx=0, dy=0):
@@ -105,7 +108,8 @@ def middle(page, plane, dx=0, dy=0):
 def esm(opened):
     page = opened("<!doctype html><title>x</title>")
     page.evaluate(
-        """async (src) => { window.v = (await import(URL.createObjectURL(new Blob([src], { type: 'text/javascript' })))).default; }""",
+        """async (src) => { window.v = (await import(URL.createObjectURL(new Blob([src], { type: \
+'text/javascript' })))).default; }""",
         VIEWER_SCRIPT.read_text("utf-8"),
     )
     return page
@@ -189,7 +193,8 @@ def test_canvas_is_what_python_draws(opened, parts, change):
         ).astype(int)
         h, w, _ = px.shape
         size = np.array(scan.grid.size_mm)
-        scale = min(w / size[across], h / size[down]) if plane == "axial" else scale
+        if plane == "axial":
+            scale = min(w / size[across], h / size[down])
         want = np.array(
             draw_plane(
                 viewer._bytes,
@@ -246,9 +251,10 @@ def test_wheel_and_keys(opened, viewer):
 
 
 def test_page_scrolls_past(opened, viewer):
-    "A wheel that was scrolling the page goes on scrolling it when a plane comes under the resting pointer"
+    "A wheel goes on scrolling the page when a plane comes under the resting pointer"
     page = opened(
-        f'<!doctype html><body style="margin:0"><div style="height:500px"></div>{viewer.frame()}<div style="height:3000px"></div>'
+        f'<!doctype html><body style="margin:0"><div \
+style="height:500px"></div>{viewer.frame()}<div style="height:3000px"></div>'
     )
     frame = page.frame_locator("iframe[data-covid-ct]")
     frame.locator("[data-ready='1']").wait_for(timeout=20_000)
@@ -427,7 +433,8 @@ def test_names_for_assistive_technology(opened):
     page = opened()
     assert page.evaluate("document.documentElement.lang") == "en" and page.title() == "A phantom"
     nameless = page.evaluate(
-        """() => [...document.querySelectorAll('button,input,select,canvas[tabindex]')].filter((e) => !(e.getAttribute('aria-label') || e.textContent.trim())).map((e) => e.outerHTML)"""
+        """() => [...document.querySelectorAll('button,input,select,canvas[tabindex]')].\
+filter((e) => !(e.getAttribute('aria-label') || e.textContent.trim())).map((e) => e.outerHTML)"""
     )
     assert not nameless
     page.keyboard.press("Tab")
@@ -461,7 +468,10 @@ def test_side_by_side(opened):
     def px():
         return page.locator("canvas[data-panel]").evaluate_all("(c) => c.map((e) => e.toDataURL())")
 
-    state_of = "async () => { await new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r))); return [document.querySelectorAll('input[data-control=axial]').length, Number(document.querySelector('input[data-control=axial]').value)]; }"
+    state_of = "async () => { await new Promise((r) => requestAnimationFrame(() => \
+requestAnimationFrame(r))); return \
+[document.querySelectorAll('input[data-control=axial]').length, \
+Number(document.querySelector('input[data-control=axial]').value)]; }"
     sliders, before = page.evaluate(state_of)
     first = px()
     assert sliders == 1 and len(set(first)) == 4  # one slider, four pictures
@@ -506,7 +516,9 @@ def test_blink(opened):
 
     def px():
         return page.evaluate(
-            "async () => { await new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r))); return document.querySelector('canvas[data-plane=axial]').toDataURL(); }"
+            "async () => { await new Promise((r) => requestAnimationFrame(() => \
+requestAnimationFrame(r))); return \
+document.querySelector('canvas[data-plane=axial]').toDataURL(); }"
         )
 
     one = px()
@@ -617,14 +629,16 @@ def test_still_without_scripts(opened, viewer):
 
 # ---------------------------------------------------------------- budgets
 def test_repaint_and_size(opened):
-    "A slice within a frame and a page below 2 MB, for a noisy 128 × 256 × 256 scan with two masks and a map"
+    "A slice within a frame, a page below 2 MB: noisy 128 × 256 × 256 scan, two masks, a map"
     scan, lesion, heat = chest((128, 256, 256))
     v = VolumeViewer(scan, {"lesions": lesion, "body": scan.voxels > -500}, heat)
     html = v.page()
     assert len(html.encode()) < 2_000_000 and len(v.poster()) < 60_000
     page = opened(v)
     got = page.evaluate("""async () => {
-      const s = document.querySelector('input[data-control=axial]'), f = document.querySelector('[data-ready]').dataset, raf = () => new Promise(requestAnimationFrame), out = [];
+      const s = document.querySelector('input[data-control=axial]'), f = \
+document.querySelector('[data-ready]').dataset, raf = () => new Promise(requestAnimationFrame), \
+out = [];
       for (let i = 0; i < 30; i++) {
         const n = Number(f.frames), t = performance.now();
         s.value = 20 + i; s.dispatchEvent(new Event('input', { bubbles: true }));
@@ -634,6 +648,7 @@ def test_repaint_and_size(opened):
       return out; }""")
     wait, draw = np.median(np.array(got), 0)
     print(
-        f"page {len(html) / 1e6:.2f} MB, poster {len(v.poster()) / 1e3:.0f} KB, slice to frame {wait:.1f} ms, drawing {draw:.1f} ms"
+        f"page {len(html) / 1e6:.2f} MB, poster {len(v.poster()) / 1e3:.0f} KB, slice to frame \
+{wait:.1f} ms, drawing {draw:.1f} ms"
     )
     assert draw < 16 and wait < 100  # the frame itself waits for whatever else this machine does

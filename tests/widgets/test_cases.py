@@ -1,4 +1,4 @@
-"""The reading room: tables and notes without a browser, the page in a real one, and the live room in a JupyterLab."""
+"""The reading room: tables and notes, the page in a browser, the live room in JupyterLab."""
 
 import json
 import os
@@ -296,7 +296,8 @@ def test_nobodys_note_is_lost(tmp_path):
 
 
 def test_notes_of_several_processes(tmp_path):
-    code = "import sys; from covid_ct.widgets.cases import Notes\nfor k in range(15): Notes(sys.argv[1], sys.argv[2]).save(f'{sys.argv[2]}{k}', 'x')"
+    code = "import sys; from covid_ct.widgets.cases import Notes\nfor k in range(15): \
+Notes(sys.argv[1], sys.argv[2]).save(f'{sys.argv[2]}{k}', 'x')"
     jobs = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "notes.json"), who])
         for who in "ab"
@@ -426,7 +427,7 @@ def test_a_thousand_cases_open_in_seconds():
 # ---------------------------------------------------------------- from a run folder and a cohort
 @pytest.fixture(scope="module")
 def a_run(tmp_path_factory):
-    "Three phantoms as DICOM with a patient's name in every file, and the run of a network that saw one batch"
+    "Three phantoms as DICOM with a patient's name in each file, and a run that saw one batch"
     import torch
 
     from covid_ct.models.zoo import build
@@ -537,7 +538,7 @@ OWN = {
 
 @pytest.mark.parametrize("which", OWN)
 def test_every_system_shows_its_own_attention(which, phantom):
-    "Beside the map of the class, one map of each kind that the network carries inside, as `attention_maps` reads it"
+    "Beside the map of the class, one map of each kind inside the network, as `attention_maps`"
     from covid_ct.explain.cam import attention_maps
     from covid_ct.models.zoo import build
     from covid_ct.plot import find_centre
@@ -715,15 +716,21 @@ def test_page_by_keyboard(room, opened):
     page.locator("[data-control=after]").press("Enter")
     assert page.locator(".ccr-case h3").first.inner_text() == order[3]
     nameless = page.evaluate(
-        """() => [...document.querySelectorAll('button,input,select,textarea,svg[role=img],[role=grid]')].filter((e) => !(e.getAttribute('aria-label') || e.textContent.trim())).map((e) => e.outerHTML)"""
+        """() => [...document.querySelectorAll('button,input,select,textarea,svg[role=img],\
+[role=grid]')].filter((e) => !(e.getAttribute('aria-label') || e.textContent.trim())).\
+map((e) => e.outerHTML)"""
     )
     assert not nameless
 
 
-OVERLAPS = """() => { const seen = [...document.querySelectorAll('.ccr-top > *, .ccr-chips > *, .ccr-list, .ccr-box, .ccr-head > *, .cct, .cct-bar > *, .cct-group > *, .ccr-kinds > *')].filter((e) => e.offsetParent);
+OVERLAPS = """() => { const seen = [...document.querySelectorAll('.ccr-top > *, .ccr-chips > *, \
+.ccr-list, .ccr-box, .ccr-head > *, .cct, .cct-bar > *, .cct-group > *, .ccr-kinds > \
+*')].filter((e) => e.offsetParent);
   const box = (e) => e.getBoundingClientRect(), bad = [];
-  for (const a of seen) for (const b of seen) { if (a === b || a.contains(b) || b.contains(a)) continue; const p = box(a), q = box(b);
-    if (p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1) bad.push(a.className + ' | ' + b.className); }
+  for (const a of seen) for (const b of seen) { if (a === b || a.contains(b) || b.contains(a)) \
+continue; const p = box(a), q = box(b);
+    if (p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom \
+- 1) bad.push(a.className + ' | ' + b.className); }
   return bad; }"""
 
 
@@ -743,16 +750,21 @@ def test_nothing_overlaps(room, opened, width):
             and page.evaluate("document.documentElement.scrollWidth") <= width
         )
     assert page.evaluate(
-        "() => { const l = document.querySelector('.ccr-list'); return l.scrollWidth <= l.clientWidth + 1; }"
+        "() => { const l = document.querySelector('.ccr-list'); return l.scrollWidth <= \
+l.clientWidth + 1; }"
     )
-    contrast = """() => { const lum = (s) => { const [r, g, b] = s.match(/[\\d.]+/g).map((v) => v / 255).map((v) => (v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)); return .2126 * r + .7152 * g + .0722 * b; };
+    contrast = """() => { const lum = (s) => { const [r, g, b] = s.match(/[\\d.]+/g).map((v) => v \
+/ 255).map((v) => (v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)); return .2126 * r + \
+.7152 * g + .0722 * b; };
       const back = lum(getComputedStyle(document.querySelector('.ccr')).backgroundColor);
-      return ['.ccr-right', '.ccr-wrong', '.ccr-count', '.ccr-list td'].map((q) => { const l = lum(getComputedStyle(document.querySelector(q)).color); return (Math.max(l, back) + .05) / (Math.min(l, back) + .05); }); }"""
+      return ['.ccr-right', '.ccr-wrong', '.ccr-count', '.ccr-list td'].map((q) => { const l = \
+lum(getComputedStyle(document.querySelector(q)).color); return (Math.max(l, back) + .05) / \
+(Math.min(l, back) + .05); }); }"""
     assert min(page.evaluate(contrast)) >= 4.5
 
 
 def test_thousand_rows_and_a_frame(browser, opened):
-    "A thousand cases are there in seconds, made as they are scrolled to; in a frame the room takes the still's place"
+    "A thousand cases are there in seconds; in a frame the room takes the place of the still"
     n = 1000
     r = ReadingRoom(
         case_table(answers(n), about(n)),
@@ -784,10 +796,15 @@ def cells(monkeypatch):
         test_lab,
         "CELLS",
         (
-            "import numpy as np, pandas as pd\nfrom covid_ct.widgets.cases import case_table\nfrom covid_ct.widgets.reading_room import ReadingRoom\nfrom covid_ct.phantom.chest import make_phantom",
-            "p, q = make_phantom('covid', seed=3, shape=(24,48,48)), np.random.default_rng(0).uniform(size=20)\n"
-            "said = pd.DataFrame(dict(scan_id=[f'S{i:02}' for i in range(20)], patient_id='P', label=['cap','covid']*10, prob_cap=q, prob_covid=1-q))\n"
-            "room = ReadingRoom(case_table(said), lambda i: dict(scan=p.scan, masks={'lesions':p.infection}), notes='run/cases/notes.json', title='Live')\nroom",
+            "import numpy as np, pandas as pd\nfrom covid_ct.widgets.cases import \
+case_table\nfrom covid_ct.widgets.reading_room import ReadingRoom\nfrom covid_ct.phantom.chest \
+import make_phantom",
+            "p, q = make_phantom('covid', seed=3, shape=(24,48,48)), \
+np.random.default_rng(0).uniform(size=20)\n"
+            "said = pd.DataFrame(dict(scan_id=[f'S{i:02}' for i in range(20)], patient_id='P', \
+label=['cap','covid']*10, prob_cap=q, prob_covid=1-q))\n"
+            "room = ReadingRoom(case_table(said), lambda i: dict(scan=p.scan, \
+masks={'lesions':p.infection}), notes='run/cases/notes.json', title='Live')\nroom",
             "room.show = 'wrong'",
             "print('python sees', room.chosen)",
         ),
@@ -803,7 +820,8 @@ def test_live_room(cells, lab, browser, tmp_path):
         page.goto(f"{lab}/lab/tree/live.ipynb?reset")
         page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
         page.wait_for_function(
-            "() => { const c = window.jupyterapp?.shell.currentWidget?.sessionContext; return c?.isReady && c.session?.kernel?.status === 'idle'; }",
+            "() => { const c = window.jupyterapp?.shell.currentWidget?.sessionContext; return \
+c?.isReady && c.session?.kernel?.status === 'idle'; }",
             timeout=60_000,
         )
         page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
@@ -837,7 +855,8 @@ def test_live_room(cells, lab, browser, tmp_path):
         timeout=60_000,
     )
     page.evaluate(
-        "() => { const a = window.jupyterapp, n = a.shell.currentWidget.content; n.activeCellIndex = 3; a.commands.execute('notebook:run-cell') }"
+        "() => { const a = window.jupyterapp, n = a.shell.currentWidget.content; \
+n.activeCellIndex = 3; a.commands.execute('notebook:run-cell') }"
     )
     page.wait_for_function(
         f"""() => document.body.innerText.includes("python sees {chosen}")""", timeout=90_000

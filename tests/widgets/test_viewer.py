@@ -231,7 +231,7 @@ def test_grey_scans_say_so(masks):
 
 # ---------------------------------------------------------------- what is drawn
 def test_planes_lie_right():
-    "One bright voxel near head, front and the patient's left is found where a radiologist expects it"
+    "One bright voxel near head, front and left is found where a radiologist expects it"
     v = np.full((10, 12, 14), -1000, "i2")
     v[8, 1, 12] = 1000
     scan = Scan(v, (2.0, 1.0, 1.0))
