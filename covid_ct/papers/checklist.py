@@ -27,15 +27,19 @@ _TOPICS = '''
 Title and abstract: the kind of AI in the title | summary of plan, methods, findings, conclusion
 Introduction: background, intended use and role | aims and hypotheses
 Study design: looking back or ahead | goal of the study
-Data: sources | who is in and who is out | preprocessing | choice of parts of the data | de-identification | missing data | how images were acquired
-Reference standard: how the truth was found | why this truth | who annotated | how the test set was annotated | agreement between and within readers
+Data: sources | who is in and who is out | preprocessing | choice of parts of the data \
+| de-identification | missing data | how images were acquired
+Reference standard: how the truth was found | why this truth | who annotated \
+| how the test set was annotated | agreement between and within readers
 Data partitions: how cases were dealt out | level at which parts are disjoint
 Testing data: intended sample size
 Model: full description | software | first weights
 Training: how it was trained | how the final model was chosen | ensembling
-Evaluation: metrics | significance and uncertainty | robustness | explanations | on internal data | on external data | trial registration
+Evaluation: metrics | significance and uncertainty | robustness | explanations \
+| on internal data | on external data | trial registration
 Results, data: how many in and out | who they are, by part
-Results, performance: metrics with uncertainty | diagnostic performance and its precision | what went wrong
+Results, performance: metrics with uncertainty | diagnostic performance and its precision \
+| what went wrong
 Discussion: limitations | what it means for practice
 Other: protocol and details | availability of code, weights, data | funding'''
 _ITEMS = [
@@ -51,20 +55,23 @@ _FILLED, _PARTLY, AUTHOR = 'filled', 'partly', 'for the author'
 class _ChecklistFacts:
     "What the checklist is filled from"
 
-    runs: list  # of `Found`, of one study
+    runs: list  # of `FoundRun`, of one study
     cohort: CohortCounts  # its scans
 
     def of(self, get: Callable) -> str:
-        return ', '.join(
-            dict.fromkeys(str(get(r)) for r in self.runs)
-        )  # different values of a fact, each once
+        "Different values of a fact, each once"
+        return ', '.join(dict.fromkeys(str(get(r)) for r in self.runs))
 
     def each(self, *fields: str) -> str:
+        "Fields of the recipes that have a value"
+        values = {k: self.of(lambda r, k=k: r.recipe.get(k)) for k in fields}
         return '; '.join(
-            f'{k.replace("_", " ")} {v}'
-            for k in fields
-            if (v := self.of(lambda r: r.recipe.get(k))) not in ('', 'None')
-        )  # fields of the recipes
+            f'{k.replace("_", " ")} {v}' for k, v in values.items() if v not in ('', 'None')
+        )
+
+    @property
+    def classes(self) -> str:
+        return self.of(lambda r: ', '.join(r.recipe['classes']))
 
     @property
     def phantoms(self) -> bool:
@@ -74,264 +81,220 @@ class _ChecklistFacts:
     def table(self) -> pd.DataFrame:
         return self.cohort.table
 
-    def said(self, part: str = 'test') -> list:
-        return [
-            t for r in self.runs if len(t := run_predictions(r, part)[0])
-        ]  # answers of every run
+    def tested(self) -> list:
+        "Predictions of every run on its test set"
+        return [t for r in self.runs if len(t := run_predictions(r, 'test')[0])]
+
+
+def _filled(text):
+    return _FILLED, text, ''
+
+
+def _partly(text, missing):
+    return _PARTLY, text, missing
 
 # %% ../../nbs/papers/8_checklist.ipynb #0a4a2409
-def _data(f):
-    "Items 5 to 13"
-    named, size = (
-        f.of(lambda r: r.config.get('trained_on', '')),
-        [
-            c
-            for c in ('kernel', 'slice_mm', 'spacing', 'scanner', 'vendor', 'source')
-            if c in f.table
-        ],
-    )
+def _study(f):
+    "Items 5 to 7: design, goal, sources"
+    named = f.of(lambda r: r.config.get('trained_on', ''))
+    task = f.of(lambda r: r.recipe['task'])
+    goal = _partly(f'to {task}: {f.classes}', 'whether a model is made, compared or tested for use')
+    if f.phantoms:
+        source = _filled(f'{named}, drawn by covid_ct.phantom.chest')
+        return {5: _filled('neither: simulated'), 6: goal, 7: source}
+    return {6: goal, 7: _partly(named, 'sites, dates, links and licences') if named else None}
+
+# %% ../../nbs/papers/8_checklist.ipynb #99b5f18d
+def _preparation(f):
+    "Items 9, 10 and 12: how scans became batches, and which are missing"
+    out = {}
+    if f.tested():
+        lacking = 'clinical data that were missing, and scans that could not be read'
+        out[12] = _partly('every listed scan has an answer', lacking)
     preps = {p: PREPS[p] for r in f.runs if (p := r.recipe['prep']) in PREPS}
-    phantom = (_FILLED, 'drawn by a program: nobody to protect', '')
-    return {
-        5: (_FILLED, 'neither: simulated', '') if f.phantoms else None,
-        6: (
-            _PARTLY,
-            f'to {f.of(lambda r: r.recipe["task"])}: {f.of(lambda r: ", ".join(r.recipe["classes"]))}',
-            'whether a model is made, compared or tested for use',
-        ),
-        7: (_FILLED, f'{named}, drawn by covid_ct.phantom.chest', '')
-        if f.phantoms
-        else (_PARTLY, named, 'sites, dates, links and licences')
-        if named
-        else None,
-        9: (
-            _FILLED,
-            '; '.join(
-                f'{k}: ' + ', '.join(f'{n} {v}' for n, v in asdict(p).items() if v is not None)
-                for k, p in preps.items()
-            ),
-            '',
-        )
-        if preps
-        else (_PARTLY, 'the caller brought batches', 'how scans became batches'),
-        10: (
-            _PARTLY,
-            '; '.join(
-                f'{k}: crop {p.crop}, keep {p.keep}, {p.size or p.spacing}'
-                for k, p in preps.items()
-            ),
-            'scans or slices chosen before the cohort was written',
-        )
-        if preps
-        else None,
-        11: phantom if f.phantoms else None,
-        12: (
-            _PARTLY,
-            'every listed scan has an answer',
-            'clinical data that were missing, and scans that could not be read',
-        )
-        if f.said()
-        else None,
-        13: (_FILLED, 'simulated; the rules are in covid_ct.phantom.chest', '')
-        if f.phantoms
-        else (
-            _PARTLY,
-            f'columns of the cohort: {", ".join(size)}',
-            'protocol, dose, contrast, scanners',
-        )
-        if size
-        else None,
-    }
+    if not preps:
+        return out | {9: _partly('the caller brought batches', 'how scans became batches')}
+    fields = {k: {n: v for n, v in asdict(p).items() if v is not None} for k, p in preps.items()}
+    steps = [f'{k}: ' + ', '.join(f'{n} {v}' for n, v in s.items()) for k, s in fields.items()]
+    crops = [f'{k}: crop {p.crop}, keep {p.keep}, {p.size or p.spacing}' for k, p in preps.items()]
+    chosen = _partly('; '.join(crops), 'scans or slices chosen before the cohort was written')
+    return out | {9: _filled('; '.join(steps)), 10: chosen}
+
+# %% ../../nbs/papers/8_checklist.ipynb #af9f29ea
+def _acquisition(f):
+    "Items 11 and 13: de-identification, and how images were acquired"
+    if f.phantoms:
+        return {
+            11: _filled('drawn by a program: nobody to protect'),
+            13: _filled('simulated; the rules are in covid_ct.phantom.chest'),
+        }
+    known = ('kernel', 'slice_mm', 'spacing', 'scanner', 'vendor', 'source')
+    here = ', '.join(c for c in known if c in f.table)
+    missing = 'protocol, dose, contrast, scanners'
+    return {13: _partly(f'columns of the cohort: {here}', missing) if here else None}
 
 # %% ../../nbs/papers/8_checklist.ipynb #e3300fd9
 def _reference(f):
     "Items 14 to 18: a phantom's truth is placed, a patient's is found by people"
     if not f.phantoms:
-        return {
-            14: (
-                _PARTLY,
-                f'labels {f.of(lambda r: ", ".join(r.recipe["classes"]))}',
-                'how each label was established',
-            )
-        }
+        return {14: _partly(f'labels {f.classes}', 'how each label was established')}
     return {
-        14: (_FILLED, 'label and lesions are placed by the rule that draws the scan', ''),
-        15: (_FILLED, 'exact by construction', ''),
-        16: (_FILLED, 'no annotator', ''),
-        17: (_FILLED, 'as the training set', ''),
-        18: (_FILLED, 'none: no readers', ''),
+        14: _filled('label and lesions are placed by the rule that draws the scan'),
+        15: _filled('exact by construction'),
+        16: _filled('no annotator'),
+        17: _filled('as the training set'),
+        18: _filled('none: no readers'),
     }
 
 # %% ../../nbs/papers/8_checklist.ipynb #07531495
+def _split_items(f):
+    "Items 19 and 20, counted in a table that knows the folds"
+    t = f.table
+    part = t.fold.astype(int).map(lambda k: 'test' if k < 0 else f'fold {k}')
+    n = (
+        t.assign(part=part)
+        .groupby('part')
+        .agg(scans=('scan_id', 'nunique'), patients=('patient_id', 'nunique'))
+    )
+    split = f.of(lambda r: r.config.get('split_hash', '')[:12] or 'not named')
+    both = int((t.groupby('patient_id').fold.nunique() > 1).sum())
+    parts = [f'{k}: {r.scans} scans of {r.patients} patients' for k, r in n.iterrows()]
+    leak = _partly(f'NOT disjoint: {both} patients are in more than one part', 'a split by patient')
+    return {
+        19: _filled('; '.join(parts) + f'; split {split}'),
+        20: leak if both else _filled('patient: no patient is in two parts, counted'),
+    }
+
+# %% ../../nbs/papers/8_checklist.ipynb #92155e22
 def _partitions(f):
     "Items 19 to 21, counted"
-    t, out = f.table, {}
-    if 'fold' in t:
-        n = (
-            t.assign(part=t.fold.astype(int).map(lambda k: 'test' if k < 0 else f'fold {k}'))
-            .groupby('part')
-            .agg(scans=('scan_id', 'nunique'), patients=('patient_id', 'nunique'))
-        )
-        both = int((t.groupby('patient_id').fold.nunique() > 1).sum())
-        out[19] = (
-            _FILLED,
-            '; '.join(f'{k}: {r.scans} scans of {r.patients} patients' for k, r in n.iterrows())
-            + f'; split {f.of(lambda r: r.config.get("split_hash", "")[:12] or "not named")}',
-            '',
-        )
-        out[20] = (
-            (_FILLED, 'patient: no patient is in two parts, counted', '')
-            if not both
-            else (
-                _PARTLY,
-                f'NOT disjoint: {both} patients are in more than one part',
-                'a split by patient',
-            )
-        )
-    elif h := f.of(lambda r: r.config.get('split_hash', '')[:12]):
-        out[19] = (
-            _PARTLY,
-            f'split {h}; fold {f.of(lambda r: r.config.get("fold", "not named"))}',
-            'split.csv, which names the part of every scan',
-        )
-    tests = f.said()
-    if tests:
-        out[21] = (
-            _PARTLY,
-            f'tested: {", ".join(sorted({f"{len(s)} scans of {s.patient_id.nunique()} patients" for s in tests}))}',
-            'how this number was chosen',
-        )
+    out = {}
+    if 'fold' in f.table:
+        out = _split_items(f)
+    elif split := f.of(lambda r: r.config.get('split_hash', '')[:12]):
+        fold = f.of(lambda r: r.config.get('fold', 'not named'))
+        missing = 'split.csv, which names the part of every scan'
+        out[19] = _partly(f'split {split}; fold {fold}', missing)
+    if tests := f.tested():
+        sizes = {f'{len(s)} scans of {s.patient_id.nunique()} patients' for s in tests}
+        out[21] = _partly(f'tested: {", ".join(sorted(sizes))}', 'how this number was chosen')
     return out
 
 # %% ../../nbs/papers/8_checklist.ipynb #5e3c46d4
-def _model(f):
-    "Items 22 to 27"
-    seats = {r.seat: r for r in f.runs}
+def _versions_text(run):
+    return ', '.join(f'{k} {n}' for k, n in run.config.get('versions', {}).items())
 
-    def net(r):
-        return (
-            f"{r.recipe['model'] or r.config['model']['kind']} {r.recipe['model_kwargs'] or ''}".strip()
-            + f", {r.config['model']['parameters']:,} parameters"
-        )
 
-    ours = all(r.recipe['model'] in ROWS for r in f.runs)
-    v = f.runs[0].config.get('versions', {})
+def _network_text(run):
+    "Name, arguments and size of a run's network"
+    r, model = run.recipe, run.config['model']
+    name = f'{r["model"] or model["kind"]} {r["model_kwargs"] or ""}'.strip()
+    return f'{name}, {model["parameters"]:,} parameters'
+
+# %% ../../nbs/papers/8_checklist.ipynb #1cadf82d
+def _network(f):
+    "Items 22 to 24: model, software, first weights"
+    each = '; '.join(_network_text(r) for r in {r.seat: r for r in f.runs}.values())
+    text, seed = f'{each}; outputs {f.classes}', f.of(lambda r: r.config['seed'])
+    out = {
+        22: _partly(text, 'the network that the caller brought'),
+        24: _partly(f'seed {seed}', 'whether the caller loaded weights'),
+    }
+    if all(r.recipe['model'] in ROWS for r in f.runs):
+        out = {22: _filled(text), 24: _filled(f'random; seed {seed}; no weights of others')}
+    if f.runs[0].config.get('versions'):
+        out[23] = _filled(f.of(_versions_text))
+    return out
+
+# %% ../../nbs/papers/8_checklist.ipynb #d6f84897
+_TRAINING = (
+    'optimizer lr weight_decay epochs milestones decay batch_size loss loss_kwargs augment '
+    'sampler precision'
+).split()  # fields of a recipe
+
+
+def _device_text(run):
+    hardware = run.config.get('hardware', {})
+    return hardware.get('gpu') or hardware.get('device', '')
+
+
+def _training(f):
+    "Items 25 to 27: training, choice of the model, ensemble"
+    best = f.of(lambda r: r.recipe['keep'])
+    ensemble = 'none: every model is scored alone'
+    if len(f.runs) > len({r.seat for r in f.runs}):
+        ensemble += ', scores are averaged'
+    if {'us', 'ss'} <= {r.seat[1] for r in f.runs}:
+        ensemble = 'two networks weighed by infection ratio, for the row DS'
+    how = f'{len(f.runs)} trainings; {f.each(*_TRAINING)}; on {f.of(_device_text)}'
     return {
-        22: (
-            _FILLED if ours else _PARTLY,
-            '; '.join(net(r) for r in seats.values())
-            + f'; outputs {f.of(lambda r: ", ".join(r.recipe["classes"]))}',
-            '' if ours else 'the network that the caller brought',
-        ),
-        23: (
-            _FILLED,
-            f.of(lambda r: ', '.join(f'{k} {n}' for k, n in r.config.get('versions', {}).items())),
-            '',
-        )
-        if v
-        else None,
-        24: (_FILLED, f'random; seed {f.of(lambda r: r.config["seed"])}; no weights of others', '')
-        if ours
-        else (
-            _PARTLY,
-            f'seed {f.of(lambda r: r.config["seed"])}',
-            'whether the caller loaded weights',
-        ),
-        25: (
-            _FILLED,
-            f'{len(f.runs)} trainings; '
-            + f.each(
-                'optimizer',
-                'lr',
-                'weight_decay',
-                'epochs',
-                'milestones',
-                'decay',
-                'batch_size',
-                'loss',
-                'loss_kwargs',
-                'augment',
-                'sampler',
-                'precision',
-            )
-            + f'; on {f.of(lambda r: r.config.get("hardware", {}).get("gpu") or r.config.get("hardware", {}).get("device", ""))}',
-            '',
-        ),
-        26: (
-            _FILLED,
-            f'the epoch of the best {f.of(lambda r: r.recipe["keep"])} on the validation patients',
-            '',
-        ),
-        27: (
-            _FILLED,
-            'two networks weighed by infection ratio, for the row DS'
-            if {'us', 'ss'} <= {r.seat[1] for r in f.runs}
-            else 'none: every model is scored alone'
-            + (', scores are averaged' if len(f.runs) > len(seats) else ''),
-            '',
-        ),
+        25: _filled(how),
+        26: _filled(f'the epoch of the best {best} on the validation patients'),
+        27: _filled(ensemble),
     }
 
 # %% ../../nbs/papers/8_checklist.ipynb #f8d05e05
-def _evaluation(f, n):
-    "Items 28 to 33 and 37 to 39"
-    paper, tests = f.runs[0].config['system'], f.said()
-    seeds, out = {r.config['seed'] for r in f.runs}, {}
-    out[28] = (
-        _PARTLY,
+def _evaluation(f):
+    "Items 28 to 30 and 32: metrics, uncertainty, robustness, internal data"
+    classifies, seeds = f.runs[0].recipe['task'] == 'classify', {r.config['seed'] for r in f.runs}
+    metrics = (
         'see the tables; the class of the largest probability is the answer'
-        if f.runs[0].recipe['task'] == 'classify'
-        else 'Dice, accuracy and precision; see the tables',
-        'why these, and which matters in use',
+        if classifies
+        else 'Dice, accuracy and precision; see the tables'
     )
-    out[29] = (
-        _FILLED,
-        '95 % intervals over resampled patients; paired t over models, permutation over patients, both with Holm\'s correction',
-        '',
-    )
+    out = {
+        28: _partly(metrics, 'why these, and which matters in use'),
+        29: _filled(
+            '95 % intervals over resampled patients; paired t over models, permutation over '
+            "patients, both with Holm's correction"
+        ),
+    }
     if len(seeds) > 1:
-        out[30] = (_PARTLY, f'{len(seeds)} seeds', 'other scanners, doses, thresholds')
-    if not tests:
-        return out
-    out[32] = (
-        _FILLED,
-        f'a test set of the same source: {", ".join(sorted({f"{len(t)} scans" for t in tests}))}',
-        '',
-    )
-    by = {}
+        out[30] = _partly(f'{len(seeds)} seeds', 'other scanners, doses, thresholds')
+    if tests := f.tested():
+        sizes = ', '.join(sorted({f'{len(t)} scans' for t in tests}))
+        out[32] = _filled(f'a test set of the same source: {sizes}')
+    return out
+
+# %% ../../nbs/papers/8_checklist.ipynb #9436b9f5
+def _scores(f, n):
+    "Network → `(part, metric)` → (mean, sd, interval) on the test sets"
+    paper, models = f.runs[0].config['system'], {}
     for r in f.runs:
         t, files = run_predictions(r, 'test')
         if len(t):
-            by.setdefault(r.seat, []).append(RunPredictions((), t, files))
-    est = {
-        s: estimate(m, METRIC_READERS[paper], n) for s, m in by.items() if paper in METRIC_READERS
-    }
+            models.setdefault(r.seat, []).append(RunPredictions((), t, files))
+    if paper not in METRIC_READERS:
+        return {}
+    return {s: estimate(m, METRIC_READERS[paper], n) for s, m in models.items()}
 
-    def word(e, k):
-        return f'{k[1]} {e[k][0]:.3f}' + (
-            f' ({e[k][2].low:.3f} … {e[k][2].high:.3f})'
-            if e[k][2].low == e[k][2].low
-            else ', no interval'
-        )
 
-    def tell(names):
+def _score_text(name, score):
+    mean, _, i = score
+    known = f' ({i.low:.3f} … {i.high:.3f})' if i.low == i.low else ', no interval'
+    return f'{name} {mean:.3f}{known}'
+
+# %% ../../nbs/papers/8_checklist.ipynb #523e03d7
+def _performance(f, n):
+    "Items 37 to 39: metrics, diagnostic performance, failures"
+    tests = f.tested()
+    if not tests:
+        return {}
+    scores = _scores(f, n)
+
+    def of(names):
+        "Some metrics of every network, for COVID-19 or over all classes"
+        parts = ('', 'COVID-19', 'COVID-19 against the rest')
         return '; '.join(
-            f'{s[0]}: '
-            + ', '.join(
-                word(e, k)
-                for k in e
-                if k[1] in names and k[0] in ('', 'COVID-19', 'COVID-19 against the rest')
-            )
-            for s, e in est.items()
+            f'{seat[0]}: '
+            + ', '.join(_score_text(k[1], e[k]) for k in e if k[1] in names and k[0] in parts)
+            for seat, e in scores.items()
         )
 
-    out[37] = (
-        _PARTLY,
-        tell(('AUC', 'accuracy', 'F1', 'Dice', 'precision')),
-        'the same on the training set, if it is to be told',
-    )
+    metrics = of(('AUC', 'accuracy', 'F1', 'Dice', 'precision'))
+    out = {37: _partly(metrics, 'the same on the training set, if it is to be told')}
     if f.runs[0].recipe['task'] == 'classify':
-        out |= {38: (_FILLED, tell(('sensitivity', 'specificity')), ''), 39: _wrong(tests)}
+        out |= {38: _filled(of(('sensitivity', 'specificity'))), 39: _wrong(tests)}
     return out
 
 # %% ../../nbs/papers/8_checklist.ipynb #dedd0893
@@ -343,80 +306,51 @@ def _wrong(tests):
     wrong = t.assign(sure=p.max(axis=1), called=called)[called != t.label].sort_values(
         'sure', ascending=False
     )
-    return (
-        _PARTLY,
-        f'{len(wrong)} of {len(t)} test answers are wrong; the surest: '
-        + '; '.join(
-            f'{r.scan_id}, {r.label} called {r.called} at {r.sure:.2f}'
-            for r in wrong.drop_duplicates('scan_id').head(3).itertuples()
-        ),
+    surest = [
+        f'{r.scan_id}, {r.label} called {r.called} at {r.sure:.2f}'
+        for r in wrong.drop_duplicates('scan_id').head(3).itertuples()
+    ]
+    return _partly(
+        f'{len(wrong)} of {len(t)} test answers are wrong; the surest: {"; ".join(surest)}',
         'why; look at them with covid-ct cases',
     )
 
 # %% ../../nbs/papers/8_checklist.ipynb #151f6e76
-def _rest(f):
-    "Items 3, 35, 36 and 40 to 43"
-    t, who = f.table, [c for c in ('age', 'sex') if c in f.table]
-    faults = list(
-        dict.fromkeys(
-            w for r in f.runs for w in [*r.recipe.get('faults', ()), *r.config.get('warnings', [])]
-        )
-    )
-    out = {
-        3: (
-            _PARTLY,
-            'for teaching and research, not for clinical use (model card)',
-            'background and intended role',
+def _context(f):
+    "Items 3, 35 and 40 to 43: role, flow of scans, discussion, availability"
+    n, who = f.table.scan_id.nunique(), f.table.patient_id.nunique()
+    limits = ['results on phantoms say nothing about patients'] if f.phantoms else []
+    for r in f.runs:
+        limits += [*r.recipe.get('faults', ()), *r.config.get('warnings', [])]
+    hashes = f.of(lambda r: r.config['recipe_hash'])
+    role = 'for teaching and research, not for clinical use (model card)'
+    limits = '; '.join(dict.fromkeys(limits))
+    return {
+        3: _partly(role, 'background and intended role'),
+        35: _partly(f'{n} scans of {who} patients are in', 'how many were left out, and why'),
+        40: _partly(limits, 'the discussion') if limits else None,
+        41: _partly('none claimed: not for clinical use (model card)', 'the discussion'),
+        42: _partly(
+            f'recipes {hashes}; config.json of every run', 'the protocol, if there was one'
         ),
-        35: (
-            _PARTLY,
-            f'{t.scan_id.nunique()} scans of {t.patient_id.nunique()} patients are in',
-            'how many were left out, and why',
-        ),
-        40: (
-            _PARTLY,
-            '; '.join(
-                [
-                    *(['results on phantoms say nothing about patients'] if f.phantoms else []),
-                    *faults,
-                ]
-            ),
-            'the discussion',
-        )
-        if faults or f.phantoms
-        else None,
-        41: (_PARTLY, 'none claimed: not for clinical use (model card)', 'the discussion'),
-        42: (
-            _PARTLY,
-            f'recipes {f.of(lambda r: r.config["recipe_hash"])}; config.json of every run',
-            'the protocol, if there was one',
-        ),
-        43: (_PARTLY, 'covid_ct and the run folders', 'where weights and data can be had'),
+        43: _partly('covid_ct and the run folders', 'where weights and data can be had'),
     }
-    if who and 'fold' in t:
-        side = t.drop_duplicates('patient_id').assign(
-            part=lambda t: t.fold.astype(int).map(lambda k: 'test' if k < 0 else 'training')
-        )
-        told = [
-            f'{k}: '
-            + ', '.join(
-                [
-                    *([f'median age {g.age.median():g}'] if 'age' in who else []),
-                    *(
-                        [f'{v} {n}' for v, n in g.sex.value_counts().items()]
-                        if 'sex' in who
-                        else []
-                    ),
-                ]
-            )
-            for k, g in side.groupby('part')
-        ]
-        out[36] = (
-            _PARTLY if len(who) < 2 else _FILLED,
-            '; '.join(told),
-            '' if len(who) > 1 else f'{"age" if "sex" in who else "sex"}',
-        )
-    return out
+
+# %% ../../nbs/papers/8_checklist.ipynb #8f633079
+def _patients(f):
+    "Item 36: age and sex by part"
+    t = f.table
+    if 'fold' not in t or not {'age', 'sex'} & set(t):
+        return {}
+    t = t.drop_duplicates('patient_id')
+    texts = []
+    for part, g in t.groupby(t.fold.astype(int).map(lambda k: 'test' if k < 0 else 'training')):
+        age = [f'median age {g.age.median():g}'] if 'age' in t else []
+        sex = [f'{v} {n}' for v, n in g.sex.value_counts().items()] if 'sex' in t else []
+        texts.append(f'{part}: ' + ', '.join(age + sex))
+    missing = {'age', 'sex'} - set(t)
+    text = '; '.join(texts)
+    return {36: _partly(text, missing.pop()) if missing else _filled(text)}
 
 # %% ../../nbs/papers/8_checklist.ipynb #c0f50dba
 _ASK = {
@@ -453,17 +387,23 @@ _ASK = {
 }
 
 # %% ../../nbs/papers/8_checklist.ipynb #8c5d25bc
+_FILL = (_context, _study, _preparation, _acquisition, _reference, _partitions)
+_FILL += (_network, _training, _evaluation, _patients)
+
+
 def fill_checklist(
     runs,  # of `find_runs`, or folders; of one study
     cohort=None,  # CSV of the cohort; None: what the runs know
     n: int = 200,  # resampled cohorts of the intervals
 ) -> pd.DataFrame:  # 44 rows; columns item section topic state said missing
-    "CLAIM 2024 filled in from runs (items and numbers after Tejani et al. 2024, the words are ours)"
+    """CLAIM 2024 filled in from runs (items and numbers after Tejani et al. 2024, the words are
+    ours)"""
     runs = open_runs(runs)
     f = _ChecklistFacts(runs, cohort_of_runs(runs, cohort))
     got = {}
-    for part in (_data(f), _reference(f), _partitions(f), _model(f), _evaluation(f, n), _rest(f)):
-        got |= {k: v for k, v in part.items() if v}
+    for fill in _FILL:
+        got |= {k: v for k, v in fill(f).items() if v}
+    got |= _performance(f, n)
     rows = [
         (i, *_ITEMS[i - 1], *got.get(i, (AUTHOR, '', _ASK.get(i, 'write it'))))
         for i in range(1, 45)

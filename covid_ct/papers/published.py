@@ -32,11 +32,15 @@ def _number(printed):
     return float(m[1].replace(',', '')), float(m[3] or 'nan'), len(m[2] or '')
 
 
-def _print(paper, table, metrics, text, scans={}):
-    "Add the rows of one table, a line each: part | row | numbers in the order of `metrics` (`name:unit`), – for none"
-    names = [m.partition(':')[::2] for m in metrics.split()]
-    for line in text.strip().splitlines():
-        part, row, numbers = (c.strip() for c in line.split('|'))
+def _print(paper, table, metrics, text, scans=None):
+    """Add the rows of one table, a line each: part | row | numbers in the order of `metrics`
+    (`name:unit`), – for none; a line without a bar is the part of the lines below it"""
+    names, below = [m.partition(':')[::2] for m in metrics.split()], ''
+    for line in map(str.strip, text.strip().splitlines()):
+        if '|' not in line:
+            below = line
+            continue
+        part, row, numbers = (c.strip() for c in (f'{below}|' * bool(below) + line).split('|'))
         for (metric, unit), printed in zip(names, numbers.split(), strict=True):
             if printed == '–':
                 continue
@@ -53,7 +57,7 @@ def _print(paper, table, metrics, text, scans={}):
                     sd=sd,
                     digits=digits,
                     printed=printed,
-                    scans=scans.get(part, float('nan')),
+                    scans=(scans or {}).get(part, float('nan')),
                 )
             )
 
@@ -82,11 +86,12 @@ _print(
     'II',
     'AUC accuracy:% sensitivity:% specificity:% F1:%',
     '''
-    COVID-19 against the rest | [11]   | 0.9797 92.49 94.93 91.13 –
-    COVID-19 against the rest | [14]   | – 88.69 88.08 – 89.26
-    COVID-19 against the rest | [15]   | – 93.57 94.21 93.93 91.74
-    COVID-19 against the rest | [28]   | 0.9212 – 77.99 93.55 –
-    COVID-19 against the rest | DARNet | 0.9950±0.0020 93.28±0.85 96.86±0.81 97.19±1.08 95.49±1.15''',
+    COVID-19 against the rest
+      [11]   | 0.9797 92.49 94.93 91.13 –
+      [14]   | – 88.69 88.08 – 89.26
+      [15]   | – 93.57 94.21 93.93 91.74
+      [28]   | 0.9212 – 77.99 93.55 –
+      DARNet | 0.9950±0.0020 93.28±0.85 96.86±0.81 97.19±1.08 95.49±1.15''',
 )
 
 # %% ../../nbs/papers/5_published.ipynb #2f9d1f88
@@ -95,10 +100,10 @@ _print(
     'III',
     'parameters:M',
     '''
-     | DARNet (w/o DA and CA) | 33.15
-     | DARNet (w/o DA)        | 33.24
-     | DARNet (w/o CA)        | 35.15
-     | DARNet                 | 35.24''',
+  | DARNet (w/o DA and CA) | 33.15
+  | DARNet (w/o DA)        | 33.24
+  | DARNet (w/o CA)        | 35.15
+  | DARNet                 | 35.24''',
 )
 
 _TEST = {'COVID-19 against the rest': 940, 'three classes': 940}
@@ -107,14 +112,16 @@ _print(
     'IV',
     'AUC accuracy:% sensitivity:% specificity:% F1:%',
     '''
-    COVID-19 against the rest | DARNet (w/o DA and CA) | 0.9938±0.0024 91.32±1.87 95.52±1.07 97.15±1.28 94.86±1.21
-    COVID-19 against the rest | DARNet (w/o DA)        | 0.9926±0.0024 92.13±1.90 94.65±1.86 97.88±1.28 95.04±0.49
-    COVID-19 against the rest | DARNet (w/o CA)        | 0.9923±0.0024 92.55±0.51 95.25±0.73 97.72±1.15 95.20±0.89
-    COVID-19 against the rest | DARNet                 | 0.9950±0.0020 93.28±0.85 96.86±0.81 97.19±1.08 95.49±1.15
-    three classes             | DARNet (w/o DA and CA) | 0.9850±0.0041 91.32±1.87 90.34±3.85 95.32±1.88 90.74±2.44
-    three classes             | DARNet (w/o DA)        | 0.9854±0.0047 92.13±1.90 91.70±3.58 95.95±1.95 91.63±2.44
-    three classes             | DARNet (w/o CA)        | 0.9832±0.0041 92.55±0.51 91.96±1.55 96.14±1.00 92.05±0.81
-    three classes             | DARNet                 | 0.9879±0.0028 93.28±0.85 93.03±1.85 96.56±0.99 92.92±1.09''',
+    COVID-19 against the rest
+      DARNet (w/o DA and CA) | 0.9938±0.0024 91.32±1.87 95.52±1.07 97.15±1.28 94.86±1.21
+      DARNet (w/o DA)        | 0.9926±0.0024 92.13±1.90 94.65±1.86 97.88±1.28 95.04±0.49
+      DARNet (w/o CA)        | 0.9923±0.0024 92.55±0.51 95.25±0.73 97.72±1.15 95.20±0.89
+      DARNet                 | 0.9950±0.0020 93.28±0.85 96.86±0.81 97.19±1.08 95.49±1.15
+    three classes
+      DARNet (w/o DA and CA) | 0.9850±0.0041 91.32±1.87 90.34±3.85 95.32±1.88 90.74±2.44
+      DARNet (w/o DA)        | 0.9854±0.0047 92.13±1.90 91.70±3.58 95.95±1.95 91.63±2.44
+      DARNet (w/o CA)        | 0.9832±0.0041 92.55±0.51 91.96±1.55 96.14±1.00 92.05±0.81
+      DARNet                 | 0.9879±0.0028 93.28±0.85 93.03±1.85 96.56±0.99 92.92±1.09''',
     _TEST,
 )
 
@@ -183,18 +190,21 @@ _print(
     'III',
     'AUC accuracy sensitivity specificity F1',
     '''
-    test set, < 0.005     | RN34 + US           | 0.796±0.032 0.719±0.015 0.514±0.093 0.889±0.074 0.698±0.022
-    test set, < 0.005     | Attention RN34 + US | 0.835±0.012 0.752±0.017 0.534±0.050 0.933±0.024 0.732±0.022
-    test set, < 0.005     | Attention RN34 + SS | 0.816±0.007 0.747±0.006 0.569±0.061 0.896±0.051 0.732±0.009
-    test set, < 0.005     | Attention RN34 + DS | 0.830±0.011 0.755±0.012 0.549±0.049 0.926±0.025 0.737±0.017
-    test set, 0.005–0.030 | RN34 + US           | 0.914±0.021 0.848±0.037 0.851±0.042 0.810±0.078 0.643±0.035
-    test set, 0.005–0.030 | Attention RN34 + US | 0.923±0.005 0.871±0.017 0.875±0.021 0.785±0.090 0.662±0.015
-    test set, 0.005–0.030 | Attention RN34 + SS | 0.919±0.004 0.858±0.018 0.862±0.020 0.785±0.047 0.648±0.020
-    test set, 0.005–0.030 | Attention RN34 + DS | 0.919±0.004 0.859±0.016 0.863±0.018 0.790±0.051 0.649±0.017
-    test set, > 0.030     | RN34 + US           | 0.905±0.011 0.955±0.007 0.962±0.007 0.617±0.062 0.663±0.018
-    test set, > 0.030     | Attention RN34 + US | 0.906±0.016 0.965±0.008 0.972±0.008 0.642±0.037 0.702±0.026
-    test set, > 0.030     | Attention RN34 + SS | 0.906±0.014 0.955±0.009 0.960±0.010 0.667±0.051 0.671±0.018
-    test set, > 0.030     | Attention RN34 + DS | 0.907±0.015 0.962±0.007 0.968±0.008 0.650±0.037 0.692±0.018''',
+    test set, < 0.005
+      RN34 + US           | 0.796±0.032 0.719±0.015 0.514±0.093 0.889±0.074 0.698±0.022
+      Attention RN34 + US | 0.835±0.012 0.752±0.017 0.534±0.050 0.933±0.024 0.732±0.022
+      Attention RN34 + SS | 0.816±0.007 0.747±0.006 0.569±0.061 0.896±0.051 0.732±0.009
+      Attention RN34 + DS | 0.830±0.011 0.755±0.012 0.549±0.049 0.926±0.025 0.737±0.017
+    test set, 0.005–0.030
+      RN34 + US           | 0.914±0.021 0.848±0.037 0.851±0.042 0.810±0.078 0.643±0.035
+      Attention RN34 + US | 0.923±0.005 0.871±0.017 0.875±0.021 0.785±0.090 0.662±0.015
+      Attention RN34 + SS | 0.919±0.004 0.858±0.018 0.862±0.020 0.785±0.047 0.648±0.020
+      Attention RN34 + DS | 0.919±0.004 0.859±0.016 0.863±0.018 0.790±0.051 0.649±0.017
+    test set, > 0.030
+      RN34 + US           | 0.905±0.011 0.955±0.007 0.962±0.007 0.617±0.062 0.663±0.018
+      Attention RN34 + US | 0.906±0.016 0.965±0.008 0.972±0.008 0.642±0.037 0.702±0.026
+      Attention RN34 + SS | 0.906±0.014 0.955±0.009 0.960±0.010 0.667±0.051 0.671±0.018
+      Attention RN34 + DS | 0.907±0.015 0.962±0.007 0.968±0.008 0.650±0.037 0.692±0.018''',
     _SIZES,
 )
 

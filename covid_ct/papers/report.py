@@ -75,7 +75,8 @@ def _matrix(ax, C, classes, title):
 def _confusion_panels(
     models: dict,  # row → its models
 ) -> Picture:  # with alt text
-    "Confusion matrix of each row, answers of all its models together; share of the true class as colour"
+    """Confusion matrix of each row, answers of all its models together; share of the true class
+    as colour"""
     fig = Picture(figsize=(0.8 + 2.3 * len(models), 2.9), layout='constrained')
     said = []
     for ax, (row, ms) in zip(np.ravel(fig.subplots(1, len(models))), models.items(), strict=False):
@@ -120,7 +121,8 @@ def _roc_panels(
     n: int = 300,  # resampled cohorts of the band
     most: int = 6,  # panels at most
 ) -> Picture:  # with alt text
-    "ROC curves, one panel for each model of the rows, a curve a row, and the 95 % band over patients of the last"
+    """ROC curves, one panel for each model of the rows, a curve a row, and the 95 % band over
+    patients of the last"""
     keys = list(dict.fromkeys(m.key for ms in models.values() for m in ms))[:most]
     cols = min(3, len(keys))
     rows = -(-len(keys) // cols)
@@ -141,14 +143,16 @@ def _roc_panels(
     fig.supylabel('found (sensitivity)', fontsize=9)
     return set_alt_text(
         fig,
-        f'ROC curves of {positive} against the rest in {len(keys)} panels for {", ".join(models)}; AUC {min(said):.3f} to {max(said):.3f}.',
+        f'ROC curves of {positive} against the rest in {len(keys)} panels for '
+        f'{", ".join(models)}; AUC {min(said):.3f} to {max(said):.3f}.',
     )
 
 # %% ../../nbs/papers/9_report.ipynb #68b3edd6
 def _ratio_histogram(
     table: pd.DataFrame,  # with `label` and `infection_ratio`
 ) -> Picture:  # with alt text
-    "How often each infection ratio occurs, by class (Ouyang et al. 2020, Fig. 1), with the bounds of their groups"
+    """How often each infection ratio occurs, by class (Ouyang et al. 2020, Fig. 1), with the
+    bounds of their groups"""
     fig = Picture(figsize=(5, 2.8), layout='constrained')
     ax, said, top = fig.subplots(), [], 0
     for (c, t), colour in zip(
@@ -229,12 +233,14 @@ def _figures(
             (
                 'Confusion matrices',
                 _confusion_panels(rows),
-                'Answers of all models of a row together; count, and share of the true class as colour.',
+                'Answers of all models of a row together; count, and share of the true class as '
+                'colour.',
             ),
             (
                 'ROC curves',
                 _roc_panels(rows),
-                'covid against the rest, a panel for each model; legend: AUC. Band: 95 % over patients, last row of the legend.',
+                'covid against the rest, a panel for each model; legend: AUC. Band: 95 % over '
+                'patients, last row of the legend.',
             ),
         ]
     if cohort.ratio is not None and 'label' in cohort.table:
@@ -249,7 +255,12 @@ def _figures(
 
 # %% ../../nbs/papers/9_report.ipynb #5db926d3
 _FORMATS = ('html', 'md', 'tex', 'csv')
-_WIDE = '<style>main{max-width:1400px}.numbers td:not(:last-child){white-space:nowrap}td:last-child,th:last-child{text-align:left}td{vertical-align:top}pre{white-space:pre-wrap;font-size:.85rem}.words td,.words th{text-align:left}details{margin:.4em 0}</style>'
+_WIDE = (
+    '<style>main{max-width:1400px}.numbers td:not(:last-child){white-space:nowrap}'
+    'td:last-child,th:last-child{text-align:left}td{vertical-align:top}'
+    'pre{white-space:pre-wrap;font-size:.85rem}.words td,.words th{text-align:left}'
+    'details{margin:.4em 0}</style>'
+)
 
 
 def _said(runs, tables):
@@ -259,7 +270,8 @@ def _said(runs, tables):
     out = []
     if any(r.phantoms for r in runs):
         out.append(
-            '**Results on phantoms.** They show that the machinery works; they reproduce nothing and have no difference from the paper\'s numbers.'
+            '**Results on phantoms.** They show that the machinery works; they reproduce nothing '
+            "and have no difference from the paper's numbers."
         )
     other = sorted(
         {
@@ -285,7 +297,8 @@ def _legend(paper, t):
         f'{t.source.iloc[0]}.'
         + (' ± is over models, the interval over patients.' if t.models.notna().any() else '')
         + (
-            f' p: against {REFERENCE_ROWS[paper]}, paired t over models and permutation over patients, after Holm.'
+            f' p: against {REFERENCE_ROWS[paper]}, paired t over models and permutation over '
+            'patients, after Holm.'
             if tested
             else ''
         )
@@ -333,7 +346,8 @@ def _html(paper, runs, tables, cohort, checklist):
     every, files = pd.concat(tables.values()), file_table(list(tables.values()))
     page = HtmlReport(
         f'{PUBLISHED[paper]}: theirs beside ours',
-        'Every number of ours was computed when this page was written, from the files listed below.',
+        'Every number of ours was computed when this page was written, from the files listed '
+        'below.',
     ).html(_WIDE)
     page.facts(
         {
@@ -359,13 +373,48 @@ def _html(paper, runs, tables, cohort, checklist):
     _words(
         page.section(
             'Checklist',
-            'CLAIM 2024 (Tejani et al. 2024), items by number; the words are ours. What a run cannot know is left to the author.',
+            'CLAIM 2024 (Tejani et al. 2024), items by number; the words are ours. What a run '
+            'cannot know is left to the author.',
         ),
         checklist,
     )
     return page.section('Model cards').html(_cards(runs)).page()
 
 # %% ../../nbs/papers/9_report.ipynb #343763b4
+def _markdown(paper, runs, tables, legends):
+    "All tables as one Markdown file"
+    parts = [
+        f'## {t.source.iloc[0]}\n\n{to_markdown(printed_table(t))}\n{legends[k]}\n'
+        for k, t in tables.items()
+    ]
+    return f'# {PUBLISHED[paper]}\n\n{_said(runs, tables)}\n\n' + '\n'.join(parts)
+
+
+def _latex(tables, legends):
+    "All tables as one LaTeX file"
+    first = '% needs \\usepackage{booktabs,longtable}; wide: set it in a landscape environment\n'
+    return first + '\n'.join(to_latex(printed_table(t), legends[k]) for k, t in tables.items())
+
+# %% ../../nbs/papers/9_report.ipynb #c6aa9d5d
+_CLAIM = """# CLAIM 2024
+
+Items by their numbers (Tejani et al. 2024), topics in our words.
+
+"""
+
+
+def _runs_of(paper, where):
+    "Runs of a paper; raises `TableError` where there are none"
+    runs = [r for r in open_runs(where) if r.config['system'] == paper]
+    if not runs:
+        raise TableError(
+            paper,
+            'no run of this system among those given',
+            f'Give runs of {paper}, or name another paper.',
+        )
+    return runs
+
+# %% ../../nbs/papers/9_report.ipynb #ca69c72e
 def write_report(
     paper: str,  # a key of `PUBLISHED`
     where,  # run folders, or folders with runs somewhere below
@@ -375,48 +424,27 @@ def write_report(
     n: int = 1000,  # resampled cohorts, and random swaps
     seed: int = 0,  # seed of both
 ) -> dict:  # name of a file → path
-    "Tables, figures, files, checklist and cards of a paper's runs; raises `PublishedError`, `TableError` or `RunError` before anything is written"
-    names, odd = tables_of(paper), [f for f in formats if f not in _FORMATS]
-    if odd:
+    """Tables, figures, files, checklist and cards of a paper's runs; raises `PublishedError`,
+    `TableError` or `RunError` before anything is written"""
+    names = tables_of(paper)
+    if odd := [f for f in formats if f not in _FORMATS]:
         raise TableError('formats', f'no format {odd[0]!r}', f'Use some of {", ".join(_FORMATS)}.')
-    runs = [r for r in open_runs(where) if r.config['system'] == paper]
-    if not runs:
-        raise TableError(
-            paper,
-            'no run of this system among those given',
-            f'Give runs of {paper}, or name another paper.',
-        )
+    runs = _runs_of(paper, where)
     tables = {k: paper_table(paper, k, runs, cohort, n, seed) for k in names}
+    legends = {k: _legend(paper, t) for k, t in tables.items()}
     people, checklist = cohort_of_runs(runs, cohort), fill_checklist(runs, cohort, min(n, 200))
-    text = {k: printed_table(t) for k, t in tables.items()}
-
-    def title(k):
-        return _legend(paper, tables[k])
-
-    make = {
-        'files.csv': lambda: file_table(list(tables.values())).to_csv(index=False),
-        'claim.md': lambda: (
-            f'# CLAIM 2024\n\nItems by their numbers (Tejani et al. 2024), topics in our words.\n\n{to_markdown(checklist)}'
-        ),
+    done = {
+        'files.csv': file_table(list(tables.values())).to_csv(index=False),
+        'claim.md': _CLAIM + to_markdown(checklist),
     }
     if 'html' in formats:
-        make['report.html'] = lambda: _html(paper, runs, tables, people, checklist)
+        done['report.html'] = _html(paper, runs, tables, people, checklist)
     if 'md' in formats:
-        make['tables.md'] = lambda: (
-            f'# {PUBLISHED[paper]}\n\n{_said(runs, tables)}\n\n'
-            + '\n'.join(
-                f'## {tables[k].source.iloc[0]}\n\n{to_markdown(t)}\n{title(k)}\n'
-                for k, t in text.items()
-            )
-        )
+        done['tables.md'] = _markdown(paper, runs, tables, legends)
     if 'tex' in formats:
-        make['tables.tex'] = lambda: (
-            '% needs \\usepackage{booktabs,longtable}; wide: set it in a landscape environment\n'
-            + '\n'.join(to_latex(t, title(k)) for k, t in text.items())
-        )
+        done['tables.tex'] = _latex(tables, legends)
     if 'csv' in formats:
-        make['tables.csv'] = lambda: to_csv(list(tables.values()))
-    done = {k: make[k]() for k in make}
+        done['tables.csv'] = to_csv(list(tables.values()))
     for k, v in done.items():
         write_text(Path(out) / k, v)
     return {k: Path(out) / k for k in done}

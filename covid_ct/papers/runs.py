@@ -100,7 +100,8 @@ def _drawn(folder, config):
 def find_runs(
     *where,  # run folders, or folders with runs somewhere below
 ) -> list:  # of `FoundRun`, in the order of their names
-    "Runs on disk, finished ones; raises `TableError` where there are none and `RunError` for a damaged one"
+    """Runs on disk, finished ones; raises `TableError` where there are none and `RunError` for a
+    damaged one"""
     where = [Path(w).resolve() for w in where]
     folders = sorted(
         {
@@ -219,15 +220,17 @@ def _twice(models, seat):
     "Raise `TableError` for a training that is there twice"
     twice = [k for k, n in Counter(m.key for m in models).items() if n > 1]
     if twice:
+        files = ', '.join(n for m in models if m.key == twice[0] for n in m.files)
         raise TableError(
             f'runs of {seat[0]}',
-            f'two with seed {twice[0][0]} and fold {twice[0][1]} on the same scans: {", ".join(n for m in models if m.key == twice[0] for n in m.files)}',
+            f'two with seed {twice[0][0]} and fold {twice[0][1]} on the same scans: {files}',
             'Give each training once.',
         )
 
 # %% ../../nbs/papers/6_runs.ipynb #e211d256
 def _of_seat(runs, seat, part):
-    "Models of a seat, key → model; `part` is valid, test, held-out (by no training seen) or shared (one test set for all)"
+    """Models of a seat, key → model; `part` is valid, test, held-out (by no training seen) or
+    shared (one test set for all)"""
     mine = [r for r in runs if r.seat == seat]
     if len({r.phantoms for r in mine}) > 1:
         raise TableError(
@@ -280,7 +283,7 @@ def select(
     runs: list,  # of `find_runs`
     paper: str,  # a key of `PAPERS`
     row: str,  # as printed
-    part: str = 'test',  # 'valid', 'test', 'held-out', 'shared', or 'pooled' for all validation folds as one
+    part: str = 'test',  # 'valid', 'test', 'held-out', 'shared'; 'pooled': validation folds as one
     setting: str = '',  # part of the table that chooses runs, for the augmentation of Chen et al.
     ratio=None,  # infection ratio by scan id
     group: str = '',  # one of `GROUPS`; '': all scans

@@ -8,13 +8,15 @@ __all__ = ['CohortCounts', 'cohort_of_runs', 'paper_table', 'printed_table', 'to
 
 # %% ../../nbs/papers/7_tables.ipynb #ac5932a2
 import hashlib
-import json
 import math
+import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from safetensors import safe_open
 
 from ..evaluate.statistics import holm
 from ..models.dual_sampling import ratio_group
@@ -94,7 +96,7 @@ _LABELS = {
 
 def _count_cell(
     cohort: CohortCounts,  # of `cohort_of_runs`
-    part: str,  # as printed: training set, TV set, test set, in total; with a group of ratios after a comma
+    part: str,  # as printed: 'test set', 'in total', …; a group of ratios after a comma
     row: str,  # as printed
     metric: str,  # scans, patients, age, female, male
 ) -> tuple:  # `(number, note)`; nan with a note for what the cohort does not know
@@ -132,16 +134,12 @@ def _weight_counts(
     path,  # a safetensors file
 ) -> dict:  # parameters with running statistics, as Keras counts, and convolutions in 3D
     "What a weights file holds, from its header alone"
-    with open(path, 'rb') as f:
-        header = json.loads(f.read(int.from_bytes(f.read(8), 'little')))
-    shapes = {
-        k: v['shape']
-        for k, v in header.items()
-        if k != '__metadata__' and not k.endswith('num_batches_tracked')
-    }
+    with safe_open(path, framework='np') as f:
+        names = [k for k in f.keys() if not k.endswith('num_batches_tracked')]
+        shapes = [f.get_slice(k).get_shape() for k in names]
     return dict(
-        parameters=sum(math.prod(s) for s in shapes.values()),
-        convolutions=sum(len(s) == 5 for s in shapes.values()),
+        parameters=sum(math.prod(s) for s in shapes),
+        convolutions=sum(len(s) == 5 for s in shapes),
     )
 
 # %% ../../nbs/papers/7_tables.ipynb #4b88605b
@@ -159,7 +157,10 @@ def _network_size(
     return float(_weight_counts(run.folder / where)[metric]), run.file(where), ''
 
 # %% ../../nbs/papers/7_tables.ipynb #cd4c68e3
-_COLUMNS = 'part row metric unit digits printed theirs theirs_sd theirs_scans ours sd low high difference scans patients models p_models p_patients note files source'.split()
+_COLUMNS = (
+    'part row metric unit digits printed theirs theirs_sd theirs_scans ours sd low high difference '
+    'scans patients models p_models p_patients note files source'
+).split()
 
 
 def _where(paper, table, part):
@@ -216,58 +217,56 @@ def _line(r, runs, ours=float('nan'), note='', files=(), factual=False, **kw):
     )
 
 # %% ../../nbs/papers/7_tables.ipynb #6043eefd
+def _scored_line(r, runs, models, score, p, files):
+    "A line with the score of some models, `(mean, sd, interval)`, and its two p-values"
+    scale, (mean, sd, i) = 100 if r.unit == '%' else 1, score
+    scans, who = ({x for m in models for x in m.table[c]} for c in ('scan_id', 'patient_id'))
+    return _line(
+        r,
+        runs,
+        mean * scale,
+        i.reason,
+        files,
+        sd=sd * scale,
+        low=i.low * scale,
+        high=i.high * scale,
+        scans=len(scans),
+        patients=len(who),
+        models=len(models),
+        p_models=p[0],
+        p_patients=p[1],
+    )
+
+# %% ../../nbs/papers/7_tables.ipynb #27766faa
 def _score_lines(pub, runs, cohort, n, seed):
     "Lines of a table of metrics, and the files they rest on"
-    paper, table, done, lines, files = pub.paper.iloc[0], pub.table.iloc[0], {}, [], {}
-    beside = REFERENCE_ROWS[paper] in set(pub.row)
+    paper, table, lines, files = pub.paper.iloc[0], pub.table.iloc[0], [], {}
+    read, reference = METRIC_READERS[paper], REFERENCE_ROWS[paper]
+    tested = reference in set(pub.row)
 
-    def asked(row, where):
-        if (row, where) not in done:
-            models, note = select(runs, paper, row, *where[:2], ratio=cohort.ratio, group=where[2])
-            done[row, where] = (
-                models,
-                note,
-                estimate(models, METRIC_READERS[paper], n, seed) if models else {},
-            )
-        return done[row, where]
+    @cache
+    def scores(row, where):
+        models, note = select(runs, paper, row, *where[:2], ratio=cohort.ratio, group=where[2])
+        return models, note, estimate(models, read, n, seed) if models else {}
+
+    @cache
+    def p_values(row, where):
+        models, others = scores(row, where)[0], scores(reference, where)[0]
+        fair = tested and others and row != reference
+        return paired_tests(models, others, read, n, seed) if fair else {}
 
     for r in pub.itertuples():
         where = _where(paper, table, r.part)
-        (models, note, found), (ref, *_) = asked(r.row, where), asked(REFERENCE_ROWS[paper], where)
+        (models, note, found), _ = scores(r.row, where), scores(reference, where)
         key = (r.part, r.metric) if (r.part, r.metric) in found else ('', r.metric)
         if key not in found:
             lines.append(_line(r, runs, note=note))
             continue
-        if ('p', r.row, where) not in done:
-            done['p', r.row, where] = (
-                paired_tests(models, ref, METRIC_READERS[paper], n, seed)
-                if beside and ref and r.row != REFERENCE_ROWS[paper]
-                else {}
-            )
-        scale, (mean, sd, i) = 100 if r.unit == '%' else 1, found[key]
-        p = done['p', r.row, where].get(key, (float('nan'),) * 2)
         used = {k: v for m in models for k, v in m.files.items()}
-        files |= used | (
-            cohort.files if where[2] or len(row_requirements(paper, r.row, where[1])) > 1 else {}
-        )
-        scans, who = ({x for m in models for x in m.table[c]} for c in ('scan_id', 'patient_id'))
-        lines.append(
-            _line(
-                r,
-                runs,
-                mean * scale,
-                i.reason,
-                list(used),
-                sd=sd * scale,
-                low=i.low * scale,
-                high=i.high * scale,
-                scans=len(scans),
-                patients=len(who),
-                models=len(models),
-                p_models=p[0],
-                p_patients=p[1],
-            )
-        )
+        by_ratio = where[2] or len(row_requirements(paper, r.row, where[1])) > 1
+        files |= used | (cohort.files if by_ratio else {})
+        p = p_values(r.row, where).get(key, (float('nan'),) * 2)
+        lines.append(_scored_line(r, runs, models, found[key], p, list(used)))
     return lines, files
 
 # %% ../../nbs/papers/7_tables.ipynb #9753b2ed
@@ -316,7 +315,7 @@ def paper_table(
     seed: int = 0,  # seed of both
 ) -> (
     pd.DataFrame
-):  # columns of `_COLUMNS`; `.attrs['files']`: name → path of every file a number was computed from
+):  # columns of `_COLUMNS`; `.attrs['files']`: name → path of every file behind a number
     "A table of a paper, theirs beside ours; raises `PublishedError` or `TableError`"
     pub = published(paper, table)
     runs = [r for r in open_runs(runs) if r.config['system'] == paper]
@@ -331,53 +330,51 @@ def paper_table(
     return t
 
 # %% ../../nbs/papers/7_tables.ipynb #b8ba421e
-def _told(v, digits, sign=False):
+def _number_text(v, digits, sign=False):
     return '' if v is None or not np.isfinite(v) else f'{v:{"+" if sign else ""},.{int(digits)}f}'
 
 
-def _p(v):
+def _spread_text(r):
+    "Ours with ± its standard deviation over models"
+    sd = f' ± {_number_text(r.sd, r.digits)}' if np.isfinite(r.sd) else ''
+    return _number_text(r.ours, r.digits) + sd
+
+
+def _interval_text(r):
+    if not np.isfinite(r.low):
+        return ''
+    return f'{_number_text(r.low, r.digits)} … {_number_text(r.high, r.digits)}'
+
+
+def _p_text(v):
     return '' if not np.isfinite(v) else '< 0.001' if v < 0.001 else f'{v:.3f}'
 
+# %% ../../nbs/papers/7_tables.ipynb #53997af7
+def _printed_row(r):
+    "A line of a table as text"
+    counts = [] if not np.isfinite(r.scans) else [r.scans, r.patients, r.models]
+    return {
+        'part': r.part,
+        'row': r.row,
+        'metric': r.metric.replace('_', ' ') + (f', {r.unit}' if r.unit else ''),
+        'theirs': r.printed.replace('±', ' ± ').replace('(', ' ('),
+        'ours': _spread_text(r),
+        '95 % interval': _interval_text(r),
+        'difference': _number_text(r.difference, r.digits, True),
+        'scans / patients / models': ' / '.join(f'{k:.0f}' for k in counts),
+        'p, models': _p_text(r.p_models),
+        'p, patients': _p_text(r.p_patients),
+        'note': r.note,
+    }
 
+# %% ../../nbs/papers/7_tables.ipynb #4f0f2275
 def printed_table(
     table: pd.DataFrame,  # of `paper_table`
 ) -> pd.DataFrame:  # of text
     "A table as it is printed: theirs, ours, interval, difference, how many, tests, note"
-    rows = []
-    for r in table.itertuples():
-
-        def pm(v, s):
-            return _told(v, r.digits) + (f' ± {_told(s, r.digits)}' if np.isfinite(s) else '')
-
-        many = (
-            '' if not np.isfinite(r.scans) else f'{r.scans:.0f} / {r.patients:.0f} / {r.models:.0f}'
-        )
-        rows.append(
-            {
-                'part': r.part,
-                'row': r.row,
-                'metric': r.metric.replace('_', ' ') + (f', {r.unit}' if r.unit else ''),
-                'theirs': r.printed.replace('±', ' ± ').replace('(', ' ('),
-                'ours': pm(r.ours, r.sd),
-                '95 % interval': f'{_told(r.low, r.digits)} … {_told(r.high, r.digits)}'
-                if np.isfinite(r.low)
-                else '',
-                'difference': _told(r.difference, r.digits, True),
-                'scans / patients / models': many,
-                'p, models': _p(r.p_models),
-                'p, patients': _p(r.p_patients),
-                'note': r.note,
-            }
-        )
-    t = pd.DataFrame(rows)
-    return t.loc[
-        :,
-        [
-            c
-            for c in t
-            if c in ('row', 'metric', 'theirs', 'ours', 'difference') or (t[c] != '').any()
-        ],
-    ]
+    t = pd.DataFrame([_printed_row(r) for r in table.itertuples()])
+    always = ('row', 'metric', 'theirs', 'ours', 'difference')
+    return t.loc[:, [c for c in t if c in always or (t[c] != '').any()]]
 
 # %% ../../nbs/papers/7_tables.ipynb #863de6b2
 _TEX = {
@@ -405,19 +402,20 @@ def _tex_text(
     text: str,  # anything
 ) -> str:  # the same, safe in LaTeX
     "Text in which no character has a meaning for LaTeX"
-    return ''.join(_TEX.get(c, c) for c in str(text))
+    return str(text).translate(str.maketrans(_TEX))
 
 # %% ../../nbs/papers/7_tables.ipynb #aeda82e9
+def _markdown_text(text):
+    "Text that stays in its cell"
+    return re.sub(r'([\\|])', r'\\\1', str(text)).replace('\n', ' ')
+
+
 def to_markdown(
     table: pd.DataFrame,  # of text, as from `printed_table`
 ) -> str:  # a table with bars
     "A table in Markdown"
-
-    def cell(v):
-        return str(v).replace('\\', '\\\\').replace('|', '\\|').replace('\n', ' ')
-
-    lines = [table.columns, ['---'] * len(table.columns), *table.itertuples(index=False)]
-    return '\n'.join('| ' + ' | '.join(map(cell, l)) + ' |' for l in lines) + '\n'
+    safe = table.map(_markdown_text).rename(columns=_markdown_text)
+    return safe.to_markdown(index=False, disable_numparse=True) + '\n'
 
 # %% ../../nbs/papers/7_tables.ipynb #60988e09
 def to_latex(
@@ -425,25 +423,16 @@ def to_latex(
     caption: str = '',  # above the table
 ) -> str:  # a `longtable` that uses `booktabs`
     "A table in LaTeX; its document needs the packages booktabs and longtable"
-
-    def row(v):
-        return ' & '.join(map(_tex_text, v)) + r' \\'
-
-    head = [
-        f'\\begin{{longtable}}{{{"l" * len(table.columns)}}}',
-        f'\\caption{{{_tex_text(caption)}}}\\\\' if caption else '',
-        r'\toprule',
-        row(table.columns),
-        r'\midrule',
-        r'\endhead',
-    ]
+    style = table.reset_index(drop=True).style.hide(axis='index')
     return (
-        '\n'.join(
-            [l for l in head if l]
-            + [row(r) for r in table.itertuples(index=False)]
-            + [r'\bottomrule', r'\end{longtable}']
+        style.format(_tex_text)
+        .format_index(_tex_text, axis='columns')
+        .to_latex(
+            environment='longtable',
+            hrules=True,
+            column_format='l' * len(table.columns),
+            caption=_tex_text(caption) or None,
         )
-        + '\n'
     )
 
 # %% ../../nbs/papers/7_tables.ipynb #397bf3d0

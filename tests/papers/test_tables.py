@@ -855,7 +855,7 @@ def test_latex_escapes_everything():
         table.count("\\begin{longtable}{ll}") == 1
         and r"a\_b & c \\" in table
         and r"1 \& 2 & x \\" in table
-        and r"\caption{50 \%}\\" in table
+        and r"\caption{50 \%} \\" in table
     )
 
 
