@@ -9,6 +9,7 @@ __all__ = ['CHECKS', 'FINDING_TEXTS', 'file_facts', 'scan_facts', 'mask_facts', 
 import io
 import zipfile
 from collections import Counter, defaultdict
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -119,53 +120,70 @@ def _thumbnail(
     out.save(f, 'webp', quality=55)
     return f.getvalue()
 
-
-def scan_facts(
-    scan: Scan,  # any unit, one slice or many
-) -> tuple:  # facts, names of the slices, print of the vessels, thumbnail
-    "Everything the audit wants to know of the pixels of a scan"
-    v, units = scan.voxels, scan.units
-    greys, empty = small_greys(v, units)
-    k = informative_slices(greys, empty)
-    g, e = greys[k], empty[k]
-    masked, names = is_masked(v, units), slice_hashes(v)
-    step, limit = widest_step(g)
-    few = v[:: max(1, len(v) // 24), ::4, ::4]
-    near = few[(few > -1100) & (few < -900)]
-    f = dict(
+# %% ../../nbs/04_audit/02_findings.ipynb #c1a50001
+def _grid_facts(scan) -> dict:
+    v = scan.voxels
+    return dict(
         n_slice=len(v),
         rows=v.shape[1],
         columns=v.shape[2],
-        units=units,
+        units=scan.units,
         orientation=scan.stored_as if scan.geometry_known else 'unknown',
+    )
+
+
+def _value_facts(v, units) -> dict:
+    few = v[:: max(1, len(v) // 24), ::4, ::4]
+    near = few[(few > -1100) & (few < -900)]
+    return dict(
         air=float(np.median(near)) if units == 'HU' and near.size > 0.005 * few.size else np.nan,
         lowest=float(v.min()),
         highest=float(v.max()),
         left=round(mask_shares(v, units)[0], 4),
+    )
+
+# %% ../../nbs/04_audit/02_findings.ipynb #c1a50002
+def _order_facts(greys, empty, masked, hashes) -> dict:
+    "What the informative slices say about order, gaps and direction"
+    step, limit = widest_step(greys)
+    return dict(
         masked=masked,
-        repeats=repeated_slices(names),
-        misplaced=count_misplaced(g, 0.35 if masked else 0.75),
+        repeats=repeated_slices(hashes),
+        misplaced=count_misplaced(greys, 0.35 if masked else 0.75),
         widest=round(step, 3),
         step_limit=limit,
-        head_up=round(slice_direction(g, e), 3) if len(g) > 8 else np.nan,
-        content=content_hash(names),
-        remarks='; '.join(scan.remarks),
-        **{
-            f'spacing_{a}': round(s, 4) if scan.geometry_known else np.nan
-            for a, s in zip('zyx', scan.spacing, strict=False)
-        },
+        head_up=round(slice_direction(greys, empty), 3) if len(greys) > 8 else np.nan,
+        content=content_hash(hashes),
+    )
+
+
+def _spacing_facts(scan) -> dict:
+    return {
+        f'spacing_{axis}': round(mm, 4) if scan.geometry_known else np.nan
+        for axis, mm in zip('zyx', scan.spacing, strict=True)
+    }
+
+# %% ../../nbs/04_audit/02_findings.ipynb #c1a50003
+def scan_facts(
+    scan: Scan,  # any unit, one slice or many
+) -> tuple:  # facts, hashes of the slices, print of the vessels, thumbnail
+    "Everything the audit wants to know of the pixels of a scan"
+    v, units = scan.voxels, scan.units
+    greys, empty = small_greys(v, units)
+    k = informative_slices(greys, empty)
+    hashes = slice_hashes(v)
+    facts = {
+        **_grid_facts(scan),
+        **_value_facts(v, units),
+        **_order_facts(greys[k], empty[k], is_masked(v, units), hashes),
+        'remarks': '; '.join(scan.remarks),
+        **_spacing_facts(scan),
         **background_facts(v, units),
-    )
-    f['lung_fault'] = _lung_fault(scan, f)
-    return (
-        f,
-        names,
-        vessel_print(greys),
-        _thumbnail(
-            g if len(g) > 2 else greys,
-            scan.grid.size_mm[0] / scan.grid.size_mm[2] if scan.geometry_known else 0.9,
-        ),
-    )
+    }
+    facts['lung_fault'] = _lung_fault(scan, facts)
+    tall = scan.grid.size_mm[0] / scan.grid.size_mm[2] if scan.geometry_known else 0.9
+    thumbnail = _thumbnail(greys[k] if len(k) > 2 else greys, tall)
+    return facts, hashes, vessel_print(greys), thumbnail
 
 # %% ../../nbs/04_audit/02_findings.ipynb #b2000002
 def _lung_fault(
@@ -281,171 +299,206 @@ def _most(s, share=0.5) -> object:  # None where no value holds more than `share
     return n.index[0] if len(n) and n.iloc[0] > share else None
 
 # %% ../../nbs/04_audit/02_findings.ipynb #bfd77300
-def _odd(f) -> dict:  # name of a check → (bool per row, value per row)
-    "Checks that need one row, or a row and what is usual"
+def _column(f, name, empty=np.nan) -> pd.Series:
+    "A column of the facts; all `empty` where the table lacks it"
+    return f[name] if name in f else pd.Series(empty, f.index)
 
-    def has(c, empty=np.nan):
-        return f[c] if c in f else pd.Series(empty, f.index)
 
-    def text(c):
-        return has(c).map(
-            lambda x: (
-                f'{x:g}' if isinstance(x, (int, float)) and not isinstance(x, bool) else str(x)
-            )
-        )
+def _words(f, name) -> pd.Series:
+    "A column as text, numbers without trailing zeros"
 
-    known, mixed, masked = (
-        has('orientation', '') != 'unknown',
-        has('misplaced', 0).fillna(0) >= 2,
-        has('masked', False).astype('boolean').fillna(False).astype(bool),
-    )
-    lost, step = (
-        has('lost_names', 0).fillna(0) > 0,
-        has('widest').gt(has('step_limit')) & ~mixed & ~masked,
-    )
-    gone = has('error', '').astype(str).str.contains('missing') & has('geometry_fault', False).eq(
-        True
-    )
-    up = has('head_up')
-    loose = up[~known & ~mixed & (up.abs() > 0.25)]
+    def text(x):
+        number = isinstance(x, (int, float)) and not isinstance(x, bool)
+        return f'{x:g}' if number else str(x)
+
+    return _column(f, name).map(text)
+
+
+def _unlike(f, name) -> pd.Series:
+    "Where a column has another value than most of the cohort"
+    c = _column(f, name)
+    usual = _most(c)
+    return c.notna() & (usual is not None) & (c != usual)
+
+
+def _to_median(f, name) -> pd.Series:
+    return _column(f, name) / _column(f, name).median()
+
+# %% ../../nbs/04_audit/02_findings.ipynb #c1a50010
+def _known(f) -> pd.Series:
+    return _column(f, 'orientation', '') != 'unknown'
+
+
+def _mixed(f) -> pd.Series:
+    return _column(f, 'misplaced', 0).fillna(0) >= 2
+
+
+def _masked(f) -> pd.Series:
+    return _column(f, 'masked', False).astype('boolean').fillna(False).astype(bool)
+
+
+def _error(f) -> pd.Series:
+    return _column(f, 'error', '')
+
+
+def _gap_error(f) -> pd.Series:
+    "Reading failed because slices are missing"
+    says_so = _error(f).astype(str).str.contains('missing')
+    return says_so & _column(f, 'geometry_fault', False).eq(True)
+
+# %% ../../nbs/04_audit/02_findings.ipynb #c1a50012
+def _check_unreadable(f) -> tuple:
+    return _error(f).ne('') & ~_gap_error(f), _error(f)
+
+
+def _check_missing(f) -> tuple:
+    gap, lost = _gap_error(f), _column(f, 'lost_names', 0).fillna(0) > 0
+    step = _column(f, 'widest').gt(_column(f, 'step_limit')) & ~_mixed(f) & ~_masked(f)
+    names = _words(f, 'lost_names') + ' numbers missing among the names'
+    times = np.exp(_column(f, 'widest')).round(1).astype(str)
+    wide = 'a step ' + times + ' times as strong as its neighbours'
+    how = _error(f).astype(str).where(gap, np.where(lost, names, wide))
+    return gap | lost | step, how
+
+
+def _check_order(f) -> tuple:
+    return _mixed(f), _words(f, 'misplaced') + ' slices out of place'
+
+# %% ../../nbs/04_audit/02_findings.ipynb #c1a50013
+def _check_reversed(f) -> tuple:
+    "Against the header; where there is none, against most of the cohort"
+    up, known = _column(f, 'head_up'), _known(f)
+    loose = up[~known & ~_mixed(f) & (up.abs() > 0.25)]
     way = np.where(known, 1, -1 if len(loose) and (loose < 0).mean() > 0.5 else 1)
-    per = {c: has(c) / has(c).median() for c in ('spacing_z', 'spacing_y', 'n_slice')}
-    fov = has('spacing_y') * has('rows')
-    usual = {c: _most(has(c)) for c in ('kind', 'mode', 'rows', 'columns', 'units', 'orientation')}
+    points = np.where(up < 0, 'down', 'up')
+    value = 'lungs point ' + points + ' (' + _words(f, 'head_up') + ')'
+    return (up * way < -0.25) & ~_mixed(f), value
 
-    def unlike(c):
-        return has(c).notna() & (usual[c] is not None) & (has(c) != usual[c])
 
-    how = (
-        has('error', '')
-        .astype(str)
-        .where(
-            gone,
-            np.where(
-                lost,
-                text('lost_names') + ' numbers missing among the names',
-                'a step '
-                + np.exp(has('widest')).round(1).astype(str)
-                + ' times as strong as its neighbours',
-            ),
-        )
-    )
-    return {
-        'unreadable': (has('error', '').ne('') & ~gone, has('error', '')),
-        'missing': (gone | lost | step, how),
-        'order': (mixed, text('misplaced') + ' slices out of place'),
-        'reversed': (
-            (up * way < -0.25) & ~mixed,
-            'lungs point ' + np.where(up < 0, 'down', 'up') + ' (' + text('head_up') + ')',
-        ),
-        'repeats': (has('repeats', 0).fillna(0).astype(float) > 0, text('repeats') + ' slices'),
-        'masked': (masked, text('left') + ' of the picture left'),
-        'units': (
-            unlike('units')
-            | ((has('air') + 1000).abs() > 60)
-            | (has('units').eq('HU') & has('air').isna()),
-            text('units') + ', air at ' + text('air'),
-        ),
-        'spacing': (
-            (
-                (per['spacing_z'] > 2)
-                | (per['spacing_z'] < 0.5)
-                | (per['spacing_y'] > 2)
-                | (per['spacing_y'] < 0.5)
-                | (fov < 180)
-                | (fov > 700)
-                | has('remarks', '').astype(str).str.contains('placeholder')
-            )
-            & known,
-            text('spacing_z') + ' × ' + text('spacing_y') + ' mm',
-        ),
-        'orientation': (unlike('orientation') & known, text('orientation')),
-        'file': (
-            unlike('kind')
-            | unlike('mode')
-            | unlike('rows')
-            | unlike('columns')
-            | has('kind', '').astype(str).str.contains('+', regex=False),
-            text('kind') + ' ' + text('mode') + ' ' + text('rows') + '×' + text('columns'),
-        ),
-        'slice count': ((per['n_slice'] < 0.25) | (per['n_slice'] > 4), text('n_slice')),
-        'lungs': (has('lung_fault', '').fillna('').ne(''), has('lung_fault', '')),
-        'mask grid': (has('grid_fault', '').fillna('').ne(''), has('grid_fault', '')),
-        'mask labels': (has('label_fault', '').fillna('').ne(''), has('label_fault', '')),
-    }
+def _check_repeats(f) -> tuple:
+    repeats = _column(f, 'repeats', 0).fillna(0).astype(float)
+    return repeats > 0, _words(f, 'repeats') + ' slices'
+
+
+def _check_masked(f) -> tuple:
+    return _masked(f), _words(f, 'left') + ' of the picture left'
+
+# %% ../../nbs/04_audit/02_findings.ipynb #c1a50015
+def _check_units(f) -> tuple:
+    air = _column(f, 'air')
+    no_air = _column(f, 'units').eq('HU') & air.isna()
+    bad = _unlike(f, 'units') | ((air + 1000).abs() > 60) | no_air
+    return bad, _words(f, 'units') + ', air at ' + _words(f, 'air')
+
+
+def _check_spacing(f) -> tuple:
+    z, y = _to_median(f, 'spacing_z'), _to_median(f, 'spacing_y')
+    fov = _column(f, 'spacing_y') * _column(f, 'rows')
+    bad = (z > 2) | (z < 0.5) | (y > 2) | (y < 0.5) | (fov < 180) | (fov > 700)
+    bad |= _column(f, 'remarks', '').astype(str).str.contains('placeholder')
+    value = _words(f, 'spacing_z') + ' × ' + _words(f, 'spacing_y') + ' mm'
+    return bad & _known(f), value
+
+# %% ../../nbs/04_audit/02_findings.ipynb #c1a50016
+def _check_orientation(f) -> tuple:
+    return _unlike(f, 'orientation') & _known(f), _words(f, 'orientation')
+
+
+def _check_file(f) -> tuple:
+    several = _column(f, 'kind', '').astype(str).str.contains('+', regex=False)
+    size = _words(f, 'rows') + '×' + _words(f, 'columns')
+    bad = _unlike(f, 'kind') | _unlike(f, 'mode') | _unlike(f, 'rows') | _unlike(f, 'columns')
+    return bad | several, _words(f, 'kind') + ' ' + _words(f, 'mode') + ' ' + size
+
+
+def _check_slice_count(f) -> tuple:
+    n = _to_median(f, 'n_slice')
+    return (n < 0.25) | (n > 4), _words(f, 'n_slice')
+
+
+def _fault_in(f, column) -> tuple:
+    return _column(f, column, '').fillna('').ne(''), _column(f, column, '')
+
+# %% ../../nbs/04_audit/02_findings.ipynb #c1a50017
+_MEASURED = {
+    'unreadable': _check_unreadable,
+    'missing': _check_missing,
+    'order': _check_order,
+    'reversed': _check_reversed,
+    'repeats': _check_repeats,
+    'masked': _check_masked,
+    'units': _check_units,
+    'spacing': _check_spacing,
+    'orientation': _check_orientation,
+    'file': _check_file,
+    'slice count': _check_slice_count,
+    'lungs': partial(_fault_in, column='lung_fault'),
+    'mask grid': partial(_fault_in, column='grid_fault'),
+    'mask labels': partial(_fault_in, column='label_fault'),
+}
+
+
+def _measured_checks(f) -> dict:  # name of a check → (bool per row, value per row)
+    "Checks that need one row, or a row and what is usual"
+    return {name: check(f) for name, check in _MEASURED.items()}
 
 # %% ../../nbs/04_audit/02_findings.ipynb #2e2a4513
 FINDING_TEXTS = ('already_masked', 'repeats', 'order')  # columns of a published table
 
 
-def _told(f) -> dict:  # as `_odd`
+def _flag(f, name) -> pd.Series:
+    return _column(f, name, False).astype('boolean').fillna(False).astype(bool)
+
+
+def _text(f, name) -> pd.Series:
+    return _column(f, name, '').astype('string').fillna('')
+
+
+def _published_checks(f) -> dict:  # as `_measured_checks`
     "Checks that someone else has made, for rows whose pixels were not read"
-
-    def yes(c):
-        return (
-            f[c].astype('boolean').fillna(False).astype(bool)
-            if c in f
-            else pd.Series(False, f.index)
-        )
-
-    order = (
-        f['order'].astype('string').fillna('')
-        if 'order' in f
-        else pd.Series('', f.index, dtype='string')
-    )
-    wrong = ~order.isin(['', 'as named'])
-    back = order.eq('reverse')
-    ids = (
-        f['repeat_ids'].astype('string').fillna('')
-        if 'repeat_ids' in f
-        else pd.Series('', f.index, dtype='string')
-    )
+    order = _text(f, 'order')
+    back, wrong = order.eq('reverse'), ~order.isin(['', 'as named'])
     n = f.n_slice / f.n_slice.median() if 'n_slice' in f else pd.Series(1.0, f.index)
     return {
-        'masked': (yes('already_masked'), 'published flag'),
-        'repeats': (yes('repeats'), 'published: ' + ids),
+        'masked': (_flag(f, 'already_masked'), 'published flag'),
+        'repeats': (_flag(f, 'repeats'), 'published: ' + _text(f, 'repeat_ids')),
         'reversed': (back, 'published flag'),
         'order': (wrong & ~back, 'published: ' + order),
         'slice count': ((n < 0.25) | (n > 4), f['n_slice'].astype(str) if 'n_slice' in f else ''),
     }
 
+# %% ../../nbs/04_audit/02_findings.ipynb #c1a50020
+def _rows_of_checks(facts) -> list:  # `(row, check, value)`
+    has_pixels = 'content' in facts or 'error' in facts
+    checks = _measured_checks(facts) if has_pixels else _published_checks(facts)
+    rows = []
+    for check, (bad, value) in checks.items():
+        values = value[bad] if isinstance(value, pd.Series) else [value] * int(bad.sum())
+        rows += [(i, check, v) for i, v in zip(facts.index[bad], values, strict=True)]
+    return rows
 
+
+def _rows_of_pairs(facts, pairs) -> list:  # `(row, check, value)`, both rows of each pair
+    rows = []
+    for check, i, j, value in pairs:
+        for a, b in ((i, j), (j, i)):
+            whose = f' of patient {facts.patient_id[b]}' if check == 'leak' else ''
+            rows.append((a, check, f'{value} {facts.scan_id[b]}{whose}'))
+    return rows
+
+# %% ../../nbs/04_audit/02_findings.ipynb #c1a50021
 def list_findings(
     facts: pd.DataFrame,  # one row a scan
     pairs=(),  # `(check, row, row, value)` of scans that are the same
-) -> (
-    pd.DataFrame
-):  # `scan_id patient_id label check value meaning remedy`, one row a scan and finding
-    "Hold facts against every check"
-    rows = [
-        (i, check, v)
-        for check, (bad, value) in (
-            _odd(facts) if 'content' in facts or 'error' in facts else _told(facts)
-        ).items()
-        for i, v in zip(
-            facts.index[bad],
-            (value[bad] if isinstance(value, pd.Series) else [value] * int(bad.sum())),
-            strict=False,
-        )
-    ]
-    for check, i, j, value in pairs:
-        for a, b in ((i, j), (j, i)):
-            rows.append(
-                (
-                    a,
-                    check,
-                    f'{value} {facts.scan_id[b]}'
-                    + f' of patient {facts.patient_id[b]}' * (check == 'leak'),
-                )
-            )
+) -> pd.DataFrame:  # `scan_id patient_id label check value meaning remedy`
+    "Hold facts against every check: one row a scan and finding"
+    rows = _rows_of_checks(facts) + _rows_of_pairs(facts, pairs)
     out = pd.DataFrame(rows, columns=['row', 'check', 'value'])
-    out[['meaning', 'remedy']] = (
-        [CHECKS[c] for c in out.check] if len(out) else np.empty((0, 2), object)
-    )
+    texts = [CHECKS[c] for c in out.check] if len(out) else np.empty((0, 2), object)
+    out[['meaning', 'remedy']] = texts
     if 'error' in facts and len(out):
-        out.loc[out.check == 'unreadable', 'remedy'] = [
-            facts.remedy[i] for i in out.row[out.check == 'unreadable']
-        ]
+        unreadable = out.check == 'unreadable'
+        out.loc[unreadable, 'remedy'] = [facts.remedy[i] for i in out.row[unreadable]]
     who = facts.loc[out.row, ['scan_id', 'patient_id', 'label']].reset_index(drop=True)
     return pd.concat([who, out.drop(columns='row')], axis=1).sort_values(
         ['scan_id', 'check'], kind='stable', ignore_index=True
