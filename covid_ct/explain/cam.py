@@ -284,26 +284,6 @@ def explain(
     )
 
 # %% ../../nbs/11_explain/01_cam.ipynb #3aa981d8
-def _explain_all(
-    model: nn.Module,  # with `features(x)` and a linear `fc` on their mean
-    prepared,  # as in `explain`
-    scan,  # the scan itself
-    classes=('healthy', 'cap', 'covid'),  # names of the logits, in order
-    contrast: bool = True,  # leave out what all classes share
-) -> dict:  # class → `Map`, on one scale: 1 is the strongest place for any class
-    "Class activation maps of every class in one forward pass, to be compared with each other"
-    check_same_grid(prepared.scan_grid, scan, 'explain')
-    heat = all_cams(model, _input(model, prepared), contrast)[0].relu()
-    heat = heat / heat.max().clamp(min=torch.finfo(heat.dtype).tiny)
-    read = find_layer(model)[0] if hasattr(model, 'stages') else 'features'
-    return {
-        c: to_scan_space(
-            h, prepared, scan, c, read, 'contrast CAM' if contrast else 'CAM', stretch=False
-        )
-        for c, h in zip(classes, heat, strict=True)
-    }
-
-
 def baseline_maps(
     scan,  # `Scan` or `Grid`
     lungs,  # bool `(D,H,W)`
@@ -376,11 +356,29 @@ def _one_slice(values, z, depth) -> torch.Tensor:  # `(depth,h,w)`: pixels meet 
     return out
 
 
+def _share_of_input(prepared, scan, at=None) -> tuple:  # `(z,y,x)` in [0,1)
+    "Where a voxel of the scan lies in the network's input; raises `GeometryError` outside it"
+    at = tuple(n // 2 for n in scan.shape) if at is None else at
+    where = (prepared.grid.to_index(scan.grid.to_mm(at)) + 0.5) / prepared.grid.shape
+    if min(where) < 0 or max(where) >= 1:
+        raise GeometryError(
+            'attention_maps',
+            f'the voxel {tuple(at)} lies outside what the network sees',
+            'Ask for one inside the crop.',
+        )
+    return where
+
+
+def _finest(found) -> dict:  # of each method only the map with most values, the last of those
+    by_size = sorted(found, key=lambda k: found[k][0].numel())
+    return {k: found[k] for k in {k[0]: k for k in by_size}.values()}
+
+
 def attention_maps(
     model: nn.Module,  # one of the four systems, or any with the same names in `outputs(x)`
     prepared,  # as in `explain`
     scan,  # the scan itself
-    at=None,  # voxel `(z,y,x)` of the scan whose bucket is asked for, for networks of slices; `None` is the middle
+    at=None,  # voxel `(z,y,x)` whose bucket is asked for, for networks of slices; `None`: middle
     every: bool = True,  # False: of each kind only the finest layer, the last of those
 ) -> dict:  # 'method layer' → `Map`
     "Attention that a network carries inside, on the scan; raises `DataError` for a network without any"
@@ -392,32 +390,15 @@ def attention_maps(
             'Use explain, which asks for nothing but logits.',
         )
     x, flat = _input(model, prepared), getattr(model, 'dims', 3) == 2
-    at = tuple(n // 2 for n in scan.shape) if at is None else at
-    where = (
-        (prepared.grid.to_index(scan.grid.to_mm(at)) + 0.5) / prepared.grid.shape
-        if flat
-        else (0, 0, 0)
-    )
-    if min(where) < 0 or max(where) >= 1:
-        raise GeometryError(
-            'attention_maps',
-            f'the voxel {tuple(at)} lies outside what the network sees',
-            'Ask for one inside the crop.',
-        )
+    where = _share_of_input(prepared, scan, at) if flat else (0, 0, 0)
     z = int(where[0] * x.shape[2])
     found = _read(model, x[:, :, z] if flat else x, where[1:])
     if not found:
         raise DataError(type(model).__name__, 'carries no attention', 'Use explain.')
-    if not every:
-        found = {
-            k: found[k]
-            for k in {
-                m: (m, l) for (m, l), _ in sorted(found.items(), key=lambda kv: kv[1][0].numel())
-            }.values()
-        }
-    return {
-        f'{m} {l}'.strip(): to_scan_space(
-            _one_slice(v, z, x.shape[2]) if flat else v, prepared, scan, '', l, m, s
+    out = {}
+    for (method, layer), (v, stretch) in (found if every else _finest(found)).items():
+        v = _one_slice(v, z, x.shape[2]) if flat else v
+        out[f'{method} {layer}'.strip()] = to_scan_space(
+            v, prepared, scan, '', layer, method, stretch
         )
-        for (m, l), (v, s) in found.items()
-    }
+    return out

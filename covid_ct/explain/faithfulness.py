@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'map_average_precision', 'score_map', 'score_case', 'score_table', 'input_size_maps', 'deletion',
-           'curve_area', 'ssim', 'compare_maps', 'random_pairs', 'randomised_copies', 'deal_labels', 'sensitivity',
-           'infidelities']
+           'insertion', 'curve_area', 'ssim', 'compare_maps', 'random_pairs', 'randomised_copies', 'deal_labels',
+           'sensitivity', 'infidelities']
 
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #19828777
 from copy import deepcopy
@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from captum.metrics import infidelity, sensitivity_max
 from scipy.integrate import trapezoid
-from scipy.ndimage import uniform_filter
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 from torch import nn
 
 from ..evaluate.metrics import bootstrap, energy_in, pointing_game
@@ -64,10 +63,9 @@ def map_average_precision(
     v, m = np.asarray(values).ravel(), np.asarray(mask).ravel() > 0
     if not m.any():
         return float('nan')
-    order = np.argsort(-v, kind='stable')
-    last = np.r_[np.flatnonzero(np.diff(v[order])), v.size - 1]
-    hit = np.cumsum(m[order])[last]
-    return float((np.diff(hit, prepend=0) / m.sum() * hit / (last + 1)).sum())
+    from sklearn.metrics import average_precision_score
+
+    return float(average_precision_score(m, v))
 
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #c1789991
 SCORES = ('pointing', 'energy', 'dice', 'iou', 'dice_best', 'auprc')
@@ -151,18 +149,8 @@ def input_size_maps(
     return normalise_maps(heat[:, 0]).float().cpu().numpy()
 
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #cc0a9951
-def deletion(
-    model: nn.Module,  # any network that returns logits
-    x: torch.Tensor,  # one volume, `(1,1,D,H,W)`
-    heat,  # its map at the same size, `(D,H,W)`
-    label: int,  # class whose probability is watched
-    steps: int = 10,  # pictures after the first
-    insert: bool = False,  # put in instead of taking out
-    fill: float = None,  # value of what is out; `None`: median of the voxels that count
-    where=None,  # voxels that count, bool `(D,H,W)`; `None`: those that are not 0
-    seed: int = 0,  # of the order among equals
-) -> pd.DataFrame:  # `share` of the voxels that were moved, `prob` of the class
-    "Probability of a class as a picture loses, or gains, what a map calls important, @eq-deletion"
+def _order_and_blank(x, heat, fill, where, seed) -> tuple:
+    "Voxels that count, the most important first, and the volume without any of them"
     if tuple(np.shape(heat)) != tuple(x.shape[2:]) or len(x) != 1:
         raise GeometryError(
             'deletion',
@@ -173,28 +161,55 @@ def deletion(
     where = v != 0 if where is None else torch.as_tensor(where, device=v.device)
     at = torch.nonzero(where.flatten())[:, 0]
     h = np.asarray(heat).ravel()[at.cpu().numpy()]
-    order = at[
-        torch.as_tensor(
-            np.lexsort((np.random.default_rng(seed).random(len(h)), -h)), device=v.device
-        )
-    ]
-    f = (
-        v.flatten()[at].median()
-        if fill is None
-        else torch.tensor(float(fill), device=v.device, dtype=v.dtype)
-    )
-    start, end = (torch.where(where, f, v), v) if insert else (v, torch.where(where, f, v))
+    ranks = np.lexsort((np.random.default_rng(seed).random(len(h)), -h))
+    out = torch.tensor(float(fill), device=v.device, dtype=v.dtype) if fill is not None else None
+    out = v.flatten()[at].median() if out is None else out
+    return at[torch.as_tensor(ranks, device=v.device)], torch.where(where, out, v)
+
+
+def _exchange_curve(model, start, end, order, label, steps) -> pd.DataFrame:
+    "Probability of a class while voxels of one volume replace those of another"
     prob = []
     with evaluating(model), torch.no_grad():
         for k in np.linspace(0, len(order), steps + 1).round().astype(int):
             now = start.flatten().clone()
             now[order[:k]] = end.flatten()[order[:k]]
-            prob.append(float(model(now.view_as(x)).softmax(1)[0, label]))
+            prob.append(float(model(now.view(1, 1, *start.shape)).softmax(1)[0, label]))
     return pd.DataFrame(dict(share=np.linspace(0, 1, steps + 1), prob=prob))
 
 
+def deletion(
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # one volume, `(1,1,D,H,W)`
+    heat,  # its map at the same size, `(D,H,W)`
+    label: int,  # class whose probability is watched
+    steps: int = 10,  # volumes after the first
+    fill: float = None,  # value of what is out; `None`: median of the voxels that count
+    where=None,  # voxels that count, bool `(D,H,W)`; `None`: those that are not 0
+    seed: int = 0,  # of the order among equals
+) -> pd.DataFrame:  # `share` of the voxels that were changed, `prob` of the class
+    "Probability of a class as a volume loses what a map calls important, @eq-deletion"
+    order, blank = _order_and_blank(x, heat, fill, where, seed)
+    return _exchange_curve(model, x[0, 0], blank, order, label, steps)
+
+
+def insertion(
+    model: nn.Module,  # any network that returns logits
+    x: torch.Tensor,  # one volume, `(1,1,D,H,W)`
+    heat,  # its map at the same size, `(D,H,W)`
+    label: int,  # class whose probability is watched
+    steps: int = 10,  # volumes after the first
+    fill: float = None,  # value of what is out; `None`: median of the voxels that count
+    where=None,  # voxels that count, bool `(D,H,W)`; `None`: those that are not 0
+    seed: int = 0,  # of the order among equals
+) -> pd.DataFrame:  # `share` of the voxels that were changed, `prob` of the class
+    "Probability of a class as an empty volume gains what a map calls important, @eq-deletion"
+    order, blank = _order_and_blank(x, heat, fill, where, seed)
+    return _exchange_curve(model, blank, x[0, 0], order, label, steps)
+
+
 def curve_area(
-    curve: pd.DataFrame,  # from `deletion`
+    curve: pd.DataFrame,  # from `deletion` or `insertion`
 ) -> float:  # in [0,1]
     "Mean probability along a curve, @eq-deletion"
     return float(trapezoid(curve.prob, curve.share))
@@ -214,17 +229,9 @@ def ssim(
             'Give two maps of one size, no axis below the window.',
         )
 
-    def mean(v):
-        return uniform_filter(v, window)
+    from skimage.metrics import structural_similarity  # loaded only where it is used
 
-    n = window**a.ndim
-    ma, mb = mean(a), mean(b)
-    va, vb, vab = (
-        n / (n - 1) * (mean(p * q) - r * s)
-        for p, q, r, s in ((a, a, ma, ma), (b, b, mb, mb), (a, b, ma, mb))
-    )
-    s = (2 * ma * mb + 1e-4) * (2 * vab + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
-    return float(s[(slice(window // 2, -(window // 2) or None),) * a.ndim].mean())
+    return float(structural_similarity(a, b, win_size=window, data_range=1.0))
 
 
 def _rank_correlation(
@@ -232,8 +239,8 @@ def _rank_correlation(
     b,  # another, the same shape
 ) -> float:  # in [-1,1]; 0 for a flat map
     "Spearman's correlation of the voxels of two maps"
-    r = [rankdata(np.ravel(v)) for v in (a, b)]
-    return float(np.corrcoef(r)[0, 1]) if min(np.std(v) for v in r) > 0 else 0.0
+    a, b = np.ravel(a), np.ravel(b)
+    return float(spearmanr(a, b).statistic) if min(np.ptp(a), np.ptp(b)) > 0 else 0.0
 
 
 def compare_maps(

@@ -7,6 +7,7 @@ __all__ = ['inspect', 'predict_class', 'predict_scan']
 
 # %% ../../nbs/09_inference/02_predict.ipynb #c94bde7f
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from ..io.dicom import series_rows
 from ..io.read import read
 from ..preprocess.lungs import hu_warnings, lung_mask, lung_volume_l, mask_warnings
 from ..scan import DataError, NotAChestError
+
+if TYPE_CHECKING:
+    from covid_ct.widgets.html import HtmlReport
 
 # %% ../../nbs/09_inference/02_predict.ipynb #0feac71c
 def _histogram(

@@ -12,7 +12,6 @@ from torch import nn
 
 from covid_ct.explain.cam import (
     CAM_METHODS,
-    _explain_all,
     _layer_sizes,
     all_cams,
     attention_maps,
@@ -418,21 +417,6 @@ def test_explain_takes_layers_and_functions():
             explain(m, q, s, "cap", method, layer="stages.1")
 
 
-def test_explain_all_shares_one_scale():
-    s = make_scan()
-    q = prepare(s, Prep(size=(16, 16, 16)))
-    every = _explain_all(Corner(), q, s)
-    assert (
-        list(every) == ["healthy", "cap", "covid"]
-        and not every["healthy"].values.any()
-        and not every["cap"].values.any()
-    )
-    alone = explain(Corner(), q, s, "covid", "contrast CAM").values
-    assert np.allclose(every["covid"].values / every["covid"].values.max(), alone, atol=1e-5)
-    with pytest.raises(ValueError):
-        _explain_all(Corner(), q, s, classes=("a", "b"))
-
-
 # ---- where a map lands
 class Bright(nn.Module):
     "Adds up what is bright, in cells of n voxels"
@@ -507,10 +491,10 @@ def test_a_map_of_another_geometry_is_refused():
     )
     for wrong in other:
         for show in (
-            lambda: overlay(wrong, m),
-            lambda: view_side_by_side(wrong, {"CAM": m}),
-            lambda: to_scan_space(np.ones((2, 2, 2)), q, wrong),
-            lambda: attention_maps(net(), q, wrong),
+            lambda wrong=wrong: overlay(wrong, m),
+            lambda wrong=wrong: view_side_by_side(wrong, {"CAM": m}),
+            lambda wrong=wrong: to_scan_space(np.ones((2, 2, 2)), q, wrong),
+            lambda wrong=wrong: attention_maps(net(), q, wrong),
         ):
             with pytest.raises(GeometryError):
                 show()
