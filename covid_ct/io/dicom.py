@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pydicom
@@ -32,6 +33,9 @@ from covid_ct.io.dicom_header import (
 )
 from .volume import list_files, silent_reading
 from ..scan import DataError, GeometryError, Grid, ReadError, Scan, UnitsError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # %% ../../nbs/02_io/05_dicom.ipynb #68b7f8ad
 def _slice_file(scan, k, uid) -> pydicom.FileDataset:
