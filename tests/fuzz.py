@@ -322,7 +322,8 @@ def answer(path):
     "What reading a path gives: 'read', 'refused', or the trace of what should not be"
     import warnings
 
-    from covid_ct.io.read import list_series, read
+    from covid_ct.io.dicom import list_series
+    from covid_ct.io.read import read
     from covid_ct.scan import DataError
 
     try:

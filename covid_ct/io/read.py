@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURE_ENDINGS', 'reorient', 'orientation', 'guess_units', 'file_ending', 'file_stem', 'natural_key', 'read',
-           'files_of', 'to_image', 'write_scan', 'write_mask', 'write_map', 'read_mask', 'list_series']
+           'files_of', 'to_image', 'write_scan', 'write_mask', 'write_map', 'read_mask']
 
 # %% ../../nbs/02_io/06_read.ipynb #f7899809
 import re
@@ -329,9 +329,6 @@ def _read_pictures(folder, files, allow, units, **about) -> Scan:
     )
 
 # %% ../../nbs/02_io/06_read.ipynb #ec8f6417
-_all_ = ['list_series']
-
-
 def _is_dicom(path) -> bool:
     if path.suffix.lower() in ('.dcm', '.ima'):
         return True

@@ -21,11 +21,10 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from scipy.ndimage import map_coordinates
 
-from covid_ct.io.dicom import decode, untilt, write_series
+from covid_ct.io.dicom import decode, list_series, untilt, write_series
 from covid_ct.io.dicom_header import _slow, _walk, find_damage, find_foreign, read_header, slices_of
 from covid_ct.io.read import (
     files_of,
-    list_series,
     orientation,
     read,
     read_mask,
