@@ -35,7 +35,7 @@ from .volume import list_files, silent_reading
 from ..scan import DataError, GeometryError, Grid, ReadError, Scan, UnitsError
 
 if TYPE_CHECKING:
-    import pandas as pd  # imported where a table is made: the command line must start quickly
+    import pandas as pd
 
 # %% ../../nbs/02_io/05_dicom.ipynb #68b7f8ad
 def _slice_file(scan, k, uid) -> pydicom.FileDataset:
