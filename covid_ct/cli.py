@@ -239,7 +239,7 @@ def _check_map(heat, model, ready, label, lungs, scan):
     import torch
 
     from covid_ct.explain.cam import baseline_maps
-    from covid_ct.explain.faithfulness import curve_area, deletion
+    from covid_ct.explain.faithfulness import curve_area, deletion, insertion
 
     image = torch.tensor(ready.voxels)[None, None]
     maps = {heat.method: heat, **baseline_maps(scan, lungs)}
@@ -247,7 +247,7 @@ def _check_map(heat, model, ready, label, lungs, scan):
     for name, m in maps.items():
         values = ready.forward(m.values, fraction=True)
         removed = deletion(model, image, values, label)
-        added = deletion(model, image, values, label, insert=True)
+        added = insertion(model, image, values, label)
         rows.append(dict(map=name, deletion=curve_area(removed), insertion=curve_area(added)))
     return pd.DataFrame(rows)
 
