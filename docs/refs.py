@@ -54,11 +54,13 @@ def names_of(fields):
         else r"(?: et al\.?)?"
     )
     named = rf"{who[0]}{more}(?:,? {year}| \({year}\)|(?= \({year}))"
-    title = re.escape(fields["title"])
-    short = re.escape(fields.get("shorttitle", fields["title"]))
+    title, short = (
+        re.escape(t).replace(r"\ ", r"\s+")  # a title may run over the end of a line
+        for t in (fields["title"], fields.get("shorttitle", fields["title"]))
+    )
     return (
         rf"\b{named}(?![-\w])|{who[0]}{more}: {short}|(?i:\*{title}\*|\*{short}\*"
-        + (rf"|{short}" if len(short.split()) > 3 else "")
+        + (rf"|{short}" if short.count(r"\s+") > 2 else "")
         + ")"
     )
 

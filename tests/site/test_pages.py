@@ -81,6 +81,22 @@ def test_tidy(page):
     assert ran, "the page is stored without its outputs: run `make run`"
 
 
+def test_ruff_finds_nothing():
+    "Modules, notebooks and tests, with the settings of pyproject.toml"
+    ruff = shutil.which(
+        "ruff", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    if ruff is None:
+        pytest.skip("ruff is not installed")
+    done = subprocess.run(
+        [ruff, "check", "--no-cache", "--output-format", "concise"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr
+
+
 def test_export_in_sync(tmp_path):
     "A fresh export gives the library that is committed, and leaves nothing out"
     for d in ("nbs", "covid_ct"):

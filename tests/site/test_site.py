@@ -277,11 +277,21 @@ def test_citing_by_hand():
     )
     assert linked("see @chen2020.") == "see [Chen et al. 2020](r.md#ref-chen2020)."
     assert linked("*Reformer*") == "[*Reformer*](r.md#ref-kitaev2020)"
+    title = (
+        "*Automatic lung segmentation for accurate quantitation of volumetric\n  X-ray CT images*"
+    )
+    assert linked(title) == f"[{title}](r.md#ref-hu2001)"
     kept = (
         "`Wilson 1927`, $Wilson 1927$, [Wilson 1927](x.md), "
         "Wilson 1928 and the Reformer\n# Wilson 1927"
     )
-    assert linked(kept) == kept and seen == {"wilson1927", "ouyang2020", "chen2020", "kitaev2020"}
+    assert linked(kept) == kept and seen == {
+        "wilson1927",
+        "ouyang2020",
+        "chen2020",
+        "kitaev2020",
+        "hu2001",
+    }
 
 
 # ---------------------------------------------------------------- in a browser
