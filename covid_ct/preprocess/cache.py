@@ -32,7 +32,7 @@ from ..cohort.adapters import open_cohort
 from ..cohort.table import MASK_COLUMNS as MASK_COLUMNS
 from ..cohort.table import READING_COLUMNS, load_mask, load_row
 from ..io.read import files_of
-from .lungs import lung_mask
+from .lungs import lung_mask, lung_region
 from .resample import PREPS, Prep, prepare
 from ..scan import CohortError, DataError, VoxelError, write_atomic
 
@@ -150,7 +150,7 @@ def _opened(row) -> list:
     return [pair for c in _FILES if given(row.get(c)) for pair in _files(row[c])]
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #ff483bbd
-_FORMAT = 'uint16, masks of the cohort used'  # what is kept; another word, another cache
+_FORMAT = 'uint16, masks of the cohort used, region kept'  # what is kept; another word, another cache
 
 
 def _cache_folder(
@@ -343,8 +343,11 @@ def prepare_row(
             found.append(lungs(scan))  # once for crop and mask
         return found[0]
 
+    def keep(scan):
+        return lung_region(scan, find(scan))
+
     own = own_lungs(row, scan) if prep.needs_lungs else None
-    ready = prepare(scan, prep, lungs=find if own is None else own)
+    ready = prepare(scan, prep, lungs=keep if own is None else own)
     arrays = dict(image=_pack(ready.voxels))
     for m in masks:
         arrays[m] = ready.forward(_mask(m, row, loaded, scan, find))

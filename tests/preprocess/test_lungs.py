@@ -17,6 +17,7 @@ from covid_ct.preprocess.lungs import (
     dice,
     hu_warnings,
     lung_mask,
+    lung_region,
     lung_volume_l,
     mask_warnings,
     two_sides,
@@ -340,9 +341,13 @@ def test_a_wrong_mask_says_so(healthy, name, word):
     "knobs", [dict(shape=(40, 64, 64)), dict(shape=SHAPE), dict(shape=SHAPE, slice_mm=10)]
 )
 def test_a_right_mask_says_nothing(label, knobs):
+    "A large effusion lies outside the right mask too: its sentence, and no other, may be there"
     for seed in range(4):
         p = make_phantom(label, seed, **knobs)
-        assert mask_warnings(p.lungs, p.scan) == ()
+        said = mask_warnings(p.lungs, p.scan)
+        if p.effusion.sum() * p.scan.grid.voxel_ml > 200:
+            said = tuple(s for s in said if "lung is expected on the" not in s)
+        assert said == ()
 
 
 def test_a_mask_of_another_grid_is_refused(healthy):
@@ -485,3 +490,53 @@ def test_sick_patients(data_dir, name, litres):
         np.round((np.argwhere(seed) + 0.5) * np.divide(scan.shape, copy.shape) - 0.5).astype(int).T
     )
     assert seed.any() and m[z, y, x].mean() < 0.02
+
+
+# ── the region that masking keeps ────────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize("seeds", [range(0, 4), range(4, 8)])
+def test_the_region_keeps_dense_disease_in_both_classes(seeds):
+    share = {}
+    for label in ("cap", "covid"):
+        lost, size = [], []
+        for seed in seeds:
+            p = make_phantom(label, seed, SHAPE)
+            region, ill = lung_region(p.scan), p.infection & p.lungs
+            lost.append((ill & ~region).sum() / ill.sum())
+            size.append(region.sum() / p.lungs.sum())
+        assert np.mean(lost) < 0.02 and max(lost) < 0.05
+        share[label] = np.mean(size)
+    assert abs(share["cap"] - share["covid"]) < 0.1  # the region does not tell the class
+
+
+@pytest.mark.parametrize("state", ["lobar_consolidation", "effusion"])
+def test_the_region_keeps_what_a_sick_side_lacks_and_a_warning_names_it(state):
+    for seed in (0, 1):
+        p = make_phantom("healthy", seed, SHAPE, states=(state,))
+        m = lung_mask(p.scan)
+        region = lung_region(p.scan, m)
+        assert (region >= m).all() and region[p.lungs].mean() > 0.99
+        assert any("lung is expected on the" in s for s in mask_warnings(m, p.scan))
+
+
+def test_the_region_of_a_turned_chest():
+    "The plane of a chest that is shifted from slice to slice is tilted"
+    p = make_phantom("cap", 2, SHAPE)
+    v, m, lungs = p.scan.voxels.copy(), lung_mask(p.scan), p.lungs.copy()
+    m = m.copy()
+    for z in range(len(v)):
+        k = round((z - 32) / 10)
+        v[z], m[z], lungs[z] = (np.roll(a[z], k, axis=1) for a in (v, m, lungs))
+    region = lung_region(changed(p, v), m)
+    assert region[lungs].mean() > 0.99
+
+
+def test_a_healthy_chest_gets_no_warning_of_missing_lung():
+    for seed in range(6):
+        p = make_phantom("healthy", seed, SHAPE)
+        assert not any("is expected" in s for s in mask_warnings(lung_mask(p.scan), p.scan))
+
+
+def test_the_region_of_what_is_not_hu_or_empty_is_the_mask(healthy):
+    grey = changed(healthy, np.full(SHAPE, 7, "u1") + np.arange(96, dtype="u1"), units="uint8")
+    assert (lung_region(grey, healthy.lungs) == healthy.lungs).all()
+    assert not lung_region(healthy.scan, healthy.lungs & False).any()
