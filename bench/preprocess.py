@@ -94,10 +94,10 @@ def reference(v, places, steps):
 def ours(path):
     "Voxels in the order of the file, and the function that tells their places in it"
     from covid_ct.io.read import read
-    from covid_ct.preprocess.resample import Prep, prepare
+    from covid_ct.preprocess.resample import Prep, prepare_scan
 
     scan = read(path)
-    out = prepare(scan, Prep(size=SIZE, crop=tuple(map(float, BOX)), window=WINDOW))
+    out = prepare_scan(scan, Prep(size=SIZE, crop=tuple(map(float, BOX)), window=WINDOW))
     turned = [
         scan.stored_as[2 - a] != "LPS"[2 - a] for a in range(3)
     ]  # the file's axes grow to the other side

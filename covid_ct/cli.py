@@ -95,7 +95,7 @@ def _lungs(a):
 
 
 def _segment(a):
-    from covid_ct.inference.segment import class_volumes_ml, segment_scan
+    from covid_ct.inference.segment import class_volumes_ml, segment
     from covid_ct.io.labels import lesion_labels
     from covid_ct.io.read import read, write_mask
     from covid_ct.train.loop import load_run
@@ -108,16 +108,16 @@ def _segment(a):
             'Give the run folder of a network for slices, or use covid-ct predict.',
         )
     scan = read(a.path, series=a.series, **_how(a))
-    found = segment_scan(model, scan, a.size or recipe.slice_size)
+    found = segment(model, scan, a.size or recipe.slice_size)
     write_mask(lesion_labels(found), scan, a.out, overwrite=a.overwrite)
     volumes = '  '.join(f'{k} {v:.1f} mL' for k, v in class_volumes_ml(found, scan).items())
     print(f'{volumes} in {Path(a.out).name}')
 
 
 def _predict(a):
-    from covid_ct.inference.predict import predict_scan
+    from covid_ct.inference.predict import predict
 
-    found = predict_scan(a.path, a.run_folder, a.report, a.series, **_how(a))
+    found = predict(a.path, a.run_folder, a.report, a.series, **_how(a))
     if a.json:
         print(json.dumps(found, indent=1))
     else:
@@ -178,7 +178,7 @@ def _audit(a):
 
 
 def _prepare(a):
-    from covid_ct.preprocess.cache import prepare_cohort
+    from covid_ct.preprocess.cache import prepare
     from covid_ct.train.recipes import recipe
 
     system, _, name = a.recipe.partition('/')
@@ -186,7 +186,7 @@ def _prepare(a):
     if name:
         chosen = recipe(system, name)
         prep, masks = chosen.prep, a.masks or chosen.masks
-    done = prepare_cohort(_cohort(a), prep, a.out, masks, a.jobs)
+    done = prepare(_cohort(a), prep, a.out, masks, a.jobs)
     print(done)
     return done.exit_code
 
@@ -282,7 +282,7 @@ def _label_of(asked, classes, model, ready):
 def _explain_report(scan, heat, table):
     "The map on the scan, and its checks, as a page"
     from covid_ct.widgets.html import HtmlReport
-    from covid_ct.widgets.overlay import overlay
+    from covid_ct.widgets.overlay import view
 
     r = HtmlReport(
         scan.scan_id or 'A scan',
@@ -291,7 +291,7 @@ def _explain_report(scan, heat, table):
     r.note('For teaching and research, not for clinical use.')
     if table is not None:
         r.section('Checks', _CHECKS).table(table)
-    return r.section('Map').html(overlay(scan, maps=[heat]).frame())
+    return r.section('Map').html(view(scan, maps=[heat]).frame())
 
 # %% ../nbs/14_cli.ipynb #explain02
 _CHECKS = (
@@ -304,11 +304,11 @@ def _explain(a):
     from covid_ct.explain.cam import explain
     from covid_ct.io.read import read, write_map
     from covid_ct.preprocess.lungs import lung_mask
-    from covid_ct.preprocess.resample import prepare
+    from covid_ct.preprocess.resample import prepare_scan
 
     model, recipe, prep = _classifier(a.run_folder)
     scan = read(a.path, series=a.series, **_how(a))
-    ready = prepare(scan, prep, lungs=lung_mask)
+    ready = prepare_scan(scan, prep, lungs=lung_mask)
     classes = tuple(recipe.classes)
     label = _label_of(a.label, classes, model, ready)
     heat = explain(model, ready, scan, label, _method_of(a.method), classes)
@@ -450,10 +450,10 @@ def _report(a):
 
 
 def _cases(a):
-    from covid_ct.inference.cases import open_room, room_json, room_text
+    from covid_ct.inference.cases import reading_room, room_json, room_text
 
     runs = [a.path, *a.others] if a.others else a.path
-    room = open_room(runs, a.cohort, part=a.part, progress=not a.json)
+    room = reading_room(runs, a.cohort, part=a.part, progress=not a.json)
     if a.html:
         room.save(a.html, most=a.most, notes=not a.no_notes)
     print(room_json(room) if a.json else room_text(room))

@@ -22,21 +22,21 @@ from covid_ct.evaluate.metrics import (
     confusion_figure,
     energy_in,
     metric_statistic,
-    metrics_table,
+    metrics,
     roc_figure,
 )
 from .explain.cam import baseline_maps, explain
-from .inference.cases import open_room
+from .inference.cases import reading_room
 from .phantom.cohort import phantom_cohort, write_phantom_cohort
 from .preprocess.cache import own_lungs
 from .preprocess.lungs import lung_mask
-from .preprocess.resample import PREPS, prepare
+from .preprocess.resample import PREPS, prepare_scan
 from .scan import CohortError
 from .train.recipes import change, recipe
 from .train.run_folder import history_figure
 from .train.study import train_fold
 from .widgets.html import HtmlReport
-from .widgets.overlay import overlay
+from .widgets.overlay import view
 
 # %% ../nbs/13_demo.ipynb #649a3d78
 def _demo_cohort(
@@ -187,7 +187,7 @@ def attention_energy(
     for _, row in cohort[cohort.label == label].iterrows():
         scan, ill = load_row(row, root), load_mask(row, 'infection_mask', root) > 0
         own = own_lungs(row, scan, root)  # as in training
-        ready = prepare(scan, PREPS[recipe.prep], lungs=lungs if own is None else own)
+        ready = prepare_scan(scan, PREPS[recipe.prep], lungs=lungs if own is None else own)
         maps = dict(
             CAM=explain(model, ready, scan, label, classes=recipe.classes),
             **baseline_maps(scan, load_mask(row, 'lung_mask', root) > 0),
@@ -272,7 +272,7 @@ def _case_view(
     prob = {c: float(case[f'prob_{c}']) for c in recipe.classes}
     said = max(prob, key=prob.get)
     own = own_lungs(row, scan, root)  # as in training
-    ready = prepare(scan, PREPS[recipe.prep], lungs=lung_mask if own is None else own)
+    ready = prepare_scan(scan, PREPS[recipe.prep], lungs=lung_mask if own is None else own)
     heat = explain(run.model, ready, scan, said, classes=recipe.classes)
     report.text(
         f'Scan `{row.scan_id}`: in truth **{row.label}**, predicted **{said}** ('
@@ -281,7 +281,7 @@ def _case_view(
         f'Colour: what argues for {said}. Magenta: the true lesions.'
     )
     return report.html(
-        overlay(scan, maps=[heat], masks={'lesions': ill} if ill.any() else None).frame()
+        view(scan, maps=[heat], masks={'lesions': ill} if ill.any() else None).frame()
     )
 
 # %% ../nbs/13_demo.ipynb #adc70b39
@@ -360,7 +360,7 @@ def _write_report(
         'A small network, trained on this machine a moment ago, tested on patients it never saw.',
     )
     r.note(_NOTE)
-    _add_results(r, test, run, metrics_table(predictions, recipe.classes), e.share['CAM'])
+    _add_results(r, test, run, metrics(predictions, recipe.classes), e.share['CAM'])
     r.section('Compared with what?', _COMPARED).table(plain)
     r.section('Does it look at the disease?', _ENERGY).table(e)
     for name, case in _pick_cases(predictions, recipe.classes).items():
@@ -396,7 +396,7 @@ def run_demo(
     )
     lungs = _known_lungs(test_part(cohort), scans, jobs)
     energy = attention_energy(run.model, test_part(cohort), scans, r, lungs=lungs)
-    room = open_room(out / 'run', cohort, scans, lungs=lungs).save(out / 'cases.html')
+    room = reading_room(out / 'run', cohort, scans, lungs=lungs).save(out / 'cases.html')
     return _write_report(
         out / 'report.html', cohort, scans, run, plain_table(cohort, scans), energy, room.name
     )

@@ -24,7 +24,7 @@ from covid_ct.preprocess.cache import (
     check_table,
     has_mask,
     prep_of_recipe,
-    prepare_cohort,
+    prepare,
     prepare_row,
     reading_row,
     unpack,
@@ -93,10 +93,10 @@ class ScanDataset(Dataset):
         return self.prepared(i)[0]
 
     def fill(self, jobs: int = 2, progress: bool = True):
-        "Prepare every scan that is not in the cache yet, as `prepare_cohort` does; raises `CohortError` without a cache"
+        "Prepare every scan that is not in the cache yet, as `prepare` does; raises `CohortError` without a cache"
         if not self.cache:
             raise CohortError('dataset', 'has no cache to fill', 'Give cache=, a folder.')
-        return prepare_cohort(
+        return prepare(
             self.cohort,
             self.prep,
             self.cache.folder.parent,

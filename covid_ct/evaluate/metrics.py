@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'PredictionError', 'classes_of', 'labels_and_probabilities', 'auc', 'confusion', 'one_vs_rest_rates',
            'all_metrics', 'classification_metrics', 'draw_patients', 'Interval', 'interval', 'metric_statistic',
-           'bootstrap', 'metrics_table', 'class_table', 'roc_band', 'roc_figure', 'average_precision', 'pr_band',
-           'pr_figure', 'confusion_figure', 'mask_scores', 'energy_in', 'pointing_game']
+           'bootstrap', 'metrics', 'class_table', 'roc_band', 'roc_figure', 'average_precision', 'pr_band', 'pr_figure',
+           'confusion_figure', 'mask_scores', 'energy_in', 'pointing_game']
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #94620ea6
 from collections import namedtuple
@@ -269,7 +269,7 @@ def bootstrap(
     )
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #e2f8557c
-def metrics_table(
+def metrics(
     predictions: pd.DataFrame,  # see `labels_and_probabilities`, with `patient_id`
     classes=None,  # labels; None: as in the table
     positive: str = 'covid',  # class of the first reading

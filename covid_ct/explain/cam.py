@@ -218,7 +218,7 @@ def _input(model, prepared) -> torch.Tensor:  # `(1,1,D,H,W)` where the network 
 
 def to_scan_space(
     values,  # `(d,h,w)` over the extent of the network's input, ≥ 0, array or tensor
-    prepared,  # what `prepare` made of the scan: has `scan_grid` and `back`
+    prepared,  # what `prepare_scan` made of the scan: has `scan_grid` and `back`
     scan,  # the scan itself
     label: str = '',  # class that the map argues for
     layer: str = '',  # where it was read
@@ -260,7 +260,7 @@ def _named(method, layer) -> tuple:  # name and function of (model, x, label)
 
 def explain(
     model: nn.Module,  # any network that returns logits
-    prepared,  # what `prepare` made of the scan: has `voxels`, `scan_grid` and `back`
+    prepared,  # what `prepare_scan` made of the scan: has `voxels`, `scan_grid` and `back`
     scan,  # the scan itself
     label,  # name or index of the class to argue for
     method='CAM',  # a key of `CAM_METHODS`, or a function of (model, x, label)

@@ -20,7 +20,7 @@ from ..io.read import read_mask
 from ..models.unet import UNet
 from ..phantom.chest import PHANTOM_MASKS, Phantom
 from ..preprocess.lungs import dice, lung_mask, two_sides
-from ..preprocess.resample import Prep, Prepared, prepare
+from ..preprocess.resample import Prep, Prepared, prepare_scan
 from ..scan import DataError, GeometryError, Scan, evaluating
 
 # %% ../../nbs/09_inference/04_lobes.ipynb #f2c62352
@@ -101,7 +101,7 @@ def lobe_input(
     lungs: np.ndarray,  # bool `(D,H,W)`, coarse
 ) -> Prepared:  # voxels of the hull, 0 outside; `kept` is the hull
     "Crop to the convex hull of the lungs and resample"
-    out = prepare(scan, prep, lungs)
+    out = prepare_scan(scan, prep, lungs)
     hull = _convex_hull(out.forward(lungs))
     v = np.where(hull, out.voxels, prep.fill).astype('f4')
     v.flags.writeable = False
@@ -320,4 +320,4 @@ def refined_crop(
     "The lungs as the lobes bound them, for the classifier (Wang et al. 2020, III-B); raises `LobeError` for an empty map"
     if not np.any(lobes):
         raise LobeError(_who(scan), 'its map of lobes is empty', 'There is nothing to crop to.')
-    return prepare(scan, prep, np.asarray(lobes) > 0)
+    return prepare_scan(scan, prep, np.asarray(lobes) > 0)

@@ -202,7 +202,7 @@ _PARTS = {
 
 def segment_masks(
     model: nn.Module,  # gives logits `(B,K,D,H,W)`
-    prepared,  # what `prepare` made of the scan: has `voxels` and `back`
+    prepared,  # what `prepare_scan` made of the scan: has `voxels` and `back`
     window=None,  # voxels of the window, `(D,H,W)`; `None`: all at once
     parts: dict = None,  # name → classes; `None`: `_PARTS`
 ) -> dict:  # name → bool `(D,H,W)` on the grid of the scan

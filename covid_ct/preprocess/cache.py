@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREPARED_MASKS', 'unpack', 'cache_size', 'given', 'has_mask', 'own_lungs', 'prepare_row', 'Cache', 'prep_of_recipe',
-           'reading_row', 'check_table', 'Preparation', 'prepare_cohort']
+           'reading_row', 'check_table', 'Preparation', 'prepare']
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #1c170cae
 import errno
@@ -33,7 +33,7 @@ from ..cohort.table import MASK_COLUMNS as MASK_COLUMNS
 from ..cohort.table import READING_COLUMNS, load_mask, load_row
 from ..io.read import files_of
 from .lungs import lung_mask, lung_region
-from .resample import PREPS, Prep, prepare
+from .resample import PREPS, Prep, prepare_scan
 from ..scan import CohortError, DataError, VoxelError, write_atomic
 
 try:
@@ -93,7 +93,7 @@ def _sources(
     name: str,  # module that is loaded, as `covid_ct.preprocess.resample`
 ) -> dict:  # module → hash of its code
     "The code that a module stands on: itself and, of its own package and of ours, all that it imports from"
-    found, todo, ours = {}, [name], prepare.__module__.split('.')[0]
+    found, todo, ours = {}, [name], prepare_scan.__module__.split('.')[0]
     while todo:
         name = todo.pop()
         here = sys.modules.get(name)
@@ -160,7 +160,7 @@ def _cache_folder(
     lungs=lung_mask,  # function that finds the lungs
 ) -> Path:  # folder of this row; not made here
     "Where the scans of one preprocessing lie"
-    code = map(_called, (prepare, load, lungs))
+    code = map(_called, (prepare_scan, load, lungs))
     return Path(out) / _digest(_FORMAT, sorted(asdict(prep).items()), *code)
 
 
@@ -202,12 +202,12 @@ def _content_of(
 # %% ../../nbs/05_preprocess/03_cache.ipynb #1ffe335a
 def _describe(prep, load, lungs) -> str:
     "What a folder was made from, as JSON"
-    parts = [f.func if isinstance(f, partial) else f for f in (prepare, load, lungs)]
+    parts = [f.func if isinstance(f, partial) else f for f in (prepare_scan, load, lungs)]
     modules = dict(kv for f in parts for kv in _sources(getattr(f, '__module__', '')).items())
     return json.dumps(
         dict(
             prep=asdict(prep),
-            called=[_called(f)[0] + ''.join(_called(f)[2:]) for f in (prepare, load, lungs)],
+            called=[_called(f)[0] + ''.join(_called(f)[2:]) for f in (prepare_scan, load, lungs)],
             modules=dict(sorted(modules.items())),
             versions={k: version(k) for k in ('numpy', 'scipy', 'SimpleITK', 'pydicom')},
         ),
@@ -330,7 +330,7 @@ def prepare_row(
     load=load_row,  # function from a row to a `Scan` or a `Phantom`
     lungs=lung_mask,  # function that finds the lungs where the row names no mask of them
 ) -> tuple:  # arrays of `_make_arrays`; dict of `lungs` (own, built-in, none), `units`, `remarks`
-    "Prepare one scan and say how; raises what reading, `prepare` and `own_lungs` raise"
+    "Prepare one scan and say how; raises what reading, `prepare_scan` and `own_lungs` raise"
     loaded = load(row)
     scan = getattr(loaded, 'scan', loaded)
     for m in masks:
@@ -347,7 +347,7 @@ def prepare_row(
         return lung_region(scan, find(scan))
 
     own = own_lungs(row, scan) if prep.needs_lungs else None
-    ready = prepare(scan, prep, lungs=keep if own is None else own)
+    ready = prepare_scan(scan, prep, lungs=keep if own is None else own)
     arrays = dict(image=_pack(ready.voxels))
     for m in masks:
         arrays[m] = ready.forward(_mask(m, row, loaded, scan, find))
@@ -599,7 +599,7 @@ def _room(folder, todo, total, prep, masks, tell) -> None:
         )
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #01e3c0af
-def prepare_cohort(
+def prepare(
     cohort,  # table of scans, or the path of a CSV or a folder as in `open_cohort`
     recipe,  # a `Prep`, the name of one, or a recipe that has one
     out,  # folder for prepared scans; each preprocessing gets its own below

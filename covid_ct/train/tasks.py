@@ -17,7 +17,7 @@ from covid_ct.evaluate.metrics import (
     all_metrics,
     bootstrap,
     confusion_figure,
-    metrics_table,
+    metrics,
     roc_figure,
 )
 from ..plot import Picture, set_alt_text
@@ -228,7 +228,7 @@ class Task:
 
 TASKS = {
     'classify': Task(
-        _classify_rows, _classify_scores, metrics_table, _classify_figures, ('accuracy', 'auc')
+        _classify_rows, _classify_scores, metrics, _classify_figures, ('accuracy', 'auc')
     ),
     'segment': Task(
         segment_rows,

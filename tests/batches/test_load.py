@@ -25,7 +25,7 @@ from covid_ct.cohort.table import check_cohort
 from covid_ct.io.read import write_mask, write_scan
 from covid_ct.phantom.cohort import phantom_cohort
 from covid_ct.phantom.layouts import write_layout
-from covid_ct.preprocess.resample import Prep, prepare
+from covid_ct.preprocess.resample import Prep, prepare_scan
 from covid_ct.scan import CohortError, GeometryError, Scan, SplitError, UnitsError, VoxelError
 
 
@@ -56,7 +56,7 @@ def test_items_are_what_prepare_says(cohort):
     d = ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS)
     for i in (0, 5, 11):
         t, it = Toy(cohort.iloc[i]), d[i]
-        p = prepare(t.scan, PREP)
+        p = prepare_scan(t.scan, PREP)
         assert np.abs(it['image'][0].numpy() - p.voxels).max() <= 1 / 131070 + 1e-7
         assert (it['lung'][0].numpy() == p.forward(t.lungs)).all() and (
             it['infection'][0].numpy() == p.forward(t.infection)
@@ -247,7 +247,7 @@ def test_files_on_disk(cohort, tmp_path):
     write_scan(other, moved / 'S01.nii.gz')
     fresh = ScanDataset(files, PREP, root=moved, masks=PREPARED_MASKS, cache=moved / 'cache')[1]
     assert (
-        np.abs(fresh['image'][0].numpy() - prepare(other, PREP).voxels).max() < 1e-4
+        np.abs(fresh['image'][0].numpy() - prepare_scan(other, PREP).voxels).max() < 1e-4
     )  # a replaced file is not served from the cache
     write_mask(
         np.zeros((4, 4, 4), bool),
@@ -422,7 +422,7 @@ def test_items_say_whose_lungs_were_used(cohort, tmp_path):
         for i in range(4):
             t = Toy(cohort.iloc[i])
             mask = t.lungs if i % 2 else everything(t.scan)
-            ready = prepare(t.scan, keep, mask)
+            ready = prepare_scan(t.scan, keep, mask)
             assert np.abs(batch['image'][i, 0].numpy() - ready.voxels).max() < 1e-4
             assert (batch['lung'][i, 0].numpy() == ready.forward(mask)).all()
     plain = ScanDataset(files, PREP)

@@ -34,7 +34,7 @@ from covid_ct.evaluate.metrics import (
     labels_and_probabilities,
     mask_scores,
     metric_statistic,
-    metrics_table,
+    metrics,
     pointing_game,
     pr_band,
     pr_figure,
@@ -225,7 +225,7 @@ def test_bootstrap_is_its_slow_twin(by):
             seed=5,
         )
         assert np.allclose(fast, slow)
-    rows = metrics_table(t, n=40, seed=5)
+    rows = metrics(t, n=40, seed=5)
     assert np.allclose(
         rows[(rows.setting == "macro") & (rows.metric == "F1")][["value", "low", "high"]].to_numpy(
             float
@@ -273,12 +273,12 @@ def test_bootstrap_is_fast():
     bootstrap(t, metric_statistic(), n=1000)
     assert time.process_time() - start < 1.5
     start = time.process_time()
-    metrics_table(t, n=1000)
+    metrics(t, n=1000)
     assert time.process_time() - start < 3
 
 
 def test_one_class_is_nan_with_a_reason():
-    t = metrics_table(table()[lambda t: t.label == "covid"], C3, n=50).set_index(
+    t = metrics(table()[lambda t: t.label == "covid"], C3, n=50).set_index(
         ["setting", "metric"]
     )
     assert (
@@ -314,7 +314,7 @@ def test_bad_tables():
         lambda: classification_metrics(t, "flu"),
         lambda: metric_statistic("Dice"),
         lambda: bootstrap(t.drop(columns="patient_id"), metric_statistic()),
-        lambda: metrics_table(t.drop(columns="patient_id")),
+        lambda: metrics(t.drop(columns="patient_id")),
         lambda: bootstrap(t.assign(patient_id=[None, *t.patient_id[1:]]), metric_statistic()),
         lambda: roc_figure(t[t.label == "covid"]),
         lambda: roc_figure(t, "flu"),

@@ -34,7 +34,7 @@ from covid_ct.explain.attribution import (
 from covid_ct.explain.cam import cam, explain, find_layer
 from covid_ct.models.darnet import DARNET_ROWS
 from covid_ct.models.prior_attention import PARL_ROWS
-from covid_ct.preprocess.resample import Prep, prepare
+from covid_ct.preprocess.resample import Prep, prepare_scan
 from covid_ct.scan import DataError, GeometryError, Scan
 
 
@@ -243,7 +243,7 @@ def test_any_network_and_explain():
     m = PARL_ROWS["pa-66-m"](depth=32, width=4, blocks=(1, 1, 1, 1), hidden=16)
     rng = np.random.default_rng(0)
     s = Scan(rng.normal(-600, 100, (20, 24, 22)).astype("i2"), (3.0, 2.0, 2.0))
-    q = prepare(s, Prep(size=(32, 32, 32)))
+    q = prepare_scan(s, Prep(size=(32, 32, 32)))
 
     def few_steps(model, x, label):
         return integrated_gradients(model, x, label, steps=2)

@@ -31,9 +31,9 @@ from covid_ct.models.darnet import DARNET_ROWS
 from covid_ct.models.dual_sampling import DUAL_ROWS
 from covid_ct.models.prior_attention import PARL_ROWS
 from covid_ct.models.raunet import RAUNET_ROWS
-from covid_ct.preprocess.resample import Prep, prepare
+from covid_ct.preprocess.resample import Prep, prepare_scan
 from covid_ct.scan import DataError, GeometryError, Map, Scan
-from covid_ct.widgets.overlay import overlay, view_side_by_side
+from covid_ct.widgets.overlay import view, view_side_by_side
 
 
 @pytest.fixture(autouse=True)
@@ -256,7 +256,7 @@ def make_scan():
 
 def test_explain_lies_on_the_scan():
     s = make_scan()
-    q = prepare(s, Prep(size=(16, 16, 16)))
+    q = prepare_scan(s, Prep(size=(16, 16, 16)))
     m = explain(Corner(), q, s, "covid")
     assert (
         m.grid == s.grid and m.values.shape == s.shape and (m.label, m.method) == ("covid", "CAM")
@@ -271,7 +271,7 @@ def test_explain_outside_the_crop_is_zero():
     s = make_scan()
     lungs = np.zeros(s.shape, bool)
     lungs[6:18, 10:30, 8:28] = True
-    q = prepare(s, Prep(size=(16, 16, 16), crop="lungs", margin=0.0), lungs)
+    q = prepare_scan(s, Prep(size=(16, 16, 16), crop="lungs", margin=0.0), lungs)
     m = explain(Corner(), q, s, "covid")
     assert (
         m.values.max() > 0
@@ -283,7 +283,7 @@ def test_explain_outside_the_crop_is_zero():
 
 def test_explain_for_every_method_and_a_dull_network():
     s = make_scan()
-    q = prepare(s, Prep(size=(8, 32, 32)))
+    q = prepare_scan(s, Prep(size=(8, 32, 32)))
     m = net().float().train()
     for method in CAM_METHODS:
         out = explain(m, q, s, "cap", method)
@@ -295,7 +295,7 @@ def test_explain_for_every_method_and_a_dull_network():
 
 def test_explain_refuses():
     s = make_scan()
-    q = prepare(s, Prep(size=(16, 16, 16)))
+    q = prepare_scan(s, Prep(size=(16, 16, 16)))
     good = dict(model=Corner(), prepared=q, scan=s, label="covid")
     for bad, error, text in (
         (dict(label="flu"), DataError, "flu"),
@@ -394,7 +394,7 @@ def test_layer_sizes():
 
 def test_explain_takes_layers_and_functions():
     s = make_scan()
-    q = prepare(s, Prep(size=(8, 32, 32)))
+    q = prepare_scan(s, Prep(size=(8, 32, 32)))
     m = net().float()
     m.fc.weight.data[1] = m.fc.weight.data[1].abs()
     a = explain(m, q, s, "cap", "Grad-CAM", layer="stages.1")
@@ -469,7 +469,7 @@ def test_lands_within_half_a_voxel_on_an_oblique_scan(n, crop):
     s = s.replace(voxels=(-1350 + 1500 * np.exp(-(off**2).sum(-1) / (2 * 7.0**2))).astype("i2"))
     lungs = np.zeros(shape, bool)
     lungs[3:27, 6:48, 3:38] = True
-    q = prepare(s, Prep(size=(32, 40, 48), crop=crop, margin=0.0), lungs)
+    q = prepare_scan(s, Prep(size=(32, 40, 48), crop=crop, margin=0.0), lungs)
     for method in ("CAM", "contrast CAM"):
         m = explain(Bright(n), q, s, 1, method, classes=("no", "yes"))
         w = m.values.astype("f8") ** 2
@@ -480,9 +480,9 @@ def test_lands_within_half_a_voxel_on_an_oblique_scan(n, crop):
 
 def test_a_map_of_another_geometry_is_refused():
     s = make_scan()
-    q = prepare(s, Prep(size=(16, 16, 16)))
+    q = prepare_scan(s, Prep(size=(16, 16, 16)))
     m = explain(Corner(), q, s, "covid")
-    assert overlay(s, m).map and view_side_by_side(s, {"CAM": m})
+    assert view(s, m).map and view_side_by_side(s, {"CAM": m})
     other = (
         s.replace(spacing=(2.5, 1.1, 1.0)),
         s.replace(origin=(-29.0, 12.0, 7.0)),
@@ -491,7 +491,7 @@ def test_a_map_of_another_geometry_is_refused():
     )
     for wrong in other:
         for show in (
-            lambda wrong=wrong: overlay(wrong, m),
+            lambda wrong=wrong: view(wrong, m),
             lambda wrong=wrong: view_side_by_side(wrong, {"CAM": m}),
             lambda wrong=wrong: to_scan_space(np.ones((2, 2, 2)), q, wrong),
             lambda wrong=wrong: attention_maps(net(), q, wrong),
@@ -504,7 +504,7 @@ def test_a_map_of_another_geometry_is_refused():
 
 def test_bring_back_keeps_or_stretches():
     s = make_scan()
-    q = prepare(s, Prep(size=(16, 16, 16)))
+    q = prepare_scan(s, Prep(size=(16, 16, 16)))
     v = torch.full((4, 4, 4), 0.25)
     v[2, 2, 2] = 0.5
     assert (
@@ -518,7 +518,7 @@ def test_bring_back_keeps_or_stretches():
 # ---- what a network says of its own attention
 def test_depth_and_channel_gates():
     s = make_scan()
-    q = prepare(s, Prep(size=(8, 32, 32)))
+    q = prepare_scan(s, Prep(size=(8, 32, 32)))
     m = net().float().train()
     x = torch.tensor(q.voxels)[None, None]
     maps = attention_maps(m, q, s)
@@ -555,7 +555,7 @@ def test_depth_and_channel_gates():
 def test_one_map_of_each_kind():
     "The finest layer of each kind, the last of those that are equally fine"
     s = make_scan()
-    q = prepare(s, Prep(size=(8, 32, 32)))
+    q = prepare_scan(s, Prep(size=(8, 32, 32)))
     torch.manual_seed(0)
     m = DARNET_ROWS["darnet"](classes=3, depth=8, width=4, blocks=(2, 1, 1, 1)).eval()
     few, every = attention_maps(m, q, s, every=False), attention_maps(m, q, s)
@@ -565,15 +565,15 @@ def test_one_map_of_each_kind():
     )
     assert all(np.array_equal(v.values, every[k].values) for k, v in few.items())
     p = PARL_ROWS["pa-66-m"](depth=32, width=4, blocks=(1, 1, 1, 1), hidden=16)
-    assert list(attention_maps(p, prepare(s, Prep(size=(32, 32, 32))), s, every=False)) == [
+    assert list(attention_maps(p, prepare_scan(s, Prep(size=(32, 32, 32))), s, every=False)) == [
         "prior attention unit 1"
     ]
 
 
 def test_online_attention_and_prior_maps():
     s = make_scan()
-    q = prepare(s, Prep(size=(8, 32, 32)))
-    cube = prepare(s, Prep(size=(32, 32, 32)))
+    q = prepare_scan(s, Prep(size=(8, 32, 32)))
+    cube = prepare_scan(s, Prep(size=(32, 32, 32)))
     m = DUAL_ROWS["attention-rn34"](depth=8, width=8, blocks=(1, 1, 1), strides=(1, 1, 1)).eval()
     got = attention_maps(m, q, s)
     a = m.outputs(torch.tensor(q.voxels)[None, None])["attention"][0, 0].detach().numpy()
@@ -610,7 +610,7 @@ def test_online_attention_and_prior_maps():
 
 def test_lsh_buckets():
     s = make_scan()
-    q = prepare(s, Prep(size=(24, 40, 36)))
+    q = prepare_scan(s, Prep(size=(24, 40, 36)))
     m = RAUNET_ROWS["raunet"](widths=(8, 16, 32), cardinality=2, chunk=16, rounds=3)
     got = attention_maps(m, q, s, at=(5, 30, 7))
     top = got["LSH bucket decode.1.attend"].values
@@ -629,7 +629,7 @@ def test_lsh_buckets():
 
 def test_networks_without_attention_are_named():
     s = make_scan()
-    q = prepare(s, Prep(size=(8, 32, 32)))
+    q = prepare_scan(s, Prep(size=(8, 32, 32)))
     with pytest.raises(DataError, match="outputs"):
         attention_maps(Corner(), q, s)
     with pytest.raises(DataError, match="no attention"):

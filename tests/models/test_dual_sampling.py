@@ -30,7 +30,7 @@ from covid_ct.models.online_cam import (
 )
 from covid_ct.models.resnet3d import feature_size
 from covid_ct.phantom.chest import make_phantom
-from covid_ct.preprocess.resample import Prep, prepare
+from covid_ct.preprocess.resample import Prep, prepare_scan
 from covid_ct.scan import CohortError, DataError, GeometryError
 from covid_ct.train.dual import (
     _branches,
@@ -318,11 +318,11 @@ def test_mask_on_another_grid():
     with pytest.raises(LossError, match="infection"):
         AttentionLoss()(o, dict(label=torch.tensor([0, 1])))
     p = make_phantom("covid", 1, (24, 32, 32))
-    ready = prepare(p.scan, Prep(size=(24, 32, 32), keep="lungs"), lungs=p.lungs)
+    ready = prepare_scan(p.scan, Prep(size=(24, 32, 32), keep="lungs"), lungs=p.lungs)
     with pytest.raises(GeometryError):
         ready.forward(p.infection[1:])
     with pytest.raises(GeometryError):
-        prepare(p.scan, Prep(size=(24, 32, 32), keep="lungs"), lungs=p.lungs[:, 1:])
+        prepare_scan(p.scan, Prep(size=(24, 32, 32), keep="lungs"), lungs=p.lungs[:, 1:])
 
 
 @pytest.mark.parametrize("name", DUAL_TABLE_ROWS)
@@ -337,7 +337,7 @@ def test_variants_train(name):
 
 def test_prep_keeps_the_lungs():
     p = make_phantom("cap", 2, (40, 64, 64))
-    ready = prepare(
+    ready = prepare_scan(
         p.scan,
         Prep(size=(138, 256, 256), spacing=(2.5, 1.4336, 1.4336), keep="lungs"),
         lungs=p.lungs,

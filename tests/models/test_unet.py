@@ -35,7 +35,7 @@ from covid_ct.models.unet import (
     vb_net,
 )
 from covid_ct.phantom.chest import make_phantom
-from covid_ct.preprocess.resample import Prep, prepare
+from covid_ct.preprocess.resample import Prep, prepare_scan
 from covid_ct.scan import GeometryError, UnitsError
 
 
@@ -347,7 +347,7 @@ class Threshold(nn.Module):
 
 def test_segment_on_the_grid_of_the_scan():
     p = make_phantom("covid", 3, (24, 32, 32), severity=0.2)
-    ready = prepare(p.scan, Prep(size=(24, 32, 32)))
+    ready = prepare_scan(p.scan, Prep(size=(24, 32, 32)))
     got = segment_masks(Threshold(), ready, (16, 16, 16))
     assert set(got) == {"lungs", "infection"} and all(
         m.shape == p.scan.shape and m.dtype == bool for m in got.values()
@@ -359,7 +359,7 @@ def test_segment_on_the_grid_of_the_scan():
 
 def test_target():
     p = make_phantom("covid", 3, (24, 32, 32), severity=0.2)
-    ready = prepare(p.scan, Prep(size=(24, 32, 32)))
+    ready = prepare_scan(p.scan, Prep(size=(24, 32, 32)))
     t = segmentation_target(ready, p.lungs, p.infection)
     assert (
         t.dtype == np.int64
@@ -378,16 +378,16 @@ def test_a_mask_of_another_tool_takes_the_place(tmp_path):
     row = Prep(size=(24, 32, 32), keep="lungs")
     file = write_mask(p.lungs, p.scan, tmp_path / "lungs.nii.gz")
     got, wanted = (
-        prepare(p.scan, row, lungs=read_mask(file, p.scan).astype(bool)),
-        prepare(p.scan, row, lungs=p.lungs),
+        prepare_scan(p.scan, row, lungs=read_mask(file, p.scan).astype(bool)),
+        prepare_scan(p.scan, row, lungs=p.lungs),
     )
     assert np.array_equal(got.voxels, wanted.voxels) and np.array_equal(
-        prepare(p.scan, row, lungs=lambda scan: p.lungs).voxels, wanted.voxels
+        prepare_scan(p.scan, row, lungs=lambda scan: p.lungs).voxels, wanted.voxels
     )
     with pytest.raises(GeometryError, match="apart"):
         read_mask(file, p.scan.replace(spacing=(4.0, 4.0, 4.0)))
     with pytest.raises(GeometryError):
-        prepare(p.scan, row, lungs=p.lungs[:, ::2])
+        prepare_scan(p.scan, row, lungs=p.lungs[:, ::2])
 
 
 def test_pickles():

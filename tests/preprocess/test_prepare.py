@@ -36,12 +36,12 @@ from covid_ct.preprocess.cache import (
     cache_size,
     has_mask,
     prep_of_recipe,
-    prepare_cohort,
+    prepare,
     prepare_row,
     reading_row,
     unpack,
 )
-from covid_ct.preprocess.resample import PREPS, Prep, prepare
+from covid_ct.preprocess.resample import PREPS, Prep, prepare_scan
 from covid_ct.scan import CohortError, DataError, GeometryError, UnitsError, VoxelError
 
 
@@ -82,7 +82,7 @@ def contents(folder):
     }
 
 
-quiet = partial(prepare_cohort, progress=False)
+quiet = partial(prepare, progress=False)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_size_is_predicted_to_the_byte_and_values_are_those_of_prepare(cohort, t
     assert rest == ['failures.csv', 'recipe.json', 'scans.csv']
     assert all(np.load(f, allow_pickle=False).dtype in ('u1', 'u2') for f in arrays)
     kept, t = Cache(tmp_path, PREP, toy).get(cohort.iloc[5], PREPARED_MASKS), Toy(cohort.iloc[5])
-    p = prepare(t.scan, PREP)
+    p = prepare_scan(t.scan, PREP)
     assert (
         abs(unpack(kept['image']) - p.voxels).max() <= 1 / 131070 + 1e-7
         and (kept['lung'] == p.forward(t.lungs)).all()
@@ -165,7 +165,7 @@ def test_the_disk(cohort, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as m:
         m.setattr(C.shutil, 'disk_usage', lambda p: type('U', (), dict(free=10)))
         with pytest.raises(DataError, match='GB to write'):
-            prepare_cohort(cohort, PREP, tmp_path, jobs=1, load=never)
+            prepare(cohort, PREP, tmp_path, jobs=1, load=never)
     assert '12 of 12 scans to prepare' in capsys.readouterr().out and not list(
         tmp_path.rglob('*.npy')
     )
@@ -214,8 +214,8 @@ def test_a_missing_mask_is_a_failure_of_its_scan(tmp_path):
 
 # ── killed, and two at once ──────────────────────────────────────────────────────────────────────────────────────
 RUN = (
-    "import sys; from covid_ct.preprocess.cache import prepare_cohort; from covid_ct.preprocess.resample import Prep\n"
-    "prepare_cohort(sys.argv[1], Prep(size=(6,12,10)), sys.argv[2], jobs=int(sys.argv[3]), progress=False)"
+    "import sys; from covid_ct.preprocess.cache import prepare; from covid_ct.preprocess.resample import Prep\n"
+    "prepare(sys.argv[1], Prep(size=(6,12,10)), sys.argv[2], jobs=int(sys.argv[3]), progress=False)"
 )
 
 
@@ -415,7 +415,7 @@ def test_file_and_phantom_are_one_scan(tmp_path):
         for f in ('s.nii.gz', 's')
     ]
     a, b = (_make_arrays(r, PREP)['image'].astype(int) for r in rows)
-    c = _pack(prepare(p.scan, PREP).voxels).astype(int)
+    c = _pack(prepare_scan(p.scan, PREP).voxels).astype(int)
     assert abs(a - c).max() <= 1 and abs(b - c).max() <= 1
 
 
@@ -491,7 +491,7 @@ def test_a_named_lung_mask_masks_and_crops(masked, tmp_path, prep):
     for i in range(4):
         scan = Toy(masked.iloc[i]).scan
         mask = half(scan) if i < 2 else whole(scan)
-        ready = prepare(scan, prep, mask)
+        ready = prepare_scan(scan, prep, mask)
         got = cache.get(reading_row(masked, i), PREPARED_MASKS)
         assert np.abs(unpack(got['image']) - ready.voxels).max() < 1e-4
         assert (got['lung'] == ready.forward(mask)).all()
@@ -509,7 +509,7 @@ def test_another_mask_of_the_same_name_is_another_scan(masked, tmp_path, column)
     again = quiet(masked, KEEP, tmp_path / 'out', PREPARED_MASKS, jobs=1, lungs=whole)
     assert (again.made, again.found) == (1, 3)
     got = Cache(tmp_path / 'out', KEEP, lungs=whole).get(reading_row(masked, 1), PREPARED_MASKS)
-    assert (got[column.split('_')[0]] == prepare(scan, PREP).forward(new)).all()
+    assert (got[column.split('_')[0]] == prepare_scan(scan, PREP).forward(new)).all()
 
 
 def wrong_grid(scan, file):
@@ -644,7 +644,7 @@ def test_a_changed_scan_is_prepared_again(tmp_path, kind, keep_times):
     again = quiet(cohort, PREP, tmp_path / 'out', jobs=1)
     assert (again.made, again.found) == (1, 0)
     got = Cache(tmp_path / 'out', PREP).get(cohort.iloc[0])['image']
-    assert np.abs(unpack(got) - prepare(brighter(scan), PREP).voxels).max() < 1e-4
+    assert np.abs(unpack(got) - prepare_scan(brighter(scan), PREP).voxels).max() < 1e-4
 
 
 def test_a_copy_with_the_same_content_and_times_is_the_same_scan(tmp_path):

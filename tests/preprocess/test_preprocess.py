@@ -15,7 +15,7 @@ from covid_ct.preprocess.resample import (
     _multiply_axes,
     _network_grid,
     faces,
-    prepare,
+    prepare_scan,
     resample,
     sub_grid,
 )
@@ -355,13 +355,13 @@ def test_prepare_windows_and_is_read_only():
     g = Grid((8, 16, 16), (2.0, 1.0, 1.0))
     hu = np.full(g.shape, -600, "i2")
     hu[4:], hu[:2] = 3000, -3024
-    p = prepare(scan_on(g, hu), Prep(size=(8, 16, 16)))
+    p = prepare_scan(scan_on(g, hu), Prep(size=(8, 16, 16)))
     assert p.voxels.dtype == np.float32 and not p.voxels.flags.writeable
     assert (p.voxels[2:4] == 0.5).all() and (p.voxels[4:] == 1).all() and (p.voxels[:2] == 0).all()
-    padded = prepare(scan_on(g, hu), Prep(size=(10, 16, 16), spacing=(2.0, 1.0, 1.0), fill=0.25))
+    padded = prepare_scan(scan_on(g, hu), Prep(size=(10, 16, 16), spacing=(2.0, 1.0, 1.0), fill=0.25))
     assert (padded.voxels[[0, -1]] == 0.25).all() and (padded.voxels[1:-1] == p.voxels).all()
     for fill in (0.0, 1.0, 0.3):
-        edge = prepare(
+        edge = prepare_scan(
             scan_on(g, hu.astype("f8")), Prep(size=(10, 16, 16), spacing=(2.0, 1.0, 1.0), fill=fill)
         ).voxels
         assert (
@@ -376,9 +376,9 @@ def test_prepare_windows_and_is_read_only():
 def test_units():
     v = np.zeros((4, 8, 8), "u1")
     with pytest.raises(UnitsError):
-        prepare(Scan(v.astype("i2") - 500, (1, 1, 1)), PREPS["darnet_release"])
+        prepare_scan(Scan(v.astype("i2") - 500, (1, 1, 1)), PREPS["darnet_release"])
     grey = Scan(v + 255, (1, 1, 1), units="uint8", geometry_known=False)
-    assert prepare(grey, PREPS["darnet_release"]).voxels.min() > 1 - 1e-5
+    assert prepare_scan(grey, PREPS["darnet_release"]).voxels.min() > 1 - 1e-5
 
 
 def test_lungs_may_be_a_function_that_is_asked_only_when_needed():
@@ -393,9 +393,9 @@ def test_lungs_may_be_a_function_that_is_asked_only_when_needed():
     def never(scan):
         raise AssertionError("asked")
 
-    a, b = prepare(s, PREPS["darnet_tiny"], find), prepare(s, PREPS["darnet_tiny"], find(s))
+    a, b = prepare_scan(s, PREPS["darnet_tiny"], find), prepare_scan(s, PREPS["darnet_tiny"], find(s))
     assert (a.voxels == b.voxels).all() and a.grid == b.grid
-    prepare(s, PREPS["darnet"], never)
+    prepare_scan(s, PREPS["darnet"], never)
 
 
 # ── back and forward ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -417,7 +417,7 @@ def test_a_place_goes_there_and_comes_back(prep):
     lungs[4:20, 10:50, 8:44] = True
     at = g.to_mm((12, 31, 23))
     bump = np.exp(-((places(g) - at) ** 2).sum(-1) / (2 * 4.0**2))
-    p = prepare(scan_on(g, (bump * 1500 - 1350).astype("f4")), prep, lungs)
+    p = prepare_scan(scan_on(g, (bump * 1500 - 1350).astype("f4")), prep, lungs)
 
     def centre(v, grid):
         return (places(grid) * v[..., None]).sum((0, 1, 2)) / v.sum()
@@ -436,7 +436,7 @@ def test_a_place_goes_there_and_comes_back(prep):
 @pytest.mark.parametrize("feature", [(8, 14, 14), (4, 8, 8), (16, 32, 32), (40, 70, 90)])
 def test_maps_of_any_feature_size_land_where_they_were_lit(feature):
     g = oblique()
-    p = prepare(scan_on(g, np.zeros(g.shape, "i2")), Prep(size=(16, 32, 32)))
+    p = prepare_scan(scan_on(g, np.zeros(g.shape, "i2")), Prep(size=(16, 32, 32)))
     heat = np.zeros(feature)
     lit = tuple(n // 2 for n in feature)
     heat[lit] = 1
@@ -450,7 +450,7 @@ def test_maps_of_any_feature_size_land_where_they_were_lit(feature):
 
 def test_back_keeps_the_range_and_is_zero_outside_the_crop():
     g = oblique()
-    p = prepare(
+    p = prepare_scan(
         scan_on(g, np.zeros(g.shape, "i2")), Prep(size=(8, 16, 16), crop=(60.0, 24.0, 21.0))
     )
     ones = p.back(np.ones((3, 5, 5)))
@@ -469,7 +469,7 @@ def test_forward_keeps_volume_and_labels():
     rng = np.random.default_rng(5)
     mask = np.zeros(g.shape, bool)
     mask[5:18, 20:45, 12:40] = rng.random((13, 25, 28)) > 0.3
-    p = prepare(scan_on(g, np.zeros(g.shape, "i2")), Prep(size=(9, 17, 13)))
+    p = prepare_scan(scan_on(g, np.zeros(g.shape, "i2")), Prep(size=(9, 17, 13)))
     share = p.forward(mask, fraction=True)
     assert 0 <= share.min() and share.max() <= 1
     assert np.isclose(share.sum(dtype="f8") * p.grid.voxel_ml, mask.sum() * g.voxel_ml, rtol=1e-5)
@@ -493,7 +493,7 @@ def test_mask_and_voxels_go_the_same_way():
     g = oblique()
     mask = np.zeros(g.shape, bool)
     mask[6:15, 15:45, 10:35] = True
-    p = prepare(scan_on(g, np.where(mask, 150, -1350).astype("i2")), Prep(size=(12, 30, 25)))
+    p = prepare_scan(scan_on(g, np.where(mask, 150, -1350).astype("i2")), Prep(size=(12, 30, 25)))
     assert (p.forward(mask) == (p.voxels >= 0.5)).mean() > 0.98
     assert isinstance(p, Prepared)
 
@@ -505,12 +505,12 @@ def test_full_size_is_fast_and_lean():
 
     v = np.random.default_rng(0).integers(-1000, 400, (300, 512, 512), dtype="i2")
     s = Scan(v, (1.0, 0.7, 0.7))
-    prepare(s, PREPS["darnet"])
+    prepare_scan(s, PREPS["darnet"])
     start = time.process_time()
-    prepare(s, PREPS["darnet"])
+    prepare_scan(s, PREPS["darnet"])
     seconds = time.process_time() - start
     tracemalloc.start()
-    prepare(s, PREPS["darnet"])
+    prepare_scan(s, PREPS["darnet"])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert seconds < 3  # 0.2 s on a quiet core; process time, so that neighbours do not decide
@@ -526,7 +526,7 @@ def grey_scan(seed=4):
 def test_the_row_of_the_paper_takes_8_bit_scans_as_they_are():
     "Grey 0 … 255 becomes 0 … 1, without a window, a lung mask or a crop; the scan says so"
     scan = grey_scan()
-    ready = prepare(scan, PREPS["darnet"], never_asked)
+    ready = prepare_scan(scan, PREPS["darnet"], never_asked)
     exact = resample(scan.voxels / 255, scan.grid, ready.grid)
     assert ready.voxels.shape == (64, 224, 224)
     assert np.abs(ready.voxels - np.clip(exact, 0, 1)).max() < 1e-5
@@ -541,14 +541,14 @@ def never_asked(scan):
 def test_hu_still_go_through_the_window():
     ramp = np.linspace(-1350, 150, 16800).reshape(20, 30, 28)
     scan = scan_on(Grid(ramp.shape, (1.0, 1.0, 1.0)), ramp)
-    ready = prepare(scan, PREPS["darnet"])
+    ready = prepare_scan(scan, PREPS["darnet"])
     assert ready.remarks == () and abs(ready.voxels.min()) < 0.02 and ready.voxels.max() > 0.98
 
 
 @pytest.mark.parametrize("row", [k for k, p in PREPS.items() if "uint8" not in p.takes])
 def test_a_refused_unit_names_the_recipes_that_take_it(row):
     with pytest.raises(UnitsError, match="HU needed, the voxels are 'uint8'") as e:
-        prepare(grey_scan(), PREPS[row], never_asked)
+        prepare_scan(grey_scan(), PREPS[row], never_asked)
     assert "darnet/paper" in e.value.remedy and "darnet/release" in e.value.remedy
     assert e.value.source == "pictures"
 
@@ -556,10 +556,10 @@ def test_a_refused_unit_names_the_recipes_that_take_it(row):
 def test_the_other_units_name_what_takes_them_too():
     hu = scan_on(Grid((6, 6, 6), (1.0, 1.0, 1.0)), np.full((6, 6, 6), -500))
     with pytest.raises(UnitsError, match="darnet/paper.*dual_sampling/paper"):
-        prepare(hu, PREPS["darnet_release"])
+        prepare_scan(hu, PREPS["darnet_release"])
     unit = Scan(np.random.default_rng(0).random((6, 6, 6)).astype("f4"), (1, 1, 1), units="unit")
     with pytest.raises(UnitsError, match="Convert the scan to HU"):
-        prepare(unit, PREPS["darnet"])
+        prepare_scan(unit, PREPS["darnet"])
 
 
 def test_every_row_names_a_recipe_that_uses_it():
@@ -575,6 +575,6 @@ def test_a_prepared_scan_says_whose_lungs_were_used():
     lungs = np.zeros(v.shape, bool)
     lungs[4:16, 8:22, 6:22] = True
     scan = scan_on(Grid(v.shape, (1.0, 1.0, 1.0)), v)
-    assert prepare(scan, PREPS["darnet_tiny"], lungs).lungs == "own"
-    assert prepare(scan, PREPS["darnet_tiny"], lambda s: lungs).lungs == "built-in"
-    assert prepare(scan, PREPS["darnet"], lungs).lungs == "none"
+    assert prepare_scan(scan, PREPS["darnet_tiny"], lungs).lungs == "own"
+    assert prepare_scan(scan, PREPS["darnet_tiny"], lambda s: lungs).lungs == "built-in"
+    assert prepare_scan(scan, PREPS["darnet"], lungs).lungs == "none"

@@ -21,7 +21,7 @@ from covid_ct.inference.cases import (
     _CaseLoader,
     _load_networks,
     _look,
-    open_room,
+    reading_room,
     room_json,
     room_text,
 )
@@ -174,7 +174,7 @@ def test_folds_are_found(tmp_path):
             tmp_path / f"fold_{k}" / "predictions.csv", index=False
         )
     assert [p.name for p in runs_in(tmp_path)] == ["fold_0", "fold_1", "fold_2"]
-    r = open_room(tmp_path)
+    r = reading_room(tmp_path)
     assert len(r.rows) == 60 and "networks disagree" in r.meta["filters"] and r.load is None
 
 
@@ -431,7 +431,7 @@ def a_run(tmp_path_factory):
     import torch
 
     from covid_ct.models.zoo import build
-    from covid_ct.preprocess.resample import PREPS, prepare
+    from covid_ct.preprocess.resample import PREPS, prepare_scan
     from covid_ct.train.loop import fit
     from covid_ct.train.recipes import change
 
@@ -443,7 +443,7 @@ def a_run(tmp_path_factory):
 
     for i, p in enumerate(made):
         write_series(p.scan, d / f"MUELLER_HANS_{i}", named)
-    x = np.stack([prepare(p.scan, PREPS[r.prep], lungs=p.lungs).voxels for p in made])[:, None]
+    x = np.stack([prepare_scan(p.scan, PREPS[r.prep], lungs=p.lungs).voxels for p in made])[:, None]
     batch = {
         "image": torch.tensor(x),
         "label": torch.arange(3),
@@ -475,7 +475,7 @@ def a_run(tmp_path_factory):
 
 def test_a_run_is_read(a_run, tmp_path):
     d, cohort, made = a_run
-    r = open_room(d / "run", cohort, part="valid", progress=False)
+    r = reading_room(d / "run", cohort, part="valid", progress=False)
     assert (
         r.faults == {}
         and [q["id"] for q in r.rows] == list("abc")
@@ -495,14 +495,14 @@ def test_a_run_is_read(a_run, tmp_path):
     )  # nor in a path
     assert "3 cases" in room_text(r) and [q["id"] for q in json.loads(room_json(r))] == list("abc")
     stamp = (d / "run" / "cases" / "index.csv").stat().st_mtime_ns
-    open_room(d / "run", cohort, part="valid", progress=False)
+    reading_room(d / "run", cohort, part="valid", progress=False)
     assert (d / "run" / "cases" / "index.csv").stat().st_mtime_ns == stamp  # looked at once
     (tmp_path / "other").mkdir()
     answers(3).assign(part="valid").to_csv(tmp_path / "other" / "predictions.csv", index=False)
     with pytest.raises(CaseError, match="other scans"):
-        open_room([d / "run", tmp_path / "other"], part="valid")
+        reading_room([d / "run", tmp_path / "other"], part="valid")
     with pytest.raises(CaseError, match="none of the scans"):
-        open_room(d / "run", cohort.assign(scan_id=list("xyz")), part="valid")
+        reading_room(d / "run", cohort.assign(scan_id=list("xyz")), part="valid")
 
 
 OWN = {
@@ -542,7 +542,7 @@ def test_every_system_shows_its_own_attention(which, phantom):
     from covid_ct.explain.cam import attention_maps
     from covid_ct.models.zoo import build
     from covid_ct.plot import find_centre
-    from covid_ct.preprocess.resample import PREPS, Prep, prepare
+    from covid_ct.preprocess.resample import PREPS, Prep, prepare_scan
 
     row, size, kinds = OWN[which]
     system = {"without": "dual_sampling", "self-attention": "prior_attention"}.get(
@@ -556,7 +556,7 @@ def test_every_system_shows_its_own_attention(which, phantom):
         m.grid == p.scan.grid for m in found.values()
     )
     if kinds:
-        ready = prepare(p.scan, PREPS[r.prep] if r.prep else Prep(p.scan.shape), lungs=p.lungs)
+        ready = prepare_scan(p.scan, PREPS[r.prep] if r.prep else Prep(p.scan.shape), lungs=p.lungs)
         every = attention_maps(net, ready, p.scan, at)
         for k in kinds:
             assert any(

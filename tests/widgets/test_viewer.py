@@ -13,7 +13,7 @@ from PIL import Image
 
 from covid_ct.plot import WINDOWS, window
 from covid_ct.scan import DataError, GeometryError, Grid, Map, Scan, VoxelError
-from covid_ct.widgets.overlay import overlay, slice_profile, view_side_by_side
+from covid_ct.widgets.overlay import view, slice_profile, view_side_by_side
 from covid_ct.widgets.pack import (
     _pack_masks,
     _pack_volume,
@@ -191,20 +191,20 @@ def test_wrong_arguments_raise(scan, kw):
 
 def test_layers_of_another_grid_are_refused(scan, masks):
     with pytest.raises(GeometryError, match="mask m"):
-        overlay(scan, masks={"m": masks["truth"][1:]})
+        view(scan, masks={"m": masks["truth"][1:]})
     with pytest.raises(VoxelError, match="more than yes and no"):
-        overlay(scan, masks={"m": 2 * masks["truth"].astype(int)})
+        view(scan, masks={"m": 2 * masks["truth"].astype(int)})
     moved = Map(heat(scan).values, Grid(scan.shape, scan.spacing, (15.0, -20.0, -30.0)))
     with pytest.raises(GeometryError, match="apart"):
-        overlay(scan, moved)
+        view(scan, moved)
     with pytest.raises(GeometryError):
-        overlay(scan, {"m": np.zeros((2, 2, 2))})
+        view(scan, {"m": np.zeros((2, 2, 2))})
     with pytest.raises(VoxelError):
-        overlay(scan, {"m": 3 * heat(scan).values})
+        view(scan, {"m": 3 * heat(scan).values})
     with pytest.raises(DataError, match="Scan is needed"):
         VolumeViewer(scan.voxels)
     with pytest.raises(DataError, match="one name"):
-        overlay(scan, [heat(scan, layer="a"), heat(scan, layer="a")])
+        view(scan, [heat(scan, layer="a"), heat(scan, layer="a")])
     assert VolumeViewer(scan, {"m": masks["truth"].astype("u1")}).masks["m"].dtype == bool
 
 
@@ -317,7 +317,7 @@ def test_letters_need_an_orientation(scan):
 
 # ---------------------------------------------------------------- what is written
 def test_hostile_names_stay_text(scan, masks):
-    v = overlay(scan.replace(scan_id=EVIL), {EVIL: heat(scan)}, {EVIL: masks["truth"]})
+    v = view(scan.replace(scan_id=EVIL), {EVIL: heat(scan)}, {EVIL: masks["truth"]})
     page = v.page()
     assert "<img" not in page and page.count("</script>") == 2 and EVIL not in page
     data = json.loads(re.search(r'type="application/json">(.*?)</script>', page, re.S)[1])
@@ -431,7 +431,7 @@ def test_profile_is_a_mean_of_slices(scan):
 
 
 def test_side_by_side_state_still_and_words(scan, masks):
-    v = overlay(
+    v = view(
         scan,
         {"A": heat(scan), "B": Map(1 - heat(scan).values, scan.grid)},
         masks,
