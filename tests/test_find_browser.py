@@ -92,7 +92,12 @@ def test_what_fails_or_hangs_is_given_up():
 def test_without_a_browser_its_tests_are_skipped_in_one_line(root):
     "As in continuous integration, over two files"
     env = {**os.environ, "COVID_CT_BROWSER": "none", "CI": "true"}
-    ask = ["tests/test_lab.py", "tests/test_browser_viewer.py", "-p", "no:cacheprovider"]
+    ask = [
+        "tests/site/test_lab.py",
+        "tests/widgets/test_browser_viewer.py",
+        "-p",
+        "no:cacheprovider",
+    ]
     r = subprocess.run(
         [sys.executable, "-m", "pytest", *ask], cwd=root, env=env, text=True, capture_output=True
     )

@@ -76,8 +76,8 @@ def test_what_trains_is_found():
         "nbs/papers/3_raunet.ipynb",
         "nbs/papers/2_dual_sampling.ipynb",
         "nbs/08_train/08_loop.ipynb",
-        "tests/test_loop.py",
-        "tests/test_lsh.py",
+        "tests/train/test_loop.py",
+        "tests/models/test_lsh.py",
     } <= set(found)
     assert not {"nbs/02_io/04_dicom_header.ipynb", "tests/test_house.py"} & set(found)
     assert not any("reports" in f for f in found)

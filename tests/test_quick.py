@@ -24,7 +24,7 @@ def functions(path):
 def test_the_record_is_of_these_tests(root):
     """Nine of ten that are recorded exist, and eight of ten that exist are recorded, or `make
     seconds` has to record anew"""
-    there = {f"{p.name}::{n}" for p in (root / "tests").glob("test_*.py") for n in functions(p)}
+    there = {f"{p.name}::{n}" for p in (root / "tests").rglob("test_*.py") for n in functions(p)}
     marked = {
         n
         for n in there
@@ -46,8 +46,8 @@ def test_what_is_quick_ends_in_two_minutes():
 def test_pages_and_the_browser_are_not_quick(root):
     "Asked of pytest itself"
     ask = [
-        "tests/test_pages.py",
-        "tests/test_lab.py",
+        "tests/site/test_pages.py",
+        "tests/site/test_lab.py",
         "tests/test_quick.py",
         "--collect-only",
         "-m",
