@@ -17,7 +17,8 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     submodules={"audit", "train", "evaluate", "explain"},
     submod_attrs={
         "scan": ["Scan", "Map", "Grid", "DataError"],
-        "phantom.chest": ["make_phantom", "phantom_cohort"],
+        "phantom.chest": ["make_phantom"],
+        "phantom.cohort": ["phantom_cohort"],
         "io.read": ["read", "read_mask", "write_scan", "write_mask"],
         "cohort.adapters": ["open_cohort"],
         "cohort.splits": ["split_patients"],
@@ -26,7 +27,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "models.zoo": ["build"],
         "train.recipes": ["recipe", "change"],
         "train.study": ["cross_validate"],
-        "train.run_folder": ["load_run"],
+        "train.loop": ["load_run"],
         "inference.predict": ["inspect", "predict"],
         "inference.segment": ["segment"],
         "inference.cases": ["reading_room"],

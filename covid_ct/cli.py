@@ -303,18 +303,19 @@ _CHECKS = (
 def _explain(a):
     from covid_ct.explain.cam import explain
     from covid_ct.io.read import read, write_map
-    from covid_ct.preprocess.lungs import lung_mask
+    from covid_ct.preprocess.lungs import lung_mask, lung_region
     from covid_ct.preprocess.resample import prepare_scan
 
     model, recipe, prep = _classifier(a.run_folder)
     scan = read(a.path, series=a.series, **_how(a))
-    ready = prepare_scan(scan, prep, lungs=lung_mask)
+    mask = lung_mask(scan) if prep.needs_lungs or a.check else None
+    ready = prepare_scan(scan, prep, lungs=None if mask is None else lung_region(scan, mask))
     classes = tuple(recipe.classes)
     label = _label_of(a.label, classes, model, ready)
     heat = explain(model, ready, scan, label, _method_of(a.method), classes)
     table = None
     if a.check:
-        table = _check_map(heat, model, ready, classes.index(label), lung_mask(scan), scan)
+        table = _check_map(heat, model, ready, classes.index(label), mask, scan)
     write_map(heat, scan, a.out, overwrite=a.overwrite)
     if a.report:
         _explain_report(scan, heat, table).write(a.report)

@@ -29,7 +29,7 @@ from .explain.cam import baseline_maps, explain
 from .inference.cases import reading_room
 from .phantom.cohort import phantom_cohort, write_phantom_cohort
 from .preprocess.cache import own_lungs
-from .preprocess.lungs import lung_mask
+from .preprocess.lungs import lung_mask, lung_region
 from .preprocess.resample import PREPS, prepare_scan
 from .scan import CohortError
 from .train.recipes import change, recipe
@@ -187,7 +187,7 @@ def attention_energy(
     for _, row in cohort[cohort.label == label].iterrows():
         scan, ill = load_row(row, root), load_mask(row, 'infection_mask', root) > 0
         own = own_lungs(row, scan, root)  # as in training
-        ready = prepare_scan(scan, PREPS[recipe.prep], lungs=lungs if own is None else own)
+        ready = prepare_scan(scan, PREPS[recipe.prep], lungs=lung_region(scan, lungs(scan)) if own is None else own)
         maps = dict(
             CAM=explain(model, ready, scan, label, classes=recipe.classes),
             **baseline_maps(scan, load_mask(row, 'lung_mask', root) > 0),
@@ -272,7 +272,7 @@ def _case_view(
     prob = {c: float(case[f'prob_{c}']) for c in recipe.classes}
     said = max(prob, key=prob.get)
     own = own_lungs(row, scan, root)  # as in training
-    ready = prepare_scan(scan, PREPS[recipe.prep], lungs=lung_mask if own is None else own)
+    ready = prepare_scan(scan, PREPS[recipe.prep], lungs=lung_region if own is None else own)
     heat = explain(run.model, ready, scan, said, classes=recipe.classes)
     report.text(
         f'Scan `{row.scan_id}`: in truth **{row.label}**, predicted **{said}** ('

@@ -21,7 +21,7 @@ from ..evaluate.metrics import energy_in
 from ..explain.cam import attention_maps, explain
 from ..plot import find_centre
 from ..preprocess.cache import own_lungs
-from ..preprocess.lungs import lung_mask
+from ..preprocess.lungs import lung_mask, lung_region
 from ..preprocess.resample import PREPS, Prep, prepare_scan
 from ..scan import DataError, Map, NotAChestError, UnitsError
 from ..train.loop import load_run
@@ -140,7 +140,12 @@ class _CaseLoader:
             if not once:
                 own = own_lungs(row, s, self.root)
                 once['lungs'] = self.lungs(s) if own is None else own
+                once['kept'] = lung_region(s, once['lungs']) if own is None else own
             return once['lungs']
+
+        def kept(s):  # what masking leaves of a scan
+            lungs(s)
+            return once['kept']
 
         out = dict(scan=scan, masks=self.masks(row, scan, lungs))
         if not self.networks:
@@ -148,7 +153,7 @@ class _CaseLoader:
         try:
             return out | dict(
                 maps=self.maps(
-                    scan, labels, lungs, find_centre(scan, out['masks']) if whole else None
+                    scan, labels, kept, find_centre(scan, out['masks']) if whole else None
                 )
             )
         except DataError as e:

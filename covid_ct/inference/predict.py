@@ -13,7 +13,13 @@ import numpy as np
 
 from ..io.dicom import series_rows
 from ..io.read import read
-from ..preprocess.lungs import hu_warnings, lung_mask, lung_volume_l, mask_warnings
+from covid_ct.preprocess.lungs import (
+    hu_warnings,
+    lung_mask,
+    lung_region,
+    lung_volume_l,
+    mask_warnings,
+)
 from ..scan import DataError, NotAChestError
 
 if TYPE_CHECKING:
@@ -155,7 +161,7 @@ def _load_classifier(
 def predict_class(
     scan,  # `Scan` in the unit that the recipe needs
     run,  # run folder, or what `_load_classifier` made of it
-    lungs=lung_mask,  # bool `(D,H,W)`, or a function of the scan, asked where the recipe needs lungs
+    lungs=lung_region,  # bool `(D,H,W)`, or a function of the scan, where the recipe needs one
 ) -> tuple:  # probabilities by class, `Map` of the most probable one, config of the run
     "Probabilities of a trained network, and its CAM on the scan's own voxels (Zhou et al. 2016)"
     import torch
@@ -193,7 +199,7 @@ def predict(
 
     def lungs(scan):
         masks.append(lung_mask(scan))
-        return masks[-1]
+        return lung_region(scan, masks[-1])  # as training masked it
 
     prob, heat, config = predict_class(scan, network, lungs)
     warnings = [*scan.remarks, *(hu_warnings(scan) if scan.units == 'HU' else ())]
