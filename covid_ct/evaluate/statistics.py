@@ -40,7 +40,10 @@ def wilson(
     return Interval(k / n, float(low), float(high))
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #f9b9e6f5
-def patient_codes(groups, n):
+def patient_codes(
+    groups,  # `(n,)` patient of each scan; None: every scan is a patient
+    n: int,  # scans
+) -> np.ndarray:  # `(n,)` integers from 0
     "Patient of each of n scans as 0 … P-1; None: the scans themselves; raises `PredictionError`"
     if groups is None:
         return np.arange(n)

@@ -163,6 +163,11 @@ def _sliding_bytes(
     )
     return dict(need, total=sum(need.values()))
 
+# %% ../../nbs/09_inference/01_sliding_window.ipynb #d0a1f00d
+def _unchanged(slab):
+    "Logits as they are"
+    return slab
+
 # %% ../../nbs/09_inference/01_sliding_window.ipynb #af18db83
 def sliding_window(
     model: nn.Module,  # gives logits `(B,K,*S)`
@@ -171,9 +176,7 @@ def sliding_window(
     overlap: float = 0.5,  # as in `_window_starts`
     kind: str = 'gaussian',  # as in `_blend_weights`
     margin: int = 0,  # as in `_blend_weights`
-    finish=lambda z: (
-        z
-    ),  # what to keep of a slab of logits `(K,*S)`: `likeliest_class`, `class_probabilities`
+    finish=_unchanged,  # what to keep of a slab of logits `(K,*S)`, as `likeliest_class`
     limit: int = None,  # bytes that may be taken
 ) -> torch.Tensor:  # `finish` of the whole volume; logits `(K,*S)` by default
     "Segment a volume of any size; raises `GeometryError` if more than `limit` bytes would be needed"

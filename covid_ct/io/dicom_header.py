@@ -49,7 +49,9 @@ MONOCHROME1 MONOCHROME2 RGB ARGB YBR_FULL YBR_FULL_422 YBR_ICT YBR_RCT HU HU_MOD
 )
 
 
-def code_word(text) -> str:
+def code_word(
+    text,  # value of a tag
+) -> str:  # the same, or `unknown`
     "A code word of the standard; what is none is not repeated, it might name somebody"
     return str(text) if str(text) in _WORDS else 'unknown'
 
@@ -322,7 +324,10 @@ def _walk(h) -> Header:
             d[key] = _value(h[start:at], kind)
 
 # %% ../../nbs/02_io/04_dicom_header.ipynb #f77c6e12
-def inflate_file(f, at) -> bytes:
+def inflate_file(
+    f,  # open binary file
+    at: int,  # where the deflated part begins
+) -> bytes:  # the whole file
     "A deflated file as it would be if it were not; raises `ValueError` for a bomb"
     head = f.seek(0) or f.read(at)
     z = zlib.decompressobj(-15)

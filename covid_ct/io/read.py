@@ -211,7 +211,10 @@ def _from_image(
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.bmp', '.tif', '.tiff')
 
 
-def file_ending(path) -> str:
+def file_ending(
+    path: Path,  # file
+) -> str:  # as `.nii.gz`; empty for one that is not read
+    "Ending of a volume or a picture that can be read"
     return next(
         (e for e in ('.nii.gz', *IO_OF_ENDING, *PICTURE_ENDINGS) if path.name.lower().endswith(e)),
         '',
@@ -228,7 +231,10 @@ def _load(path) -> tuple:
     return v, dict(grid=lps, code=code, ends=ends), s.doubt
 
 
-def file_stem(path) -> str:
+def file_stem(
+    path: Path,  # file
+) -> str:  # its name without that ending
+    "Name of a file without the ending that `file_ending` knows"
     return path.name[: -len(file_ending(path))] if file_ending(path) else path.name
 
 
@@ -264,7 +270,10 @@ def _unknown(path, doubt) -> GeometryError:
     )
 
 # %% ../../nbs/02_io/06_read.ipynb #e0bdf8b7
-def natural_key(path) -> list:
+def natural_key(
+    path: Path,  # file or folder
+) -> list:  # for `sorted`
+    "Order of names in which 10 comes after 9"
     return [int(p) if p.isdigit() else p for p in re.split(r'(\d+)', path.stem.lower())] + [
         path.suffix
     ]
