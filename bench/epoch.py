@@ -149,8 +149,9 @@ def trained(scans=32, size=(32, 64, 64), epochs=3):
     from covid_ct.models.zoo import build
     from covid_ct.phantom.cohort import phantom_cohort, phantom_of
     from covid_ct.preprocess.resample import Prep
-    from covid_ct.train.loop import _make_accelerator, _train_epoch, _WithOutputs
+    from covid_ct.train.loop import _make_accelerator, _WithOutputs
     from covid_ct.train.losses import build_loss
+    from covid_ct.train.optimize import train_step
 
     with tempfile.TemporaryDirectory() as folder:
         d = ScanDataset(
@@ -207,7 +208,9 @@ def trained(scans=32, size=(32, 64, 64), epochs=3):
 
         def ours(epoch):
             loader.set_epoch(epoch)
-            _train_epoch(wrapped, loader, loss, opt, acc)
+            wrapped.train()
+            for batch in loader:
+                train_step(wrapped, batch, loss, opt, acc)
 
         def monais(epoch):
             for b in theirs:

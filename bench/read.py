@@ -47,7 +47,7 @@ def torchio(path):
 
 
 def headers(path):
-    from covid_ct.io.read import list_series
+    from covid_ct.io.dicom import list_series
 
     return list_series(path)
 
