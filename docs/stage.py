@@ -255,7 +255,7 @@ def stage(src: Path):
             tags.append("remove-output")
         if solved or "code-fold" in opts:
             tags.append("hide-cell" if solved or "solution" in opts else "hide-input")
-        judge = re.search(r"^@exercise\(['\"]([\d.]+)", s, re.M)
+        judge = re.search(r"^@exercise\(\s*['\"]([\d.]+)", s, re.M)
         folded = (
             f"Solution {opts['solution']}: the code"
             if "solution" in opts

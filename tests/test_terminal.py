@@ -212,6 +212,7 @@ OUTPUTS = [
     ("burden chest.nii.gz --lesions lesions.nii.gz --report {}", "page"),
     ("audit c.csv --report {}", "page"),
     ("cases names --html {}", "page"),
+    ("explain chest.nii.gz --run names --out {}.nii.gz", "mask"),
     ("export names {}", "page"),
     ("lungs chest.nii.gz {}.nii.gz", "mask"),
     ("segment chest.nii.gz {}.nii.gz --run outlines", "mask"),

@@ -53,7 +53,7 @@ class ChannelAttention(nn.Module):
 
 # %% ../../nbs/07_models/02_attention.ipynb #13d2e5a6
 class DepthAttention(nn.Module):
-    "Weigh each slice of each channel (Shi et al. 2021, Eq. 3-4); another depth raises `GeometryError`"
+    "Weigh slices of each channel (Shi et al. 2021, Eq. 3-4); another depth: `GeometryError`"
 
     def __init__(
         self,

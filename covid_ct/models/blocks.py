@@ -46,7 +46,7 @@ def _start(m, w):
 def init_weights(
     model: nn.Module,  # changed in place; on the `meta` device there is nothing to do
 ) -> nn.Module:  # the same model
-    "Kaiming normal for convolutions (He et al. 2015), 1 and 0 for norms, N(0, 0.01²) for fully connected layers"
+    "Kaiming normal for convolutions (He et al. 2015), 1 and 0 for norms, N(0, 0.01²) for linear"
     for m in model.modules():
         w, b = getattr(m, 'weight', None), getattr(m, 'bias', None)
         if isinstance(w, nn.Parameter) and not w.is_meta:

@@ -131,7 +131,7 @@ def _effective_field(
     key: str = 'features',  # which of the outputs
     seed: int = 0,  # of the mixture of channels
 ) -> torch.Tensor:  # `(*S)`, ≥ 0
-    "How strongly each voxel speaks to the feature in the middle, @eq-effective (after Luo et al. 2016)"
+    "How strongly each voxel moves the feature in the middle, @eq-effective (Luo et al. 2016)"
     x, g = x.detach().clone().requires_grad_(), torch.Generator().manual_seed(seed)
     with evaluating(model):
         f = model.outputs(x)[key]
@@ -182,7 +182,7 @@ def predicted_costs(
     batch: int = 1,  # scans, or slices
     size: tuple = None,  # of the input, `(C,*S)`; None: of the paper
     **kw,  # arguments of the network, for other versions than the paper's
-) -> dict:  # `forward` and `step` in FLOP, `forward_bytes` and `step_bytes` at the peak, `weight_bytes` with gradients and Adam's moments
+) -> dict:  # `forward`, `step` in FLOP; at the peak `forward_bytes`, `step_bytes`; `weight_bytes`
     "Operations and memory of a forward pass and of a training step, predicted on the `meta` device"
     with torch.device('meta'):
         model, x = build(name, **kw), torch.zeros(batch, *(size or ROWS[name].input_size))
@@ -191,6 +191,7 @@ def predicted_costs(
     with FlopCounterMode(display=False) as both, LiveMemory() as kept:
         out = model.train().outputs(x)
         sum(out[k].sum() for k in ('logits', 'detection', 'type') if k in out).backward()
+    # 16 bytes a parameter: the weight, its gradient and the two moments of Adam
     return dict(
         forward=once.get_total_flops(),
         step=both.get_total_flops(),

@@ -19,7 +19,7 @@ BOTH_GATES = dict(depth=DepthAttention, channel=ChannelAttention)
 
 
 class DARNet(ResNet3d):
-    "Dual-attention residual network: ResNet-18 in 3-D with two gates in each block (Shi et al. 2021, III)"
+    "Dual-attention residual network: 3-D ResNet-18, two gates in each block (Shi et al. 2021)"
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class DARNet(ResNet3d):
         self,
         x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
     ) -> dict:  # `logits` `(B,K)`, `features`, `depth_gates` [`(B,C,D)`], `channel_gates` [`(B,C)`]
-        "One forward pass with its gates, one of each per block; a variant without a gate has an empty list"
+        "One forward pass with its gates, one of each per block; an empty list without gates"
         return dict(depth_gates=[], channel_gates=[]) | super().outputs(x)
 
 # %% ../../nbs/papers/1_darnet.ipynb #e4967115

@@ -22,7 +22,7 @@ from ..scan import CohortError
 
 # %% ../../nbs/papers/2_dual_sampling.ipynb #bdc79aaf
 class PoolStem(nn.Sequential):
-    "7×7×7 convolution of stride 2, norm, ReLU, 3×3×3 max-pooling of stride 2 (He et al. 2016; Hara et al. 2018)"
+    "7×7×7 convolution of stride 2, norm, ReLU, 3×3×3 max-pooling of stride 2 (Hara et al. 2018)"
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ DUAL_CLASSES = ('cap', 'covid')  # order of the logits
 
 
 class AttentionResNet(ResNet3d):
-    "ResNet-34 in 3-D whose attention is drawn while it trains (Ouyang et al. 2020, III-A and III-B)"
+    "3-D ResNet-34 with its class activation map in training (Ouyang et al. 2020, III-A, III-B)"
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class AttentionResNet(ResNet3d):
     def outputs(
         self,
         x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
-    ) -> dict:  # `logits` `(B,K)`, `features`; with attention also `attention` `(B,1,D,H,W)`, `class_map` `(B,1,d,h,w)`
+    ) -> dict:  # `logits`, `features`; with attention also `attention`, `class_map`
         "One forward pass with its attention map"
         o = super().outputs(x)
         if self.attention is None:
@@ -119,7 +119,7 @@ def combine_predictions(
     ratio,  # infected share of the lungs, `(N,)`
     mixing: Mixing = Mixing(),  # the weights
 ) -> np.ndarray:  # probability of COVID, `(N,)`
-    "One probability from two (Ouyang et al. 2020, Eq. 5); raises `CohortError` for tables that do not fit"
+    "One probability from two (Ouyang et al. 2020, Eq. 5); unlike tables: `CohortError`"
     us, ss, w = np.asarray(us, 'f8'), np.asarray(ss, 'f8'), mixing(ratio)
     if not us.shape == ss.shape == w.shape:
         raise CohortError(
@@ -139,7 +139,7 @@ def search_mixing(
     high: float = 0.030,  # as in `Mixing`
     steps: int = 101,  # values of w that are tried
 ) -> Mixing:  # with the weights that serve this set best
-    "Weights of Eq. 5 from a validation set; raises `CohortError` for one class only or a group without scans"
+    "Weights of Eq. 5 from a validation set; `CohortError`: one class or an empty group"
     us, ss, y, r = (
         np.asarray(us, 'f8'),
         np.asarray(ss, 'f8'),
@@ -200,6 +200,6 @@ RATIO_GROUPS = ('< 0.005', '0.005–0.030', '> 0.030')  # columns of Table III
 def ratio_group(
     ratio,  # infected share of the lungs, `(N,)`
 ) -> np.ndarray:  # one of `RATIO_GROUPS` for each, `(N,)`
-    "Group by size of the infection (Ouyang et al. 2020, Table III); raises `CohortError` for ratios that do not serve"
+    "Group by infection size (Ouyang et al. 2020, Table III); bad ratios: `CohortError`"
     r = check_ratio(ratio)
     return np.array(RATIO_GROUPS)[(r >= 0.005) * 1 + (r > 0.030)]

@@ -88,7 +88,7 @@ def sort_tokens(
     buckets: torch.Tensor,  # bucket of each token, `(n_r,…,T)`
     chunk: int,  # `m`, tokens in a chunk
     count: int = 0,  # buckets there are; 0: looked up in their numbers
-) -> tuple:  # `order`, the token at each place, and `codes`, bucket and chunk of each token, int32 where they fit; both `(n_r,…,T)`
+) -> tuple:  # `order` (token at each place), `codes` (bucket and chunk), both `(n_r,…,T)`
     "Sort by bucket, then position, and cut into chunks (@eq-chunks)"
     T = buckets.shape[-1]
     at = torch.arange(T, device=buckets.device)
@@ -194,7 +194,7 @@ def lsh_attention(
     budget: int = 2**25,  # scores held at a time
     count: int = 0,  # buckets there are; 0: looked up in their numbers
 ) -> torch.Tensor:  # `(…,T,e)`
-    "Attention over the union of what the rounds reach (Chen et al. 2020, Eq. 3); raises `GeometryError`"
+    "Attention over the union of what the rounds reach (Chen et al. 2020, Eq. 3)"
     _check_tokens(qk, v, buckets, chunk, mask)
     lead, T, e, spare = qk.shape[:-2], qk.shape[-2], v.shape[-1], count or _highest(buckets) + 1
     if mask is not None:
@@ -239,7 +239,7 @@ def _in_turn(qk, v, order, codes, chunk, causal, budget):
 
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #ea7668da
 class LSHAttention(nn.Module):
-    "Attention among the pixels of a map by locality-sensitive hashing, added to it (Kitaev et al. 2020; Chen et al. 2020, II-C)"
+    "Residual attention among pixels by hashing (Kitaev et al. 2020; Chen et al. 2020, II-C)"
 
     def __init__(
         self,
@@ -278,7 +278,7 @@ class LSHAttention(nn.Module):
         dim: int,  # of a head
         factors: tuple,  # of `bucket_factors`
     ) -> list:  # as `draw_rotations` makes them
-        "New ones in training, always the same in evaluation, where they are constants of the network"
+        "New ones in training, in evaluation always the same: constants of the network"
         if self.training:
             return draw_rotations(dim, factors, self.rounds)
         drawn = self.fixed.get((dim, factors)) or draw_rotations(

@@ -19,7 +19,7 @@ def class_map(
     label: torch.Tensor,  # class whose map is wanted, `(B,)`
     detach: bool = True,  # copy the weights, so that the map cannot change them
 ) -> torch.Tensor:  # `(B,1,d,h,w)`, ≥ 0
-    "What each place says for a class (Ouyang et al. 2020, Eq. 1); raises `DataError` for a class that is not there"
+    "Evidence for a class at each place (Ouyang et al. 2020, Eq. 1); unknown: `DataError`"
     if weight.ndim != 2 or weight.shape[1] != features.shape[1]:
         raise GeometryError(
             'class_map',
@@ -63,7 +63,7 @@ def soft_mask(
 
 # %% ../../nbs/07_models/07_online_cam.ipynb #a71dc342
 class OnlineAttention(nn.Module):
-    "From features to a soft mask of the input's size (Ouyang et al. 2020, Eq. 1-2); it has nothing to learn"
+    "From features to a soft mask of the input's size (Ouyang et al. 2020, Eq. 1-2); no weights"
 
     def __init__(
         self,

@@ -149,7 +149,7 @@ class Branch(nn.Module):
 def _init_glorot(
     model: nn.Module,  # changed in place; nothing to do on the `meta` device
 ) -> nn.Module:  # the same model
-    "Glorot uniform weights and zero biases for convolutions and linear layers, the default of Keras"
+    "Glorot uniform weights and zero biases of convolutions and linear layers, as in Keras"
     for m in model.modules():
         if isinstance(m, (nn.Conv3d, nn.Linear)) and not m.weight.is_meta:
             nn.init.xavier_uniform_(m.weight)
@@ -188,7 +188,7 @@ class _Cubes(nn.Module):
 
 
 class SingleNet(_Cubes):
-    "One branch, one question (Wang et al. 2020, Table I: WA-66 and SA-66); a wrong input raises `GeometryError` or `UnitsError`"
+    "One branch, one question (Wang et al. 2020, Table I: WA-66 and SA-66)"
 
     def __init__(
         self,
@@ -225,11 +225,11 @@ class SingleNet(_Cubes):
 
 # %% ../../nbs/papers/4_prior_attention.ipynb #4eecc5c8
 class DoubleNet(_Cubes):
-    "Two branches, three questions (Wang et al. 2020, Table I: the -M networks); a wrong input raises `GeometryError` or `UnitsError`"
+    "Two branches, three questions (Wang et al. 2020, Table I: the -M networks)"
 
     def __init__(
         self,
-        unit=PARL,  # unit of the type branch, called as `unit(channels, norm=)`: `WARL`, `SARL` or `PARL`
+        unit=PARL,  # type branch: `WARL`, `SARL` or `PARL`, called as `unit(channels, norm=)`
         classes: int = 3,  # `K`; class 0 is without disease
         depth: int = 96,  # edge of the input cube in voxels
         width: int = 16,  # channels of the headers
@@ -253,8 +253,8 @@ class DoubleNet(_Cubes):
     def outputs(
         self,
         x: torch.Tensor,  # volumes, `(B,1,D,D,D)`, in [0,1]
-    ) -> dict:  # `logits` `(B,K)`, `detection` `(B,2)`, `type` `(B,K-1)`, `features` and `detection_features`, `attention_maps` [`(B,D',D',D')`]
-        "One forward pass with the answers of both branches and the maps that the type branch used, mean over channels, each sums to 1"
+    ) -> dict:  # `logits`, `detection`, `type`, two `…features`, `attention_maps`
+        "Answers of both branches, and the maps of the type branch: mean over channels, sum 1"
         self._check(x)
         f1, priors = self.detection(x)
         f2, _ = self.kind(x, priors, seen := [])
@@ -286,7 +286,7 @@ PARL_OURS = {
 # %% ../../nbs/papers/4_prior_attention.ipynb #1bd24535
 def size_table(
     model: nn.Module,  # a `SingleNet` or `DoubleNet`; cheap on the `meta` device
-) -> list:  # one dictionary per part, in the order in which they run: layer, shape without the batch, parameters as Keras counts
+) -> list:  # one dictionary per part, in running order: layer, shape, parameters
     "Output sizes as in Table I of Wang et al. 2020"
     rows = []
 

@@ -17,7 +17,7 @@ from ..scan import DataError
 
 # %% ../../nbs/papers/3_raunet.ipynb #5e4e430f
 class ResNeXtBlock(nn.Module):
-    "A ResNeXt block: many narrow paths added up, as one grouped convolution (Xie et al. 2017; Chen et al. 2020, II-B)"
+    "A ResNeXt block: narrow paths as one grouped convolution (Xie et al. 2017; Chen 2020, II-B)"
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class _NoAttention(nn.Identity):
 
 
 class _AttendedConv(nn.Module):
-    "Attention among the pixels of up-sampled and skipped features together, then two convolutions (Chen et al. 2020, Fig. 1)"
+    "Attention on up-sampled and skipped features, then two convolutions (Chen 2020, Fig. 1)"
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class RAUNet(UNet):
     def outputs(
         self,
         x: torch.Tensor,  # slices, `(B,1,H,W)`, in [0,1]
-    ) -> dict:  # `logits` `(B,K,H,W)`, `features` `(B,C,H,W)`, `buckets` [`(n_r,B,heads,h,w)`], lowest level first
+    ) -> dict:  # `logits`, `features`, `buckets` [`(n_r,B,heads,h,w)`], lowest level first
         "One forward pass with the buckets of every attention; without attention the list is empty"
         seen = []
         try:

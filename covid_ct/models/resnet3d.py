@@ -95,7 +95,7 @@ def check_input(
     model: nn.Module,  # has `depth` and `depth_fixed`
     x: torch.Tensor,  # what somebody hands to it
 ) -> None:
-    "Raise `GeometryError` or `UnitsError` unless `x` is a batch of volumes that the network was built for"
+    "Raise `GeometryError` or `UnitsError` unless `x` is a batch that the network was built for"
     who, shape = type(model).__name__, tuple(x.shape)
     if x.ndim != 5 or shape[1] != 1:
         raise GeometryError(
@@ -117,12 +117,15 @@ def check_input(
         )
 
 # %% ../../nbs/07_models/03_resnet3d.ipynb #7b324ee3
+_RESNET18 = resnet_stages()  # the default of `stages=`
+
+
 class ResNet3d(nn.Module):
-    "A 3-D residual network made of parts (He et al. 2016); an input that does not fit raises `GeometryError` or `UnitsError`"
+    "A 3-D residual network made of parts (He et al. 2016); checks its input by `check_input`"
 
     def __init__(
         self,
-        stages=resnet_stages(),  # `Stage` rows
+        stages=_RESNET18,  # `Stage` rows
         classes: int = 3,  # `K`
         depth: int = 64,  # slices of the input; fixed by gates that have a `depth`
         stem=Stem,  # called as `stem(cin, cout, norm)`; has a `stride`

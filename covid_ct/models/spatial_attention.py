@@ -21,7 +21,7 @@ def spatial_softmax(
 
 # %% ../../nbs/07_models/06_spatial_attention.ipynb #1eecff56
 class SpatialAttention(nn.Module):
-    "Attention term of a residual unit (Wang et al. 2020, Eq. 5-6); maps that do not fit raise `GeometryError`"
+    "Attention term of a residual unit (Wang et al. 2020, Eq. 5-6); checks the size of its maps"
 
     def __init__(
         self,

@@ -129,8 +129,8 @@ def _described(row):
 
 def describe(
     name: str,  # a key of `ROWS`
-) -> dict:  # name, paper, system, input_size, classes, both parameter counts, feature_size `(C,D,H,W)`, convolutions
-    "What a network is, at its paper's size and without allocating it; an unknown name raises `DataError`"
+) -> dict:  # name, paper, system, sizes, classes, both parameter counts, convolutions
+    "A network at its paper's size, not allocated; an unknown name raises `DataError`"
     if name not in ROWS:
         raise DataError('zoo', f'no network {name!r}', f'Choose one of {", ".join(ROWS)}.')
     return _described(ROWS[name])
@@ -189,7 +189,7 @@ def _trial(row):
 def check_row(
     row: ZooRow,  # with `small` and `small_size`
 ) -> list:  # of `(fault, remedy)`; empty for a network that works
-    "Try a network: parts, gradients, one answer per scan, paper size; the random stream is left as it was"
+    "Try a network: outputs, gradients, one answer per scan, paper size; keeps the random state"
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -201,7 +201,10 @@ def check_row(
         return [
             (
                 f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}',
-                f'Let build(**small) take {row.small_size}, and build() take {row.input_size} on the meta device.',
+                (
+                    f'Let build(**small) take {row.small_size}, and build() take '
+                    f'{row.input_size} on the meta device.'
+                ),
             )
         ]
 
@@ -213,7 +216,7 @@ def register(
     row: ZooRow,  # of your own
     again: bool = False,  # replace a row of yours that has this name
 ) -> ZooRow:  # the same, now in `ROWS`
-    "Let a network in; raises `DataError` for a name that is taken, or a fault that `check_row` finds"
+    "Add a row; raises `DataError` for a name that is taken or a fault that `check_row` finds"
     if row.name in _OURS or (row.name in ROWS and not again):
         raise DataError(
             'zoo',

@@ -1,4 +1,4 @@
-"""Online attention and the dual-sampling network: equations against loops, options, rows, ensemble, bad input."""
+"""Online attention and the dual-sampling network: equations against loops, rows, bad input."""
 
 from functools import partial
 
@@ -246,7 +246,7 @@ def test_full_size_on_paper():
 
 
 def monai(width):
-    "MONAI's ResNet-34 with a last stage of stride 1, and without the biases that it has in front of the norms of its shortcuts"
+    "MONAI's ResNet-34, last stage of stride 1, no biases before the norms of its shortcuts"
     from monai.networks.nets import ResNet
 
     peer = ResNet(
@@ -567,7 +567,7 @@ def test_score_against_scikit_learn():
     [(0.856, 0.870, 0.798), (0.872, 0.907, 0.825), (0.868, 0.876, 0.811), (0.869, 0.901, 0.820)],
 )
 def test_f1_is_the_papers(sensitivity, specificity, printed):
-    "Table II, test set: F1 from the printed sensitivity and specificity and 2,295 COVID and 501 CAP scans"
+    "Table II, test set: F1 from printed sensitivity, specificity, 2,295 COVID and 501 CAP scans"
     hit, free = round(sensitivity * 2295), round(specificity * 501)
     prob = np.r_[np.ones(hit), np.zeros(2295 - hit), np.zeros(free), np.ones(501 - free)]
     got = _dual_scores(pd.DataFrame(dict(label=["covid"] * 2295 + ["cap"] * 501, prob=prob)))

@@ -1,4 +1,4 @@
-"""LSH attention: exact where it must be, a union of sets where it hashes, and never a pair counted twice."""
+"""LSH attention: exact where it must be, else a union of sets; no pair counts twice."""
 
 import importlib
 import math
@@ -23,7 +23,7 @@ from covid_ct.scan import DataError, GeometryError
 
 
 def union(buckets, chunk):
-    "Pairs that are compared, as a matrix, from the definition: same bucket, own chunk of the sorted row or the one before"
+    "Pairs compared, by definition: same bucket, own chunk of the sorted row or the one before"
     R, T = buckets.shape
     out = torch.zeros(T, T, dtype=torch.bool)
     for r in range(R):
@@ -110,7 +110,7 @@ def test_masked_tokens_are_absent():
 
 
 def test_duplicates_by_hand():
-    "Three tokens of equal direction: token 2 meets 0 in both rounds and 1 in one; each counts once, so the mean of their values"
+    "Equal directions: token 2 meets 0 in both rounds, 1 in one; each counts once: the mean"
     qk = torch.ones(1, 3, 2, dtype=torch.float64)
     v = torch.tensor([[[0.0], [1.0], [5.0]]], dtype=torch.float64)
     b = torch.tensor([[0, 0, 0], [0, 1, 0]])[:, None]

@@ -464,7 +464,7 @@ def test_full_size():
 
 # ---- with the rest of the house
 def test_fits_by_a_recipe(tmp_path):
-    "The training loop takes network and loss as they are; every part of Eq. 7 gets its column, and the run can be loaded"
+    "The loop trains them as they are; each part of Eq. 7 gets a column; the run can be loaded"
     from covid_ct.train.loop import fit, load_run, predict_batches
     from covid_ct.train.recipes import Recipe, sourced_fields
 

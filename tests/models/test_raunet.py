@@ -248,7 +248,7 @@ def test_bad_pairs(pair, tmp_path):
 
 
 def test_pairs_and_stack_are_one_reader(tmp_path):
-    "The same phantoms as PNG pairs (8 bit, on their side, cut to the lungs) and as a stack (HU): the same slices upright, the same classes"
+    "PNG pairs (8 bit, on their side, cut to the lungs) and a stack (HU): same slices and classes"
     from covid_ct.phantom.cohort import phantom_cohort
 
     asked = phantom_cohort(3, seed=4, labels=("covid",), second_scan=0)
@@ -320,7 +320,7 @@ def test_the_crop_cuts_no_body_and_no_label():
 
 @pytest.mark.data
 def test_the_crop_of_the_real_slices(data_dir):
-    "No lit and no labelled pixel is lost, not even of slice 39, a quarter of whose mask lies on black"
+    "No lit or labelled pixel is lost, not even of slice 39: a quarter of its mask is on black"
     rows = open_cohort(data_dir / "medseg100")
     black = {}
     for r in rows.to_dict("records"):
@@ -352,7 +352,7 @@ def test_six_views():
 
 
 def test_six_views_by_hand():
-    "Classes 0 and 3 side by side: an average would make 1 and 2; one pixel, followed through both scales"
+    "Classes 0 and 3 side by side: an average would make 1 and 2; one pixel through both scales"
     image, mask = torch.zeros(1, 1, 9, 9), torch.zeros(1, 9, 9).long()
     image[0, 0, 3:6, 3:6], mask[0, 3:6, 3:6] = 0.5, 3
     x, y = augmented_six(image, mask)
@@ -367,7 +367,7 @@ def test_six_views_by_hand():
 
 @pytest.mark.slow
 def test_full_size_forward_and_backward():
-    "The paper's network at the paper's size, one slice; half the channels keep it in the time of a test"
+    "The paper's network at the paper's size, one slice; half the channels, to save time"
     net = RAUNet(widths=(32, 64, 128, 256, 512))
     x = torch.rand(1, 1, 369, 369)
     loss, _ = SegmentationLoss()(dict(logits=net(x)), dict(mask=torch.randint(0, 4, (1, 369, 369))))

@@ -1,4 +1,4 @@
-"The zoo from outside, and what its networks cost: fields against gradients, counts against counts, judges that must refuse"
+"The zoo, and what its networks cost: fields against gradients, counts, faulty networks"
 
 import json
 from dataclasses import replace
@@ -314,7 +314,7 @@ def test_seconds():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["darnet", "attention-rn34", "raunet", "pa-66-m"])
 def test_prediction_holds_on_a_gpu(name):
-    "At the size of the paper: the GPU's own count, less the weights, is the prediction plus scratch"
+    "At the paper's size: the GPU's count, less the weights, is the prediction plus scratch"
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     said, net, x = (
