@@ -115,6 +115,7 @@ def environment(case: dict, folder: str) -> dict:
         **limit,
         "ATEN_CPU_CAPABILITY": case["capability"],
         "OMP_NUM_THREADS": case["threads"],
+        "MKL_NUM_THREADS": case["threads"],  # torch asks for it too
         SHIFT: case["seed"],
         "MPLBACKEND": "agg",
         "PYTHONUTF8": "1",
