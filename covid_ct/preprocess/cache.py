@@ -150,7 +150,9 @@ def _opened(row) -> list:
     return [pair for c in _FILES if given(row.get(c)) for pair in _files(row[c])]
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #ff483bbd
-_FORMAT = 'uint16, masks of the cohort used, region kept'  # what is kept; another word, another cache
+_FORMAT = (
+    'uint16, masks of the cohort used, region kept'  # what is kept; another word, another cache
+)
 
 
 def _cache_folder(
@@ -224,19 +226,31 @@ def _lock(f) -> bool:
     return True
 
 
+def _begin_stage(folder) -> tuple:
+    "A new stage and its open lock file; one that is swept before it is locked is made again"
+    for _ in range(3):
+        name = uuid.uuid4().hex[:12]
+        new = Path(folder) / f'.new-{name}'
+        new.mkdir(parents=True)
+        f = open(new / 'lock', 'w')
+        _lock(f)
+        try:
+            stage = new.rename(Path(folder) / f'.part-{name}')
+        except FileNotFoundError:
+            f.close()
+            continue
+        _lock(f)  # again: `_sweep` may have held it while it looked
+        return stage, f
+    raise CohortError(folder, 'loses its new files', 'Is another program cleaning this folder?')
+
+
 @contextmanager
 def _staged(
     folder,  # where the results will lie
 ):
     "A hidden folder to write in, locked while it is in use and gone afterwards"
-    name = uuid.uuid4().hex[:12]
-    new = Path(folder) / f'.new-{name}'
-    new.mkdir(parents=True)
-    with open(new / 'lock', 'w') as f:
-        _lock(f)
-        stage = new.rename(
-            Path(folder) / f'.part-{name}'
-        )  # seen by `_sweep` under this name only, when it is locked
+    stage, f = _begin_stage(folder)
+    with f:
         try:
             yield stage
         finally:
@@ -253,7 +267,7 @@ def _sweep(
         try:
             if time.time() - d.stat().st_mtime > age:
                 dead.append(d)
-            elif d.name.startswith('.part-'):
+            else:
                 with open(d / 'lock') as f:
                     dead += [d] * _lock(f)
         except FileNotFoundError:

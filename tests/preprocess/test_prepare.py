@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -306,6 +307,27 @@ def test_only_stages_of_the_dead_are_swept(tmp_path):
     young = tmp_path / '.new-young'
     young.mkdir()
     assert _sweep(tmp_path) == 0 and _sweep(tmp_path / 'nowhere') == 0 and young.exists()
+    (young / 'lock').touch()
+    assert _sweep(tmp_path) == 1 and not young.exists()  # killed before it had its name
+
+
+def test_a_stage_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    real, calls = C._lock, []
+
+    def late(f):
+        calls.append(f)
+        if len(calls) == 1:
+            shutil.rmtree(Path(f.name).parent)
+        return real(f)
+
+    monkeypatch.setattr(C, '_lock', late)
+    with _staged(tmp_path) as stage:
+        assert stage.is_dir() and len(calls) == 3
+    monkeypatch.setattr(C, '_lock', lambda f: shutil.rmtree(Path(f.name).parent))
+    with pytest.raises(CohortError, match='loses its new files'):
+        with _staged(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
 
 
 # ── clusters ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,8 +5,9 @@ import json
 import subprocess
 import sys
 
-import covid_ct as ct
 import pytest
+
+import covid_ct as ct
 
 HEAVY = (
     "torch",

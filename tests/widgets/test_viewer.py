@@ -13,7 +13,7 @@ from PIL import Image
 
 from covid_ct.plot import WINDOWS, window
 from covid_ct.scan import DataError, GeometryError, Grid, Map, Scan, VoxelError
-from covid_ct.widgets.overlay import view, slice_profile, view_side_by_side
+from covid_ct.widgets.overlay import slice_profile, view, view_side_by_side
 from covid_ct.widgets.pack import (
     _pack_masks,
     _pack_volume,
