@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from page_process import run_page
 from stage import ROOT, sources
 from test_course import LESSONS, assert_judged
 
@@ -44,17 +45,8 @@ def test_runs(page, tmp_path):
     """Top to bottom in a fresh kernel, leaving nothing behind; in a lesson, each exercise
     refuses its unsolved cell and accepts its solution"""
     before = {p for p in (ROOT / page).parent.iterdir()}
-    nbdev_test = Path(sys.executable).with_name(
-        "nbdev_test"
-    )  # called as a function from `-c`, it would not see its arguments
-    r = subprocess.run(
-        [nbdev_test, "--path", page, "--n_workers", "0"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment(tmp_path),
-    )
-    assert r.returncode == 0 and "Success" in r.stdout, (r.stdout + r.stderr)[-4000:]
+    ran, printed = run_page(ROOT / page, environment(tmp_path), tmp_path.with_suffix(".log"))
+    assert ran, printed[-4000:]
     if page in LESSONS:
         assert_judged(page, tmp_path / "course")
     assert {p for p in (ROOT / page).parent.iterdir() if "checkpoint" not in p.name} <= before, (
