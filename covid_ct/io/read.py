@@ -222,13 +222,13 @@ def file_ending(
 
 
 def _load(path) -> tuple:
-    "Voxels in LPS, and a dict of their grid, the code of the file, smallest and largest value; and why the geometry is unknown"
+    "Voxels in LPS, and a dict of their grid, the code of the file, ends; and what the header said"
     s, grid = volume_header(path)
     code = orientation(grid)
     lps = reorient(np.broadcast_to(np.int8(0), s.shape), grid, code, 'LPS')[1]
     v = np.empty(lps.shape, np.dtype(s.kind).newbyteorder('=') if s.line == (1.0, 0.0) else 'f4')
     ends = fill_voxels(s, reorient(v, lps, 'LPS', code)[0])  # turned while it is unpacked
-    return v, dict(grid=lps, code=code, ends=ends), s.doubt
+    return v, dict(grid=lps, code=code, ends=ends), s
 
 
 def file_stem(
@@ -240,10 +240,11 @@ def file_stem(
 
 def _read_volume(path, allow, units, **about) -> Scan:
     with silent_reading(path):
-        v, how, doubt = _load(path)
+        v, how, header = _load(path)
+    doubt = header.doubt
     if doubt and not allow:
         raise _unknown(path, doubt)
-    seen = [f'geometry unknown: {doubt}'] if doubt else []
+    seen = [*header.notes, *([f'geometry unknown: {doubt}'] if doubt else [])]
     if set(how['grid'].spacing) == {1.0}:
         seen.append(
             'spacing is exactly 1 × 1 × 1 mm: perhaps a placeholder, and the third axis perhaps not anatomy'
