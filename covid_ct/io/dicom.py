@@ -647,11 +647,10 @@ def _one_acquisition(slices, source, tilt, wanted) -> tuple:
         n = np.cross(*np.array(whole[0][0].axes).reshape(2, 3))
         if not tag or not interleaved(groups, n):
             return *whole, []
+    if not tag and fault is not None:
+        raise fault
     if not tag:
-        if fault is not None:
-            raise fault
-        remedy = 'Leave acquisition= out (on the command line --acquisition).'
-        raise ReadError(source, 'holds one acquisition, none can be chosen', remedy)
+        return *whole, ['acquisition has no effect: the series has one']
     chosen = choose_acquisition(tag, groups, wanted, source)
     return *stack(chosen), [f'one of {len(groups)} acquisitions of its series ({tag})']
 
@@ -774,8 +773,8 @@ def _choose_series(
     raise ReadError(
         source,
         fault,
-        'Choose with series= (on the command line --series) and an '
-        'index, a uid or a part of the description.',
+        'Choose with series= (on the command line --series; in a cohort, the column series) '
+        'and an index, a uid or a part of the description.',
     )
 
 # %% ../../nbs/02_io/05_dicom.ipynb #66942d37

@@ -141,7 +141,7 @@ def _choose(found, shape) -> tuple:
     if not s:
         return found.qform, False, ()
     upright = lean_of(found.sform, shape) <= MAX_LEAN
-    chosen = upright and (found.codes[1] in (1, 2) or found.codes[0] > 2)
+    chosen = upright and found.codes[1] == 1
     place = found.sform if chosen else found.qform
     corners = np.array(list(product((0, 1), repeat=3))) * (np.array(shape[::-1]) - 1)
     apart = found.sform.steps - found.qform.steps
@@ -219,6 +219,7 @@ def meta_place(
     R = _floats(matrix, n * n).reshape(n, n)[:3, :3].T if matrix else np.eye(3)
     at = _first(head, 'Offset', 'Position', 'Origin')
     o = _floats(at, n)[:3] if at else np.zeros(3)
+    mm = np.where(np.isfinite(mm), mm, np.nan)
     if (mm <= 0).any():
         doubt = 'a voxel size in the header is not above 0'
         mm = np.ones(3)

@@ -121,5 +121,8 @@ def choose_acquisition(
     text = ', '.join(f'{name} ({len(g)} slices)' for name, g in sizes)
     more = f' and {len(groups) - 8} more' if len(groups) > 8 else ''
     fault = f'holds {len(groups)} acquisitions under one series UID ({tag}): {text}{more}'
-    remedy = 'Choose with acquisition= (on the command line --acquisition) and its number.'
+    remedy = (
+        'Choose with acquisition= (on the command line --acquisition; '
+        'in a cohort, the column acquisition) and its number.'
+    )
     raise ReadError(source, fault, remedy)
