@@ -15,6 +15,7 @@ from pathlib import Path
 from .scan import DataError
 from covid_ct.widgets.terminal import (
     Parser,
+    UsageError,
     above_zero,
     as_options,
     check_outputs,
@@ -33,6 +34,11 @@ def _bars(histogram, units):
     return f'{low:g} |{bars}| {high:g} {units}  (heights by square root)'
 
 
+def _why(series) -> str:
+    "Why a series cannot be read, in brackets"
+    return '' if series['readable'] else f"  (cannot be read: {series['why_not']})"
+
+
 def _show_facts(
     facts: dict,  # from `covid_ct.inference.predict.inspect`
 ) -> str:  # lines for a terminal
@@ -45,7 +51,7 @@ def _show_facts(
     if not facts['shape']:
         for s in facts['series']:
             words = f"{s['index']}  {s['slices']} slices  {s['description']}  {s['kernel']}"
-            lines.append(('series', words))
+            lines.append(('series', words + _why(s)))
     else:
         mm = size([round(x, 3) for x in facts['spacing']]) + ' mm (z,y,x)'
         lines += [
@@ -62,13 +68,25 @@ def _show_facts(
 
 # %% ../nbs/14_cli.ipynb #7093587b
 def _how(a):
-    return dict(allow_unknown_geometry=a.allow_unknown_geometry, tilt=a.tilt)
+    return {k: getattr(a, k) for k in ('allow_unknown_geometry', 'tilt', 'acquisition', 'units')}
 
 
 def _warn(sentences):
     "Warnings beside an output that says something else"
     for w in sentences:
         print(f'warning: {w}', file=sys.stderr)
+
+
+def _unnamed(scan):
+    "A scan for a page that may be shared: its file's name, perhaps a person's, is left out"
+    from covid_ct.io.read import scan_label
+
+    return scan.replace(scan_id=scan_label(scan.scan_id))
+
+
+def _say(a, text, **facts):
+    "The result of a command: a sentence, or with --json its facts"
+    print(json.dumps(facts, indent=1) if a.json else text)
 
 
 def _inspect(a):
@@ -79,16 +97,22 @@ def _inspect(a):
 
 # %% ../nbs/14_cli.ipynb #3d54dcc8
 def _lungs(a):
+    from covid_ct.audit.one_scan import slice_warnings
     from covid_ct.io.read import read, write_mask
     from covid_ct.preprocess.lungs import hu_warnings, lung_mask, lung_volume_l, mask_warnings
 
     scan = read(a.path, series=a.series, **_how(a))
     mask = lung_mask(scan)
-    warnings = [*scan.remarks, *hu_warnings(scan), *mask_warnings(mask, scan)]
+    warnings = [*scan.remarks, *slice_warnings(scan), *hu_warnings(scan)]
+    warnings += mask_warnings(mask, scan)
     write_mask(mask, scan, a.out, overwrite=a.overwrite)
     litres = lung_volume_l(mask, scan)
     if a.json:
-        print(json.dumps(dict(file=a.out, lung_volume_l=litres, warnings=warnings), indent=1))
+        print(
+            json.dumps(
+                dict(file=Path(a.out).name, lung_volume_l=litres, warnings=warnings), indent=1
+            )
+        )
     else:
         _warn(warnings)
         print(f'{litres:.2f} L of lung in {Path(a.out).name}')
@@ -145,21 +169,23 @@ def _demo(a):
     from covid_ct.demo import run_demo
 
     path = run_demo(a.out, patients=a.patients, epochs=a.epochs, seed=a.seed)
-    print(f'report: {path}')
+    _say(a, f'report: {path}', report=str(path))
 
 # %% ../nbs/14_cli.ipynb #25254856
-def _cohort(a):
+def _cohort(a, path=None):
     "The cohort at a path; how its scans are read stands in its columns"
-    if not a.allow_unknown_geometry and a.tilt == 'refuse':
-        return a.path
+    path = path or a.path
+    columns = dict(geometry='unknown') if a.allow_unknown_geometry else {}
+    if a.tilt == 'correct':
+        columns['tilt'] = 'correct'
+    columns |= {k: getattr(a, k) for k in ('acquisition', 'units') if getattr(a, k)}
+    if not columns:
+        return path
     from covid_ct.cohort.adapters import open_cohort
 
-    cohort = open_cohort(a.path)
-    attrs = cohort.attrs | {'name': Path(a.path).name}
-    if a.allow_unknown_geometry:
-        cohort = cohort.assign(geometry='unknown')
-    if a.tilt == 'correct':
-        cohort = cohort.assign(tilt='correct')
+    cohort = open_cohort(path)
+    attrs = cohort.attrs | {'name': Path(path).name}
+    cohort = cohort.assign(**columns)
     cohort.attrs.update(attrs)
     return cohort
 
@@ -186,15 +212,18 @@ def _prepare(a):
     if name:
         chosen = recipe(system, name)
         prep, masks = chosen.prep, a.masks or chosen.masks
-    done = prepare(_cohort(a), prep, a.out, masks, a.jobs)
-    print(done)
+    done = prepare(_cohort(a), prep, a.out, masks, a.jobs, progress=not a.json)
+    failed = json.loads(done.failures.to_json(orient='records'))
+    counts = dict(prepared=done.made, found=done.found, failures=failed)
+    _say(a, str(done), folder=str(done.folder), **counts)
     return done.exit_code
 
 
 def _fetch(a):
     from covid_ct.cohort.datasets import fetch
 
-    print(fetch(a.name, a.out, progress=True))
+    folder = fetch(a.name, a.out, progress=not a.json)
+    _say(a, str(folder), folder=str(folder))
 
 # %% ../nbs/14_cli.ipynb #group000
 def _grouped(a, recipe):
@@ -307,7 +336,7 @@ def _explain(a):
     from covid_ct.preprocess.resample import prepare_scan
 
     model, recipe, prep = _classifier(a.run_folder)
-    scan = read(a.path, series=a.series, **_how(a))
+    scan = _unnamed(read(a.path, series=a.series, **_how(a)))
     mask = lung_mask(scan) if prep.needs_lungs or a.check else None
     ready = prepare_scan(scan, prep, lungs=None if mask is None else lung_region(scan, mask))
     classes = tuple(recipe.classes)
@@ -322,7 +351,7 @@ def _explain(a):
     _warn(scan.remarks)
     if a.json:
         checks = None if table is None else table.to_dict('records')
-        found = dict(file=a.out, label=label, method=heat.method, checks=checks)
+        found = dict(file=Path(a.out).name, label=label, method=heat.method, checks=checks)
         print(json.dumps(found, indent=1))
         return
     print(f'{heat.method} for {label} in {Path(a.out).name}')
@@ -369,7 +398,9 @@ def _train(a):
         **_cache(a),
     )
     end = 'stopped after' if done.interrupted else 'finished'
-    print(f'{end} {len(done.history)} of {done.recipe.epochs} epochs: {a.out}')
+    epochs = dict(epochs=len(done.history), of=done.recipe.epochs)
+    text = f'{end} {len(done.history)} of {done.recipe.epochs} epochs: {a.out}'
+    _say(a, text, folder=str(a.out), interrupted=done.interrupted, **epochs)
     return 130 if done.interrupted else 0
 
 
@@ -454,7 +485,8 @@ def _cases(a):
     from covid_ct.inference.cases import reading_room, room_json, room_text
 
     runs = [a.path, *a.others] if a.others else a.path
-    room = reading_room(runs, a.cohort, part=a.part, progress=not a.json)
+    cohort = _cohort(a, a.cohort) if a.cohort else None
+    room = reading_room(runs, cohort, part=a.part, progress=not a.json)
     if a.html:
         room.save(a.html, most=a.most, notes=not a.no_notes)
     print(room_json(room) if a.json else room_text(room))
@@ -464,7 +496,8 @@ def _export(a):
     from covid_ct.train.export import export_run
 
     differ = export_run(a.path, a.out, a.which)
-    print(f'{a.out}: answers differ by at most {differ:.1g} from the network')
+    text = f'{Path(a.out).name}: answers differ by at most {differ:.1g} from the network'
+    _say(a, text, file=Path(a.out).name, difference=differ)
 
 
 def _course(a):
@@ -472,7 +505,8 @@ def _course(a):
 
     written = copy_course(a.out, not a.no_solutions)
     first = next(p for p in written if not p.name.startswith('0'))
-    print(f'{len(written)} notebooks in {a.out}. Open the first with: jupyter lab {first}')
+    text = f'{len(written)} notebooks in {a.out}. Open the first with: jupyter lab {first}'
+    _say(a, text, folder=str(a.out), notebooks=[p.name for p in written])
 
 # %% ../nbs/14_cli.ipynb #77c41a21
 def _regions(a, scan):
@@ -495,7 +529,7 @@ def _burden(a):
     from covid_ct.evaluate.burden import burden, burden_report
     from covid_ct.io.read import read, read_mask
 
-    scan = read(a.path, series=a.series, **_how(a))
+    scan = _unnamed(read(a.path, series=a.series, **_how(a)))
     lesions = read_mask(a.lesions, scan)
     if lesions.max() < 2:
         lesions = lesions > 0
@@ -523,8 +557,30 @@ def _reading(p, what='a scan whose files name no spacing: take 1 mm and the usua
         default='refuse',
         help='a series with a tilted gantry: refuse it, or resample it upright',
     )
+    p.add_argument(
+        '--acquisition',
+        metavar='N',
+        help='which of several acquisitions under one series UID; its number',
+    )
+    p.add_argument(
+        '--units', choices=('HU', 'uint8', 'unit'), help='unit of the values, where it is in doubt'
+    )
 
+# %% ../nbs/14_cli.ipynb #b6c0b468
+def _lists_recipes(p, system=False):
+    "Let the help of a command end with the recipes; they are looked up only then"
+    plain = p.format_help
 
+    def format_help():
+        from covid_ct.train.recipes import RECIPES
+
+        names = sorted({s if system else f'{s}/{n}' for s, n in RECIPES})
+        p.epilog = 'recipes: ' + ', '.join(names)
+        return plain()
+
+    p.format_help = format_help
+
+# %% ../nbs/14_cli.ipynb #c130512d
 def _mask_out(p, name):
     p.add_argument('out', help=f'file for the mask, as {name}')
     p.add_argument('--overwrite', action='store_true', help='replace the file if it exists')
@@ -623,12 +679,9 @@ def _of_cohorts(add):
     _page_out(p)
     _jobs(p)
     p = add(
-        'prepare',
-        _prepare,
-        'preprocess every scan once; goes on where it was stopped',
-        _COHORT,
-        js=False,
+        'prepare', _prepare, 'preprocess every scan once; goes on where it was stopped', _COHORT
     )
+    _lists_recipes(p)
     _folder_out(p, 'folder for the prepared scans')
     p.add_argument(
         '--recipe', default='darnet/paper', help='recipe, as darnet/paper, or a row of PREPS'
@@ -646,20 +699,15 @@ def _of_cohorts(add):
     )
     _folder_out(p, 'folder', required=True)
     _jobs(p, 1)
-    p = add('fetch', _fetch, 'download a public set where its source allows it', None, js=False)
+    p = add('fetch', _fetch, 'download a public set where its source allows it', None)
     p.add_argument('name', help='as ct_seg or medseg100')
     _folder_out(p, 'folder for it')
 
 # %% ../nbs/14_cli.ipynb #43089154
 def _of_training(add):
     "Commands that make and measure a run"
-    p = add(
-        'train',
-        _train,
-        'train a network by a recipe; goes on where it was stopped',
-        _COHORT,
-        js=False,
-    )
+    p = add('train', _train, 'train a network by a recipe; goes on where it was stopped', _COHORT)
+    _lists_recipes(p)
     _folder_out(p, 'run folder')
     p.add_argument('--recipe', default='darnet/tiny', help='as darnet/paper')
     p.add_argument(
@@ -727,7 +775,7 @@ def _of_runs(add):
         '--draws', type=whole(1), default=1000, help='resampled cohorts, and random swaps'
     )
     _of_cases(add)
-    p = add('export', _export, 'write a trained network as ONNX', 'run folder', js=False)
+    p = add('export', _export, 'write a trained network as ONNX', 'run folder')
     p.add_argument('out', help='file, as model.onnx')
     writes(p, out='model')
     p.add_argument('--which', choices=('best', 'last'), default='best', help='weights')
@@ -744,6 +792,7 @@ def _of_cases(add):
     p.add_argument(
         '--cohort', help='CSV of the scans it was tested on; without it a table without pictures'
     )
+    _reading(p)
     _page_out(p, 'html')
     p.add_argument(
         '--against',
@@ -778,14 +827,12 @@ class _Version(argparse.Action):
 
 def _of_others(add):
     "Commands that need no data"
-    p = add('demo', _demo, 'run the main job on phantoms and leave a report', None, js=False)
+    p = add('demo', _demo, 'run the main job on phantoms and leave a report', None)
     _folder_out(p, 'folder for the run and report.html', default='_demo')
     p.add_argument('--patients', type=whole(1), default=240, help='phantom patients')
     p.add_argument('--epochs', type=whole(1), help="default: the recipe's")
     p.add_argument('--seed', type=whole(0), default=0, help='seed of the cohort and the training')
-    p = add(
-        'course', _course, 'write the lessons into a folder, ready for JupyterLab', None, js=False
-    )
+    p = add('course', _course, 'write the lessons into a folder, ready for JupyterLab', None)
     _folder_out(p, 'folder for the lessons')
     p.add_argument('--no-solutions', action='store_true', help='leave the solutions out')
     add('models', _models, 'every row of the zoo with its exact size', None)
@@ -823,12 +870,48 @@ def parser() -> Parser:
     return ap
 
 # %% ../nbs/14_cli.ipynb #ac3586c6
+def _referred(args) -> list:
+    "Files that the inputs of a command refer to: slices, voxels beside a header, scans of a table"
+    from covid_ct.cohort.table import MASK_COLUMNS, read_table
+    from covid_ct.io.read import files_of
+
+    found = []
+    names = [getattr(args, k, None) for k in ('path', 'lesions', 'lobes', 'cohort')]
+    for path in [Path(p) for p in names if p and Path(p).exists()]:
+        if path.suffix.lower() in ('.csv', '.tsv'):
+            table = read_table(path)[0]
+            cells = [table[c].dropna() for c in ('path', *MASK_COLUMNS) if c in table]
+            found += [path.parent / str(x) for column in cells for x in column]
+        elif path.suffix.lower() != '.toml':
+            found += files_of(path)
+    return found
+
+
+def _check(args) -> None:
+    "Raise for a name that is empty, and for an output that cannot be made or is an input"
+    for key, value in vars(args).items():
+        if isinstance(value, str) and not value.strip():
+            raise UsageError(f'covid-ct {args.command}', f'{key} is empty', 'Give a name.')
+    check_outputs(args, lambda: _referred(args))
+
+# %% ../nbs/14_cli.ipynb #eb4c91b8
+def _tell(error, known, as_json) -> None:
+    "One error on standard error: a line, or with --json an object"
+    remedy = as_options(error.remedy, known)
+    if as_json:
+        said = dict(file=error.source, fault=as_options(error.fault, known), remedy=remedy)
+        print(json.dumps(dict(error=said)), file=sys.stderr)
+        return
+    text = as_options(str(error), known)
+    print('covid-ct:', ' '.join(text.split()), file=sys.stderr)
+
+
 def _run(argv):
     "Read the command line, check what will be written, run the command"
     ap, args = parser(), None
     try:
         args = ap.parse_args(argv)
-        check_outputs(args)
+        _check(args)
         return args.run(args) or 0
     except DataError as e:
         error = e
@@ -841,10 +924,10 @@ def _run(argv):
             'Check the path, its rights and the space left.',
         )
     known = options_of(ap, args.command) if args else ()
-    print('covid-ct:', ' '.join(as_options(str(error), known).split()), file=sys.stderr)
+    _tell(error, known, '--json' in (sys.argv[1:] if argv is None else argv))
     return 2
 
-
+# %% ../nbs/14_cli.ipynb #17a36c51
 def main(
     argv: list | None = None,  # arguments, those of the command line by default
 ) -> int:  # 0 done, 1 done with findings, 2 bad input, 130 Ctrl-C, 141 nobody reads the output

@@ -91,7 +91,8 @@ def write_atomic(
         if callable(content):
             content(tmp)
         else:
-            tmp.write_bytes(content.encode('utf-8') if isinstance(content, str) else content)
+            raw = content.encode('utf-8', 'replace') if isinstance(content, str) else content
+            tmp.write_bytes(raw)
         os.replace(tmp, path)
     except OSError as e:
         raise _unwritable(path, e) from e

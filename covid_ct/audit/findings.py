@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import SimpleITK as sitk
 from PIL import Image
 
 from covid_ct.audit.voxels import (
@@ -34,10 +33,10 @@ from covid_ct.audit.voxels import (
     widest_step,
 )
 from ..cohort.table import MASK_COLUMNS, load_mask
-from ..io.dicom import silent_reading
 from ..io.read import IO_OF_ENDING, PICTURE_ENDINGS, file_ending, natural_key
+from ..io.volume import volume_header
 from ..preprocess.lungs import lung_mask, mask_warnings
-from ..scan import DataError, GeometryError, ReadError, Scan
+from ..scan import DataError, GeometryError, Scan
 
 # %% ../../nbs/04_audit/02_findings.ipynb #d1b2e345
 def _pictures(files) -> dict:  # `files`: pairs of a name and what PIL can open
@@ -52,6 +51,16 @@ def _pictures(files) -> dict:  # `files`: pairs of a name and what PIL can open
     last = {n[-1] for n in numbers if n}
     lost = max(last) - min(last) + 1 - len(last) if len(last) == len(files) else 0
     return dict(kind='+'.join(sorted(kinds)), mode='+'.join(sorted(modes)), lost_names=lost)
+
+
+def _number_kind(path) -> str:
+    "Type of the numbers of a volume file; '' where its reader will say what is wrong"
+    try:
+        kind = np.dtype(volume_header(path)[0].kind)
+    except DataError:
+        return ''
+    words = dict(i='signed integer', u='unsigned integer', f='float')
+    return f'{8 * kind.itemsize}-bit {words[kind.kind]}'
 
 
 def file_facts(
@@ -83,15 +92,11 @@ def file_facts(
     volumes = [p for p in files if file_ending(p) in IO_OF_ENDING]
     if not volumes:
         return dict(kind='dicom', mode='', lost_names=0)
-    r, mode = sitk.ImageFileReader(), ''
-    r.SetFileName(str(volumes[0]))
-    try:
-        with silent_reading(volumes[0]):
-            r.ReadImageInformation()
-            mode = sitk.GetPixelIDValueAsString(r.GetPixelID())
-    except ReadError:
-        pass  # the reader of the scan will say why
-    return dict(kind='+'.join(sorted({file_ending(p) for p in volumes})), mode=mode, lost_names=0)
+    return dict(
+        kind='+'.join(sorted({file_ending(p) for p in volumes})),
+        mode=_number_kind(volumes[0]),
+        lost_names=0,
+    )
 
 # %% ../../nbs/04_audit/02_findings.ipynb #9d3aaef6
 def _thumbnail(

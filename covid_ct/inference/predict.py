@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..audit.one_scan import slice_warnings
 from ..io.dicom import series_rows
-from ..io.read import read
+from ..io.read import read, scan_label
 from covid_ct.preprocess.lungs import (
     hu_warnings,
     lung_mask,
@@ -58,6 +59,12 @@ def _lungs_of(
     return mask, mask_warnings(mask, scan)
 
 
+def _warnings_of(scan) -> list:
+    "What the reader, the audit and the values say of a scan"
+    by_values = hu_warnings(scan) if scan.units == 'HU' else ()
+    return [*scan.remarks, *slice_warnings(scan), *by_values]
+
+
 def _facts_of(
     scan,  # `Scan`
     lungs=None,  # from `_lungs_of`; None: they are looked for
@@ -74,7 +81,7 @@ def _facts_of(
         geometry_known=scan.geometry_known,
         lung_volume_l=None if mask is None else lung_volume_l(mask, scan),
         histogram=_histogram(scan),
-        warnings=[*scan.remarks, *(hu_warnings(scan) if scan.units == 'HU' else ()), *said],
+        warnings=[*_warnings_of(scan), *said],
     )
 
 # %% ../../nbs/09_inference/02_predict.ipynb #6a7bce03
@@ -89,20 +96,22 @@ def _series_in(path) -> list:
 
 
 def inspect(
-    path,  # volume file, DICOM folder, folder of slice images
+    path,  # volume file, DICOM folder, folder of slice images, zip file with one of them
     series=None,  # number, UID or part of the description, where there are several
     report=None,  # HTML file to write
-    **how,  # of `read`: `allow_unknown_geometry`, `tilt`
+    **how,  # of `read`: `allow_unknown_geometry`, `tilt`, `acquisition`, `units`
 ) -> dict:  # facts ready for JSON; `shape` is None where a series has to be chosen
     "What is at a path, read once, its lungs found once; raises `DataError` for what cannot be read"
     found = _series_in(path)
     several = sum(r['readable'] for r in found)
     if several > 1 and series is None and not report:
         said = f'{several} series that can be read: choose one with --series'
-        return dict(path=str(path), series=found, shape=None, histogram=None, warnings=[said])
+        label = scan_label(Path(path).name)
+        return dict(scan_id=label, series=found, shape=None, histogram=None, warnings=[said])
     scan = read(path, series=series, **how)
+    scan = scan.replace(scan_id=scan_label(scan.scan_id))  # a file may be named after a person
     lungs = _lungs_of(scan)
-    facts = dict(path=str(path), series=found, **_facts_of(scan, lungs))
+    facts = dict(scan_id=scan.scan_id, series=found, **_facts_of(scan, lungs))
     if report:
         _inspect_report(facts, scan, lungs[0]).write(report)
     return facts
@@ -196,13 +205,14 @@ def predict(
     "Read a scan once, ask a trained network, write the report; raises `DataError` for scan or run"
     network = _load_classifier(run)
     scan, masks = read(path, series=series, **how), []
+    scan = scan.replace(scan_id=scan_label(scan.scan_id))  # a file may be named after a person
 
     def lungs(scan):
         masks.append(lung_mask(scan))
         return lung_region(scan, masks[-1])  # as training masked it
 
     prob, heat, config = predict_class(scan, network, lungs)
-    warnings = [*scan.remarks, *(hu_warnings(scan) if scan.units == 'HU' else ())]
+    warnings = _warnings_of(scan)
     for m in masks:
         warnings += mask_warnings(m, scan)
     found = dict(

@@ -9,8 +9,10 @@ __all__ = ['write_series', 'Series', 'untilt', 'decode', 'series_rows', 'list_se
 import hashlib
 import os
 import re
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
@@ -23,6 +25,7 @@ import SimpleITK as sitk
 from covid_ct.io.dicom_header import (
     CT_IMAGE_CLASS,
     PERSON_TAGS,
+    TagError,
     code_word,
     find_damage,
     find_foreign,
@@ -31,7 +34,15 @@ from covid_ct.io.dicom_header import (
     slices_of,
     tag_text,
 )
-from .volume import list_files, silent_reading
+from covid_ct.io.slice_groups import (
+    choose_acquisition,
+    even_stack,
+    find_acquisitions,
+    find_padding,
+    interleaved,
+    padding_note,
+)
+from .volume import has_plain_name, list_files, silent_reading
 from ..scan import DataError, GeometryError, Grid, ReadError, Scan, UnitsError
 
 if TYPE_CHECKING:
@@ -118,6 +129,7 @@ class Series:
     slices: list = field(default_factory=list)  # `Slice`s
     broken: list = field(default_factory=list)  # pairs of file and fault
     files: list = field(default_factory=list)  # all of its files
+    notes: list = field(default_factory=list)  # what is odd about the whole series
     lacking: set = field(
         default_factory=set
     )  # tags that some of its files do not have, of `_IDENTITY`
@@ -199,7 +211,50 @@ def _sort_in(found, d, path) -> str:
         s.broken.append((path, bad))
     return ''
 
+# %% ../../nbs/02_io/05_dicom.ipynb #42a35512
+def _alike(s) -> tuple:
+    "What slices of one volume have in common, whatever their series UID"
+    first = s.slices[0]
+    axes = tuple(np.round(first.axes or [], 3).tolist())
+    return s.files[0].parent, s.patient, s.description, s.kernel, first.shape, axes
 
+
+def _join_singles(found) -> list:
+    "Series with those of one slice joined where together they are a volume"
+    groups = {}
+    for s in found:
+        if not s.foreign and not s.broken and len(s.slices) == len(s.files) == 1:
+            groups.setdefault(_alike(s), []).append(s)
+    joined = [_joined(g) for g in groups.values() if len(g) > 2]
+    joined = [j for j in joined if j is not None]
+    inside = {p for j in joined for p in j.files}
+    rest = [s for s in found if s.files[0] not in inside]
+    return sorted([*rest, *joined], key=lambda s: list(found).index(s) if s in rest else -1)
+
+
+def _joined(parts) -> Series | None:
+    "One series of many; None where they are no volume"
+    slices = [s for part in parts for s in part.slices]
+    try:
+        _stack_slices(slices)
+    except DataError:
+        return None
+    first = parts[0]
+    note = f'each of the {len(parts)} slices has a series UID of its own: taken as one series'
+    files, lacking = [p for part in parts for p in part.files], first.lacking
+    return Series(
+        '',
+        first.modality,
+        first.description,
+        first.kernel,
+        first.patient,
+        slices=slices,
+        files=files,
+        notes=[note],
+        lacking=lacking,
+    )
+
+# %% ../../nbs/02_io/05_dicom.ipynb #bab6e99d
 def _find_series(
     files,  # paths
 ) -> list:  # `Series` in the order of their first files; what is not DICOM comes last
@@ -216,12 +271,14 @@ def _find_series(
                 if not bad:
                     continue
                 why = f'has a damaged header: it names no modality or no series, and {bad}'
+        except TagError as e:
+            why = f'has a damaged header: {e}'
         except Exception as e:
             why = f'has a damaged header ({type(e).__name__})'  # its text may quote the header
         rest.files.append(p)
         if 'header' in why or p.suffix.lower() in ('.dcm', '.ima'):
             rest.broken.append((p, why or 'is not DICOM'))
-    return [*found.values(), *([rest] if rest.files else [])]
+    return [*_join_singles(found.values()), *([rest] if rest.files else [])]
 
 # %% ../../nbs/02_io/05_dicom.ipynb #10373d96
 def _mm(p) -> str:
@@ -240,15 +297,17 @@ def _plane(slices, source) -> np.ndarray:
                 f'{s.path.name} has no position, orientation or pixel spacing',
                 'Export the original series again.',
             )
-    for what, of in dict(
-        sizes=lambda s: s.shape, spacings=lambda s: tuple(round(x, 4) for x in s.pixel)
-    ).items():
-        if len(kinds := Counter(map(of, slices))) > 1:
-            raise GeometryError(
-                source,
-                f'slices of several pixel {what}: {dict(kinds)}',
-                'Separate them into series.',
-            )
+    sizes = Counter(s.shape for s in slices)
+    pixels = np.array([s.pixel for s in slices])
+    spread = np.ptp(pixels, axis=0) / pixels.mean(0) * slices[0].shape
+    spacings = Counter(tuple(round(x, 4) for x in s.pixel) for s in slices)
+    for what, kinds, odd in (
+        ('sizes', sizes, len(sizes) > 1),
+        ('spacings', spacings, spread.max() > 0.1),  # voxels at the far edge
+    ):
+        if odd:
+            fault = f'slices of several pixel {what}: {dict(kinds)}'
+            raise GeometryError(source, fault, 'Separate them into series.')
     axes = np.array([s.axes for s in slices])
     a = axes[0].reshape(2, 3)
     if np.abs(axes - axes[0]).max() > 2e-3:
@@ -267,17 +326,8 @@ def _plane(slices, source) -> np.ndarray:
     return a
 
 # %% ../../nbs/02_io/05_dicom.ipynb #1873570a
-def _check_steps(at, n, pixel, source, tilt) -> float:
-    "Mean distance of sorted positions `at` along `n`; raises where they are no even, upright stack"
-    h = at @ n
-    gaps = np.diff(h)
-    step = float(np.median(gaps[gaps > 1e-3])) if (gaps > 1e-3).any() else 0.0
-    if twins := int((gaps <= max(1e-3, 0.01 * step)).sum()):
-        raise GeometryError(
-            source,
-            f'{twins + (not step)} of {len(h)} slices lie where another one lies',
-            'Separate phases or repeats into series.',
-        )
+def _check_upright(at, h, n, pixel, source, tilt) -> None:
+    "Raise `GeometryError` where sorted positions move sideways"
     aside = at - at[0] - np.outer(h - h[0], n)
     drift = np.linalg.norm(aside, axis=1)
     bent = np.linalg.norm(aside - np.outer((h - h[0]) / (h[-1] - h[0]), aside[-1]), axis=1).max()
@@ -295,23 +345,55 @@ def _check_steps(at, n, pixel, source, tilt) -> float:
             "Pass tilt='correct' (on the command line --tilt correct) "
             'to have it resampled on an upright grid.',
         )
+
+
+def _check_gaps(at, h, step, source) -> None:
+    "Raise `GeometryError` for positions that are no even stack"
+    gaps, (_, off, _) = np.diff(h), even_stack(h)
     i = int(np.abs(gaps - step).argmax())
-    wide = (h[-1] - h[0]) / (len(h) - 1)
     lack = round(gaps[i] / step) - 1 if abs(gaps[i] / step - round(gaps[i] / step)) < 0.1 else 0
     if abs(gaps[i] - step) > 0.1 * step:
+        fault = (
+            f'slices {i + 1} and {i + 2} of {len(h)}, at {_mm(at[i])} and {_mm(at[i + 1])}, '
+            f'are {gaps[i]:.4g} mm apart, the others {step:.4g} mm'
+        )
+        if lack > 0:
+            fault += f': {lack} missing'
+            raise GeometryError(source, fault, 'Complete the series; nothing is filled in for you.')
+        raise GeometryError(source, fault, 'Separate the parts into series.')
+    raise GeometryError(
+        source,
+        f'slice distances vary: up to {off:.3g} mm off an even stack',
+        'Separate the parts into series.',
+    )
+
+# %% ../../nbs/02_io/05_dicom.ipynb #9ebfbf3a
+def _check_steps(at, n, pixel, source, tilt) -> float:
+    "Mean distance of sorted positions along `n`; raises where they are no even, upright stack"
+    h = at @ n
+    gaps = np.diff(h)
+    step = float(np.median(gaps[gaps > 1e-3])) if (gaps > 1e-3).any() else 0.0
+    if twins := int((gaps <= max(1e-3, 0.01 * step)).sum()):
         raise GeometryError(
             source,
-            f'slices {i + 1} and {i + 2} of {len(h)}, at {_mm(at[i])} and {_mm(at[i + 1])}, are {gaps[i]:.4g} mm apart, the others {step:.4g} mm'
-            + f': {lack} missing' * (lack > 0),
-            'Complete the series; nothing is filled in for you.',
+            f'{twins + (not step)} of {len(h)} slices lie where another one lies',
+            'Separate phases or repeats into series.',
         )
-    if (off := np.abs(h - h[0] - wide * np.arange(len(h))).max()) > 0.25 * step:
-        raise GeometryError(
-            source,
-            f'slice distances vary: up to {off:.3g} mm off an even stack',
-            'Separate the parts into series.',
-        )
-    return float(wide)
+    _check_upright(at, h, n, pixel, source, tilt)
+    mean, _, even = even_stack(h)
+    if not even:
+        _check_gaps(at, h, step, source)
+    first = float(h[-1] - h[0]) / (len(h) - 1)
+    return first if np.ptp(gaps) <= 0.02 * step else mean
+
+
+def _rounding_note(slices, grid) -> list:
+    "Remark on positions that are rounded"
+    n = np.cross(*np.array(slices[0].axes).reshape(2, 3))
+    _, off, _ = even_stack(np.array([s.position for s in slices]) @ n)
+    if off <= 0.02 * grid.spacing[0]:
+        return []
+    return [f'slice positions lie up to {off:.2g} mm off an even stack: taken as even']
 
 # %% ../../nbs/02_io/05_dicom.ipynb #83111471
 def _stack_slices(
@@ -385,8 +467,23 @@ def _drop_copies(slices) -> tuple:
     ] * (copies > 0)
 
 # %% ../../nbs/02_io/05_dicom.ipynb #3e0a4f8a
+def _rescale(v, m, b, ends, out) -> bool:
+    "Put `m v + b` into `out`; False where int16 does not hold it exactly"
+    with np.errstate(all='ignore'):
+        if out.dtype == 'f4':
+            out[...] = v * m + b
+            return True
+        if not np.isfinite(ends).all() or m % 1 or b % 1 or ends[0] < -32768 or ends[1] > 32767:
+            return False
+        w = v.astype(v.dtype.kind + '2', copy=False).view('u2')
+        if m != 1:
+            w = w * np.uint16(int(m) % 65536)  # modulo 2¹⁶, exact since the result fits
+        np.add(w, np.uint16(int(b) % 65536), out=out.view('u2'))
+        return True
+
+# %% ../../nbs/02_io/05_dicom.ipynb #966b2c52
 def _place(s, out) -> tuple:
-    "Pixels of a slice as HU into `out`; returns their smallest and largest value, or None if int16 does not hold them exactly"
+    "Pixels of a slice as HU into `out`; smallest and largest value, padding; None: not in int16"
     m, b, n = (
         1.0 if s.slope is None else s.slope,
         s.intercept or 0.0,
@@ -400,30 +497,42 @@ def _place(s, out) -> tuple:
             f.seek(s.at)
             raw = f.read(size)
     v = np.frombuffer(raw, s.kind).reshape(s.shape)
+    pad = find_padding(v, s)
+    if pad is not None:
+        v = np.where(pad, v[~pad].min() if not pad.all() else 0, v)
     if n:
         v = (v << n) >> n  # bits beyond those stored may hold an old overlay
     lo, hi = sorted(m * int(x) + b for x in (v.min(), v.max()))
-    with np.errstate(all='ignore'):
-        if out.dtype == 'f4':
-            out[...] = v * m + b
-            return lo, hi
-        if m % 1 or b % 1 or lo < -32768 or hi > 32767:
-            return None
-        w = v.astype(v.dtype.kind + '2', copy=False).view('u2')
-        if m != 1:
-            w = w * np.uint16(int(m) % 65536)  # modulo 2¹⁶, exact since the result fits
-        np.add(w, np.uint16(int(b) % 65536), out=out.view('u2'))
-    return lo, hi
+    if not _rescale(v, m, b, (lo, hi), out):
+        return None
+    if pad is None:
+        return lo, hi, 0
+    air = -1024.0 if s.intercept is not None else lo
+    out[pad] = air
+    return (air, air, pad.size) if pad.all() else (min(lo, air), hi, int(pad.sum()))
 
-
+# %% ../../nbs/02_io/05_dicom.ipynb #f750752d
 def _lay(slices, source) -> tuple:
-    "Stack of slices that lie unpacked in their files, smallest and largest value"
+    "Stack of slices that lie unpacked in their files, smallest and largest value, padding"
     with silent_reading(source), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for kind in ('i2', 'f4'):
             v = np.empty((len(slices), *slices[0].shape), kind)
             ends = list(pool.map(_place, slices, v))
             if None not in ends:
-                return v, (min(a for a, _ in ends), max(b for _, b in ends))
+                low, high, padded = zip(*ends, strict=True)
+                return v, (min(low), max(high)), sum(padded)
+
+# %% ../../nbs/02_io/05_dicom.ipynb #a735dcea
+@contextmanager
+def _plain_path(path):
+    "Name of a file that GDCM can open: the native library takes no name that is not UTF-8"
+    if has_plain_name(path):
+        yield str(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / 'slice.dcm'
+        copy.write_bytes(Path(path).read_bytes())
+        yield str(copy)
 
 # %% ../../nbs/02_io/05_dicom.ipynb #c1146029
 def _unpack(slices, source) -> np.ndarray:
@@ -444,7 +553,8 @@ def _unpack(slices, source) -> np.ndarray:
     paths = list(dict.fromkeys(s.path for s in slices))
 
     def one(p):
-        return sitk.GetArrayFromImage(sitk.ReadImage(str(p), kind, 'GDCMImageIO'))
+        with _plain_path(p) as name:
+            return sitk.GetArrayFromImage(sitk.ReadImage(name, kind, 'GDCMImageIO'))
 
     if len(paths) < len(slices):
         if len(set(lines)) > 1:
@@ -475,13 +585,38 @@ def _unpack(slices, source) -> np.ndarray:
         list(pool.map(into, v, paths))
     return v
 
+# %% ../../nbs/02_io/05_dicom.ipynb #14685674
+def _pad_packed(v, slices) -> int:
+    "Set padding of decoded pixels to air, in place; returns how many there were"
+    count = 0
+    for place, s in zip(v, slices, strict=True):
+        if not s.padding:
+            continue
+        m, b = 1.0 if s.slope is None else s.slope, s.intercept or 0.0
+        stored = np.rint((place - b) / m) if m else place
+        mask = find_padding(stored, s)
+        if mask is not None:
+            place[mask] = -1024 if s.intercept is not None else place[~mask].min(initial=0)
+            count += int(mask.sum())
+    return count
 
+
+def _pixels(slices, source) -> tuple:
+    "Stack in HU, its smallest and largest value where they are known, and remarks"
+    if all(s.kind for s in slices):
+        v, ends, count = _lay(slices, source)
+    else:
+        v, ends = _unpack(slices, source), None
+        count = _pad_packed(v, slices)
+    return v, ends, padding_note(slices, count, v.size)
+
+# %% ../../nbs/02_io/05_dicom.ipynb #27a03d1a
 def decode(
     slices,  # sorted `Slice`s
     source='series',  # what to name in errors
 ) -> np.ndarray:  # `(D,H,W)`, int16 where exact
     "Pixels of the slices, each rescaled by its own header; raises `ReadError` for the file that fails"
-    return _lay(slices, source)[0] if all(s.kind for s in slices) else _unpack(slices, source)
+    return _pixels(slices, source)[0]
 
 # %% ../../nbs/02_io/05_dicom.ipynb #c0620b4d
 def _identity(s) -> list:
@@ -496,30 +631,49 @@ def _identity(s) -> list:
         told += '; its class says CT'
     return [told] if gone else []
 
+# %% ../../nbs/02_io/05_dicom.ipynb #9d03af77
+def _one_acquisition(slices, source, tilt, wanted) -> tuple:
+    "Slices of one acquisition, sorted; their `Grid`; remarks"
+
+    def stack(group):
+        return _stack_slices(group, source, tilt)
+
+    try:
+        whole, fault = stack(slices), None
+    except GeometryError as e:
+        whole, fault = None, e
+    tag, groups = find_acquisitions(slices, stack)
+    if fault is None and wanted is None:
+        n = np.cross(*np.array(whole[0][0].axes).reshape(2, 3))
+        if not tag or not interleaved(groups, n):
+            return *whole, []
+    if not tag and fault is not None:
+        raise fault
+    if not tag:
+        return *whole, ['acquisition has no effect: the series has one']
+    chosen = choose_acquisition(tag, groups, wanted, source)
+    return *stack(chosen), [f'one of {len(groups)} acquisitions of its series ({tag})']
+
 
 def _check_series(
     s: Series,  # one series
     source,  # what to name in errors
     tilt='refuse',  # as in `_stack_slices`
+    acquisition=None,  # as in `choose_acquisition`
 ) -> tuple:  # sorted slices, `Grid`, remarks
-    "What a series holds; raises `ReadError` for files that are foreign or damaged, `GeometryError` for what is no volume"
+    "What a series holds; raises `ReadError` for foreign or damaged files, else `GeometryError`"
     for p, why in s.broken[:1]:
-        raise ReadError(
-            p,
-            why + f', and {len(s.broken) - 1} more files are damaged' * (len(s.broken) > 1),
-            'Copy or export the series again.',
-        )
+        more = f', and {len(s.broken) - 1} more files are damaged' * (len(s.broken) > 1)
+        raise ReadError(p, why + more, 'Copy or export the series again.')
     if s.foreign:
         raise ReadError(source, s.foreign, 'Give a folder with a CT series.')
     slices, seen = _drop_copies(s.slices)
-    slices, grid = _stack_slices(slices, source, tilt)
-    return (
-        slices,
-        grid,
-        _identity(s) + seen + list(dict.fromkeys(n for x in slices for n in x.notes)),
-    )
+    slices, grid, part = _one_acquisition(slices, source, tilt, acquisition)
+    notes = dict.fromkeys(n for x in slices for n in x.notes)
+    seen = _identity(s) + s.notes + seen + part + _rounding_note(slices, grid)
+    return slices, grid, [*seen, *notes]
 
-
+# %% ../../nbs/02_io/05_dicom.ipynb #90374c4a
 def _row(s, source) -> dict:
     row = dict(
         scan_id=s.scan_id,
@@ -619,8 +773,8 @@ def _choose_series(
     raise ReadError(
         source,
         fault,
-        'Choose with series= (on the command line --series) and an '
-        'index, a uid or a part of the description.',
+        'Choose with series= (on the command line --series; in a cohort, the column series) '
+        'and an index, a uid or a part of the description.',
     )
 
 # %% ../../nbs/02_io/05_dicom.ipynb #66942d37
@@ -629,6 +783,7 @@ def read_dicom(
     files=None,  # files to look at; None: all below `path`
     series=None,  # as in `_choose_series`
     tilt='refuse',  # `'correct'` sets a tilted stack upright
+    acquisition=None,  # which of several under one series UID, as in `choose_acquisition`
 ) -> tuple:  # voxels `(D,H,W)`, `Grid`, dict of `units` (None if the header does not say), `patient_id`, `scan_id`, `remarks`, `ends`
     "One CT series of a folder, sorted, checked and in HU; raises a `DataError` for anything else"
     if tilt not in ('refuse', 'correct'):
@@ -643,14 +798,15 @@ def read_dicom(
         s.broken += [
             b for o in found if o.foreign == 'not DICOM' for b in o.broken if b[0].parent in beside
         ]
-    slices, grid, seen = _check_series(s, path, tilt)
-    v, ends = _lay(slices, path) if all(x.kind for x in slices) else (_unpack(slices, path), None)
+    slices, grid, seen = _check_series(s, path, tilt, acquisition)
+    v, ends, padded = _pixels(slices, path)
     if v.shape != tuple(grid.shape):
         raise ReadError(
             path,
             f'pixels are {v.shape}, headers say {tuple(grid.shape)}',
             'Export the series again.',
         )
+    seen += padded
     seen += [
         f'left out: {len(o.files)} files, {o.foreign or "series " + " ".join((o.description, o.kernel)).strip()}'
         for o in found

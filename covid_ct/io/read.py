@@ -4,18 +4,24 @@
 
 # %% auto #0
 __all__ = ['PICTURE_ENDINGS', 'reorient', 'orientation', 'guess_units', 'file_ending', 'file_stem', 'natural_key', 'read',
-           'files_of', 'to_image', 'write_scan', 'write_mask', 'write_map', 'read_mask']
+           'files_of', 'scan_label', 'to_image', 'check_not_source', 'write_scan', 'write_mask', 'write_map',
+           'read_mask']
 
 # %% ../../nbs/02_io/06_read.ipynb #f7899809
+import hashlib
+import os
 import re
+import tempfile
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 from PIL import Image
 
+from .archive import unzip
 from .dicom import read_dicom
 from .dicom_header import read_header
 from covid_ct.io.volume import (
@@ -23,6 +29,7 @@ from covid_ct.io.volume import (
     MAX_BYTES,
     body_of,
     fill_voxels,
+    has_plain_name,
     list_files,
     silent_reading,
     volume_header,
@@ -36,6 +43,7 @@ from covid_ct.scan import (
     Scan,
     UnitsError,
     VoxelError,
+    WriteError,
     check_same_grid,
     write_atomic,
 )
@@ -132,6 +140,9 @@ def _clip_to_air(v) -> int:
     return sum(n for _, n in low)
 
 
+_MOST_HU = 1e6  # metal reaches 30,000; a wrong rescale line has no limit
+
+
 def _values(v, units, source, ends) -> tuple:
     "Voxels in their unit, the unit, remarks; `ends` are the smallest and largest value where they are known"
     lo, hi = ends or (float(v.min()), float(v.max()))
@@ -153,6 +164,9 @@ def _values(v, units, source, ends) -> tuple:
             f'values {lo:.5g} … {hi:.5g} cannot be {units!r}',
             'Pass the unit that the file is in.',
         )
+    if units == 'HU' and max(-lo, hi) > _MOST_HU:
+        fault = f'values {lo:.5g} … {hi:.5g} cannot be HU: a wrong rescale slope'
+        raise UnitsError(source, fault, 'Export the scan again, with its own rescale slope.')
     if units != 'HU':
         return v.astype('f4' if v.dtype.kind == 'f' else 'u1', copy=False), units, ()
     w, seen = _whole(v, lo, hi), []
@@ -222,28 +236,30 @@ def file_ending(
 
 
 def _load(path) -> tuple:
-    "Voxels in LPS, and a dict of their grid, the code of the file, smallest and largest value; and why the geometry is unknown"
+    "Voxels in LPS, and a dict of their grid, the code of the file, ends; and what the header said"
     s, grid = volume_header(path)
     code = orientation(grid)
     lps = reorient(np.broadcast_to(np.int8(0), s.shape), grid, code, 'LPS')[1]
     v = np.empty(lps.shape, np.dtype(s.kind).newbyteorder('=') if s.line == (1.0, 0.0) else 'f4')
     ends = fill_voxels(s, reorient(v, lps, 'LPS', code)[0])  # turned while it is unpacked
-    return v, dict(grid=lps, code=code, ends=ends), s.doubt
+    return v, dict(grid=lps, code=code, ends=ends), s
 
 
 def file_stem(
     path: Path,  # file
 ) -> str:  # its name without that ending
     "Name of a file without the ending that `file_ending` knows"
-    return path.name[: -len(file_ending(path))] if file_ending(path) else path.name
+    name = path.name[: -len(file_ending(path))] if file_ending(path) else path.name
+    return name.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
 
 
 def _read_volume(path, allow, units, **about) -> Scan:
     with silent_reading(path):
-        v, how, doubt = _load(path)
+        v, how, header = _load(path)
+    doubt = header.doubt
     if doubt and not allow:
         raise _unknown(path, doubt)
-    seen = [f'geometry unknown: {doubt}'] if doubt else []
+    seen = [*header.notes, *([f'geometry unknown: {doubt}'] if doubt else [])]
     if set(how['grid'].spacing) == {1.0}:
         seen.append(
             'spacing is exactly 1 × 1 × 1 mm: perhaps a placeholder, and the third axis perhaps not anatomy'
@@ -338,6 +354,9 @@ def _read_pictures(folder, files, allow, units, **about) -> Scan:
     )
 
 # %% ../../nbs/02_io/06_read.ipynb #ec8f6417
+_ARCHIVES = ('.tar', '.tgz', '.gz', '.bz2', '.xz', '.7z', '.rar')
+
+
 def _is_dicom(path) -> bool:
     if path.suffix.lower() in ('.dcm', '.ima'):
         return True
@@ -345,49 +364,94 @@ def _is_dicom(path) -> bool:
         return path.stat().st_size > 0 and read_header(path) is not None
 
 
-def read(
-    path,  # volume file, DICOM folder or file, folder of pictures
-    series=None,  # which of several: index in `list_series`, series uid, or a part of description or kernel that only one has
-    allow_unknown_geometry=False,  # accept placeholder millimetres; the scan stays marked
-    units: str = None,  # `'HU'`, `'uint8'` or `'unit'`; None believes CT headers and guesses otherwise
-    tilt='refuse',  # of a DICOM gantry; `'correct'` resamples the slices on an upright grid
-    **ids,  # `patient_id`, `scan_id`, instead of the pseudonyms
-) -> Scan:  # in LPS, with remarks on what was noticed
-    "Read one scan; raises a `DataError` for whatever cannot be one"
-    if set(ids) - {'patient_id', 'scan_id'}:
-        raise TypeError(f'read() does not take {sorted(set(ids) - {"patient_id", "scan_id"})}')
-    path = Path(path)
-    files = list_files(path)
-    volumes, pictures = (
-        [f for f in files if file_ending(f) in kinds] for kinds in (IO_OF_ENDING, PICTURE_ENDINGS)
-    )
-    rest = [f for f in files if not file_ending(f)]
-    if path.is_file() and pictures:
-        raise GeometryError(
-            path, 'a volume is needed, this is one picture', 'Give the folder of all slices.'
-        )
-    if path.is_file() and 'DICOMDIR' in path.name.upper():
-        return read(path.parent, series, allow_unknown_geometry, units, tilt, **ids)
-    if any(map(_is_dicom, rest)):
-        v, grid, about = read_dicom(path, rest, series, tilt)
-        if len(rest) < len(files):
-            about['remarks'] += (f'left out: {len(files) - len(rest)} volume files or pictures',)
-        return _scan(v, grid, path, **{**about, 'units': units or about['units'], **ids})
-    if pictures:
-        return _read_pictures(path, pictures, allow_unknown_geometry, units, **ids)
-    if len(volumes) == 1:
-        return _read_volume(volumes[0], allow_unknown_geometry, units, **ids)
+def _no_scan(path, volumes) -> ReadError:
+    "Why a path holds no scan, or too many"
     if volumes:
-        raise ReadError(
-            path,
-            f'has {len(volumes)} volume files ({", ".join(f.name for f in volumes[:5])} …)',
-            'Name one of them.',
-        )
-    raise ReadError(
+        names = ', '.join(file_stem(f) for f in volumes[:5])
+        return ReadError(path, f'has {len(volumes)} volume files ({names} …)', 'Name one of them.')
+    if path.is_file() and path.name.lower().endswith(_ARCHIVES):
+        return ReadError(path, 'is an archive', 'Unpack it, and name the scan inside.')
+    return ReadError(
         path,
         'has no scan in a format that is read here',
         'Give NIfTI, MHA, NRRD, DICOM or a folder of pictures.',
     )
+
+
+def _no_effect(path, series, acquisition) -> tuple:
+    "Remarks on choices where there is nothing to choose"
+    named = dict(series=series, acquisition=acquisition)
+    return tuple(
+        f'{k} has no effect: this is one volume' for k, v in named.items() if v is not None
+    )
+
+# %% ../../nbs/02_io/06_read.ipynb #ae32a703
+_MOST_UNPACKED = 16 << 30  # bytes of a zip file that is read as one scan
+
+
+@contextmanager
+def _unzipped(path):
+    "The folder of an unpacked zip file; errors inside name the zip file"
+    with tempfile.TemporaryDirectory() as top:
+        inside = unzip(path, Path(top) / 'scan', _MOST_UNPACKED)
+        try:
+            yield inside
+        except DataError as e:
+            name = Path(e.source).name if e.source != str(inside) else ''
+            raise type(e)(f'{path}/{name}'.rstrip('/'), e.fault, e.remedy) from e
+
+# %% ../../nbs/02_io/06_read.ipynb #0b03d620
+def read(
+    path,  # volume file, DICOM folder or file, folder of pictures, zip file with one of them
+    series=None,  # index in `list_series`, series uid, or a part of description or kernel
+    allow_unknown_geometry=False,  # accept placeholder millimetres; the scan stays marked
+    units: str = None,  # `'HU'`, `'uint8'` or `'unit'`; None believes CT headers, else guesses
+    tilt='refuse',  # of a DICOM gantry; `'correct'` resamples the slices on an upright grid
+    acquisition=None,  # which of several acquisitions under one series UID, as its number
+    **ids,  # `patient_id`, `scan_id`, instead of the pseudonyms
+) -> Scan:  # in LPS, with remarks on what was noticed
+    "Read one scan; raises a `DataError` for whatever cannot be one"
+    if odd := set(ids) - {'patient_id', 'scan_id'}:
+        raise TypeError(f'read() does not take {sorted(odd)}')
+    how = dict(
+        series=series,
+        allow_unknown_geometry=allow_unknown_geometry,
+        units=units,
+        tilt=tilt,
+        acquisition=acquisition,
+    )
+    files, path = list_files(path), Path(path)
+    if path.suffix.lower() == '.zip':
+        with _unzipped(path) as inside:
+            return read(inside, **how, **ids).replace(source=str(path))
+    if path.is_file() and 'DICOMDIR' in path.name.upper():
+        return read(path.parent, **how, **ids)
+    return _read_files(path, files, how, ids)
+
+# %% ../../nbs/02_io/06_read.ipynb #e15714c8
+def _read_files(path, files, how, ids) -> Scan:
+    "A scan of files of one kind"
+    volumes = [f for f in files if file_ending(f) in IO_OF_ENDING]
+    pictures = [f for f in files if file_ending(f) in PICTURE_ENDINGS]
+    rest = [f for f in files if not file_ending(f)]
+    allow, units = how['allow_unknown_geometry'], how['units']
+    if path.is_file() and pictures:
+        fault = 'a volume is needed, this is one picture'
+        raise GeometryError(path, fault, 'Give the folder of all slices.')
+    if any(map(_is_dicom, rest)):
+        choice = {k: how[k] for k in ('series', 'tilt', 'acquisition')}
+        v, grid, about = read_dicom(path, rest, **choice)
+        if len(rest) < len(files):
+            about['remarks'] += (f'left out: {len(files) - len(rest)} volume files or pictures',)
+        return _scan(v, grid, path, **{**about, 'units': units or about['units'], **ids})
+    said = _no_effect(path, how['series'], how['acquisition'])
+    if pictures:
+        scan = _read_pictures(path, pictures, allow, units, **ids)
+    elif len(volumes) == 1:
+        scan = _read_volume(volumes[0], allow, units, **ids)
+    else:
+        raise _no_scan(path, volumes)
+    return scan.replace(remarks=(*scan.remarks, *said))
 
 # %% ../../nbs/02_io/06_read.ipynb #8231cf16
 def files_of(
@@ -399,6 +463,15 @@ def files_of(
         path = path.parent
     files = list_files(path)
     return sorted({*files, *map(body_of, files)})
+
+# %% ../../nbs/02_io/06_read.ipynb #8bc2c4f1
+def scan_label(
+    name: str,  # `scan_id` of a scan, or the name of a file
+) -> str:  # eight hex digits; '' for ''
+    "What stands for a scan in an output that may be shared: never a name"
+    if not name or re.fullmatch('[0-9a-f]{8}', name):
+        return name
+    return hashlib.sha1(os.fsencode(name)).hexdigest()[:8]
 
 # %% ../../nbs/02_io/06_read.ipynb #f7842f58
 def to_image(
@@ -422,10 +495,42 @@ def to_image(
     image.SetDirection(_flat(g.direction))
     return image
 
+# %% ../../nbs/02_io/06_read.ipynb #e7883005
+def check_not_source(
+    path,  # file to write
+    source,  # path that is read; '' for none
+) -> None:
+    "Raise `WriteError` where an output is a file that reading a path opens"
+    if not source or not Path(path).exists() or not Path(source).exists():
+        return
+    try:
+        inputs = [Path(source), *files_of(source)]
+    except DataError:
+        inputs = [Path(source)]
+    if any(Path(path).samefile(p) for p in inputs):
+        fault = 'is a part of what is read, it is not overwritten'
+        raise WriteError(path, fault, 'Choose another name.')
 
-def _write(image, path, overwrite) -> Path:
+
+def _write_image(image, path, end) -> None:
+    "Write an image, whole or not at all"
+
+    def save(file):
+        sitk.WriteImage(image, str(file), end != '.nii')
+
+    if has_plain_name(path) and path.name.endswith(end):
+        write_atomic(path, save)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f'image{end}'
+        save(file)
+        write_atomic(path, file.read_bytes())
+
+# %% ../../nbs/02_io/06_read.ipynb #de2df8e0
+def _write(image, path, overwrite, source='') -> Path:
     path = Path(path)
     end = file_ending(path)
+    check_not_source(path, source)
     if end not in ('.nii', '.nii.gz', '.mha', '.nrrd'):
         raise DataError(
             path, 'has no ending that is written here', 'Use .nii.gz, .nii, .mha or .nrrd.'
@@ -438,9 +543,11 @@ def _write(image, path, overwrite) -> Path:
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, lambda tmp: sitk.WriteImage(image, str(tmp), end != '.nii'))
+        _write_image(image, path, end)
+    except DataError:
+        raise
     except Exception as e:
-        raise DataError(
+        raise WriteError(
             path,
             f'cannot be written ({str(e).splitlines()[-1]})',
             'Check the folder, its rights and the space left.',
@@ -454,7 +561,7 @@ def write_scan(
     overwrite=False,  # replace a file of that name
 ) -> Path:  # the file
     "Write a scan in the geometry it was stored in, whole or not at all"
-    return _write(to_image(scan.voxels, scan), path, overwrite)
+    return _write(to_image(scan.voxels, scan), path, overwrite, scan.source)
 
 
 def write_mask(
@@ -474,7 +581,7 @@ def write_mask(
         raise VoxelError(
             path, 'a mask holds whole labels from 0 to 255', 'Threshold it, or use write_map.'
         )
-    return _write(to_image(m.astype('u1'), scan), path, overwrite)
+    return _write(to_image(m.astype('u1'), scan), path, overwrite, scan.source)
 
 
 def write_map(
@@ -486,7 +593,8 @@ def write_map(
     "Write a heat-map on a scan's own stored grid; raises `GeometryError` where they do not match"
     if isinstance(map, Map):
         check_same_grid(map, scan, path)
-    return _write(to_image(np.asarray(getattr(map, 'values', map), 'f4'), scan), path, overwrite)
+    values = np.asarray(getattr(map, 'values', map), 'f4')
+    return _write(to_image(values, scan), path, overwrite, scan.source)
 
 # %% ../../nbs/02_io/06_read.ipynb #158122c6
 def read_mask(

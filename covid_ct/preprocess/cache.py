@@ -196,7 +196,7 @@ def _content_of(
     "Hash of the content of all files of a row; reads all of them"
     h = hashlib.blake2b(digest_size=16)
     for name, file in _opened(row):
-        h.update(name.encode())
+        h.update(os.fsencode(name))
         with open(file, 'rb') as f:
             h.update(hashlib.file_digest(f, 'blake2b').digest())
     return h.hexdigest()

@@ -56,6 +56,7 @@ def above_zero(
 _ENDINGS = dict(
     page=('.html', '.htm'),
     model=('.onnx',),  # files that are replaced unasked
+    file=('.csv', '.txt', '.tsv'),
     mask=('.nii.gz', '.nii', '.mha', '.nrrd'),
 )  # files that a mask is written to
 
@@ -67,9 +68,10 @@ def writes(
     "Note what a command writes"
     parser.set_defaults(outputs=kinds)
 
-
+# %% ../../nbs/12_widgets/08_terminal.ipynb #63d68e12
 def check_outputs(
     args: argparse.Namespace,  # of a parser whose commands called `writes`
+    referred: Callable | None = None,  # files that the inputs refer to; asked where an output exists
 ) -> None:
     "Raise `WriteError` for an output that cannot be made, or that is also an input"
     inputs = [getattr(args, k, None) for k in ('path', 'lesions', 'lobes', 'run_folder', 'cohort')]
@@ -78,21 +80,27 @@ def check_outputs(
         if getattr(args, option) is None:
             continue
         out = Path(getattr(args, option))
-        if (
-            out.exists()
-            and any(p.exists() and out.samefile(p) for p in inputs)
-            and kind != 'folder'
-        ):
-            raise WriteError(
-                out, 'is what would be read, it is not overwritten', 'Choose another name.'
-            )
+        if out.exists():
+            more = referred() if referred and kind != 'folder' else []
+            _check_inputs(out, kind, [*inputs, *more])
         if kind == 'mask':
             _check_mask(out, args.overwrite)
-        if kind in ('page', 'model') and out.is_file() and out.suffix.lower() not in _ENDINGS[kind]:
+        taken = out.is_file() and kind in ('page', 'model', 'file')
+        if taken and out.suffix.lower() not in _ENDINGS[kind]:
             raise WriteError(out, f'exists, and is no {kind}', 'Choose another name.')
         check_writable(out, folder=kind == 'folder', parents=kind not in ('page', 'model'))
 
 
+def _check_inputs(out, kind, inputs) -> None:
+    "Raise `WriteError` where an output is an input, or a folder of outputs is the folder of inputs"
+    if kind == 'folder':
+        inputs = [p for p in inputs if p.is_dir()]
+    if any(p.exists() and out.samefile(p) for p in inputs):
+        raise WriteError(
+            out, 'is what would be read, it is not overwritten', 'Choose another name.'
+        )
+
+# %% ../../nbs/12_widgets/08_terminal.ipynb #67e12b0a
 def _check_mask(out, overwrite):
     "Raise `WriteError` for the name of a mask that has no known ending or is taken"
     if not out.name.lower().endswith(_ENDINGS['mask']):

@@ -26,6 +26,7 @@ MAY = {
     "audit": {"plot", "io", "cohort", "preprocess", "evaluate", "widgets"},
     "train": {"plot", "io", "cohort", "preprocess", "batches", "models", "evaluate", "phantom"},
     "inference": {
+        "audit",
         "plot",
         "io",
         "cohort",
@@ -42,9 +43,9 @@ MAY = {
 MAY["papers"] = {"plot", "phantom", *MAY} - {"papers"}
 ORDER = {  # within a subpackage, only from what comes before
     "phantom": "anatomy parenchyma states chest slices cohort layouts",
-    "io": "archive labels volume dicom_header dicom read",
+    "io": "archive labels header_grid volume dicom_header slice_groups dicom read",
     "cohort": "datasets table adapters splits",
-    "audit": "voxels findings shortcuts audit",
+    "audit": "voxels one_scan findings shortcuts audit",
     "preprocess": "resample lungs cache",
     "batches": "augment samplers slices loaders",
     "papers": "published runs tables checklist report",
