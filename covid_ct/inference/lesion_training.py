@@ -29,6 +29,7 @@ from covid_ct.inference.lesions import (
     LesionNet,
     cut_square,
     lesion_prob,
+    lung_aspect,
     lung_square,
     paste_square,
 )
@@ -155,7 +156,7 @@ class LesionBatches(SliceBatches):
 
 # %% ../../nbs/09_inference/07_lesion_training.ipynb #1e520011
 MEMBERS = 2  # networks whose probabilities are averaged
-LESION_WINDOW = -1070.0, 235.0  # HU that become 0 and 1; chosen by the greys of healthy lung
+LESION_WINDOW = -1200.0, 300.0  # HU that become 0 and 1: healthy lung as grey as in the slices
 
 
 def slice_blocks(
@@ -272,7 +273,9 @@ def main(
     everything = np.arange(len(data))
     model = train_members(data, everything, everything[:8], row, a.out / 'all')
     kwargs = row.model_kwargs | dict(members=MEMBERS)
-    facts = dict(model=kwargs, size=row.slice_size, window=LESION_WINDOW, recipe=row.hash)
+    aspect = lung_aspect(data.whole_image[:, 0].numpy() > 0.03)
+    sizes = dict(size=row.slice_size, window=LESION_WINDOW, aspect=round(aspect, 3))
+    facts = dict(model=kwargs, recipe=row.hash) | sizes
     write_lesion_weights(model, facts, a.out / 'weights')
     if not a.skip_folds:
         cross_validate_lesions(data, row, a.out)
