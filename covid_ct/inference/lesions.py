@@ -224,7 +224,7 @@ def lesion_prob(
     progress: bool = False,  # show a bar
 ) -> torch.Tensor:  # `(N,K,H,W)`, sums to 1 over the classes
     "Probability of each class, the mean over four mirror images"
-    parts = pictures.split(batch)
+    parts = pictures.split(batch) if len(pictures) else ()
     found = []
     with evaluating(model):
         for x in tqdm(parts, desc='lesions', unit='batch', disable=not progress):
