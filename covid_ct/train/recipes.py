@@ -456,7 +456,7 @@ _tiny = _vary(
     model_kwargs=dict(classes=3, depth=32, width=8, blocks=(1, 1, 1, 1), strides=(1, 2, 2, 1)),
 )
 
-_DUAL = 'Ouyang et al. 2020, IV-B'
+_DUAL = 'Ouyang et al. 2020, IV-C'
 
 _dual = Recipe(
     'dual_sampling',
@@ -477,6 +477,7 @@ _dual = Recipe(
     sources={k: _DUAL for k in sourced_fields()}
     | dict(
         task='Ouyang et al. 2020, I',
+        prep='Ouyang et al. 2020, IV-B',
         sampler='Ouyang et al. 2020, III-C',
         model='Ouyang et al. 2020, III-A',
         model_kwargs='Ouyang et al. 2020, III-A',
@@ -507,7 +508,7 @@ _dual_tiny = _vary(
 
 _dual_plain = _vary(
     replace(_dual, name='paper-plain'),
-    'Ouyang et al. 2020, IV-C: RN34 + US',
+    'Ouyang et al. 2020, Table II: RN34 + US',
     model='rn34',
     loss='cross_entropy',
     loss_kwargs={},
@@ -566,7 +567,7 @@ _raunet_tiny = _vary(
 RECIPES |= {(r.system, r.name): r for r in (_raunet, _raunet_plain, _raunet_view, _raunet_tiny)}
 
 # %% ../../nbs/08_train/03_recipes.ipynb #63e140ca
-_WANG = 'Wang et al. 2020, III'
+_WANG = 'Wang et al. 2020, V-B'
 _MIX = {'healthy': 4, 'ild': 3, 'covid': 3}
 
 _prior = Recipe(
@@ -592,6 +593,7 @@ _prior = Recipe(
         milestones=_OURS,
         precision=_OURS,
         seed=_OURS,
+        prep='Wang et al. 2020, III-A, V-A',
         loss='Wang et al. 2020, Eq. 7',
         loss_kwargs='Wang et al. 2020, Eq. 7',
         model='Wang et al. 2020, Table I',
@@ -616,7 +618,7 @@ _prior_tiny = _vary(
 
 _prior_single = _vary(
     replace(_prior, name='paper-single'),
-    'Wang et al. 2020, V-A: one branch, the three-way cross-entropy alone',
+    'Wang et al. 2020, Table I: one branch, the three-way cross-entropy alone',
     model='wa-66',
     loss='cross_entropy',
 )
