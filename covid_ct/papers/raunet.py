@@ -104,6 +104,6 @@ PAPER = Paper(
     figures=('dice', 'outlines'),
     scales=dict(
         small=Scale(_small, 20, (16, 64, 64)),
-        toy=Scale(_toy, 4, (12, 48, 48), folds=2, draws=20),
+        toy=Scale(_toy, 4, (16, 48, 48), folds=2, draws=20),
     ),
 )

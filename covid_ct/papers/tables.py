@@ -175,7 +175,8 @@ def _missing(paper, runs):
     "Folds that the protocol has and these runs do not, for each network"
     found = {(r.seat, r.protocol['part'], r.config.get('fold')) for r in runs}
     for seat, part in sorted({f[:2] for f in found}):
-        wanted = 1 if part == 'final' else paper.folds
+        named = [r.protocol.get('folds', paper.folds) for r in runs if r.seat == seat]
+        wanted = 1 if part == 'final' else max(named)
         lacking = wanted - sum(f[:2] == (seat, part) for f in found)
         if lacking > 0:
             yield f'{lacking} of {wanted} runs of {" ".join(seat).strip()} are missing'
