@@ -28,6 +28,7 @@ class Augment:
     zoom: tuple = (1.0, 1.0)  # in-plane magnification
     stretch: bool = False  # True: zoom of x and of y drawn apart
     among: tuple = ()  # instead of `quarter` and `zoom`: pairs (quarter turns, zoom) to choose one of, each as likely
+    every: bool = False  # all views of `among` in each epoch, in place of one that is drawn; for slices
     gain: tuple = (1.0, 1.0)  # factor on grey values
     offset: tuple = (0.0, 0.0)  # then added to grey values, in windows ([0,1])
     noise: tuple = (0.0, 0.0)  # standard deviation of Gaussian noise, in windows
@@ -74,7 +75,8 @@ AUGMENTS = {
         flip=1.0, rotate_deg=(-5, 5), shift_px=(-5, 5), zoom=(0.9, 1.1), stretch=True
     ),
     'dual': Augment(flip=0.0),
-    'raunet': Augment(flip=0.0, among=SIX_VIEWS),
+    'raunet': Augment(flip=0.0, among=SIX_VIEWS),  # ours: one of the six views, drawn anew
+    'raunet-six': Augment(flip=0.0, among=SIX_VIEWS, every=True),  # Chen et al. 2020, III-B
     'prior': Augment(flip=0.5, flip_zy=(0.5, 0.5), quarter=True),
     'flips': Augment(flip=0.5, flip_zy=(0.5, 0.5)),
 }

@@ -214,21 +214,30 @@ class SliceBatches:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self.data) // self.batch_size)
+        return -(-len(self.data) * self.copies // self.batch_size)
+
+    @property
+    def copies(self) -> int:  # views of each slice in an epoch
+        return len(self.augment.among) if self.augment.every else 1
 
     def __iter__(self):
         g = seeded_generator(self.seed, 'slices', self.epoch)
         order = (
-            torch.randperm(len(self.data), generator=g)
+            torch.randperm(len(self.data) * self.copies, generator=g)
             if self.shuffle
-            else torch.arange(len(self.data))
+            else torch.arange(len(self.data) * self.copies)
         )
         for rows in order.split(self.batch_size):
-            b = default_collate([self.data[int(i)] for i in rows])
-            image, mask = apply_view(
-                b['image'], draw_view(self.augment, len(rows), g), b['mask'][:, None]
-            )
+            b = default_collate([self.data[int(i) // self.copies] for i in rows])
+            image, mask = apply_view(b['image'], self._views(rows, g), b['mask'][:, None])
             yield b | dict(image=image, mask=mask[:, 0])
+
+    def _views(self, rows, g):
+        "A drawn view of each slice, or view number `row % copies`"
+        if self.copies == 1:
+            return draw_view(self.augment, len(rows), g)
+        turns, zoom = torch.tensor(self.augment.among)[rows % self.copies].T
+        return identity_view(len(rows), turns=turns, zoom=zoom)
 
 # %% ../../nbs/06_batches/03_slices.ipynb #358ebd4f
 def augmented_six(

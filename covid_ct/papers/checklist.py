@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 
 from ..models.zoo import ROWS
+from .records import all_papers
 from covid_ct.papers.runs import (
-    METRIC_READERS,
     RunPredictions,
     estimate,
     open_runs,
@@ -218,18 +218,33 @@ def _device_text(run):
     return hardware.get('gpu') or hardware.get('device', '')
 
 
+def _joined_rows(runs):
+    "Rows of the tables that are made of several runs, all of them there"
+    paper, seats = runs[0].paper, {r.seat for r in runs}
+    if paper is None:
+        return []
+    keys = {v.name: v.key for v in paper.variants}
+    rows = {r: [keys[n] for n in names] for (r, _), names in paper.rows.items()}
+    return [r for r, k in rows.items() if len(k) > 1 and set(k) <= seats]
+
+
 def _training(f):
     "Items 25 to 27: training, choice of the model, ensemble"
     best = f.of(lambda r: r.recipe['keep'])
     ensemble = 'none: every model is scored alone'
     if len(f.runs) > len({r.seat for r in f.runs}):
         ensemble += ', scores are averaged'
-    if {'us', 'ss'} <= {r.seat[1] for r in f.runs}:
-        ensemble = 'two networks weighed by infection ratio, for the row DS'
+    joined = _joined_rows(f.runs)
+    if joined:
+        ensemble = f'two networks weighed by infection ratio, for {", ".join(joined)}'
     how = f'{len(f.runs)} trainings; {f.each(*_TRAINING)}; on {f.of(_device_text)}'
     return {
         25: _filled(how),
-        26: _filled(f'the epoch of the best {best} on the validation patients'),
+        26: _filled(
+            'the last epoch; nothing was selected'
+            if best == 'last'
+            else f'the epoch of the best {best} on the validation patients'
+        ),
         27: _filled(ensemble),
     }
 
@@ -264,9 +279,9 @@ def _scores(f, n):
         t, files = run_predictions(r, 'test')
         if len(t):
             models.setdefault(r.seat, []).append(RunPredictions((), t, files))
-    if paper not in METRIC_READERS:
+    if paper not in all_papers():
         return {}
-    return {s: estimate(m, METRIC_READERS[paper], n) for s, m in models.items()}
+    return {s: estimate(m, all_papers()[paper].read, n) for s, m in models.items()}
 
 
 def _score_text(name, score):

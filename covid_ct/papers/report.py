@@ -21,19 +21,24 @@ from covid_ct.evaluate.metrics import (
     labels_and_probabilities,
     roc_band,
 )
+from ..models.dual_sampling import RATIO_GROUPS
 from .checklist import fill_checklist
+from .figures import loss_curves, mixing_table, pair_table, worst_cases
 from .published import PUBLISHED, published, tables_of
-from .runs import REFERENCE_ROWS, TableError, open_runs, select
+from .records import paper_of
+from .runs import TableError, open_runs, run_predictions, select
 from covid_ct.papers.tables import (
     cohort_of_runs,
     file_table,
     paper_table,
     printed_table,
+    small_scale,
     to_csv,
     to_latex,
     to_markdown,
 )
 from ..plot import Picture, set_alt_text
+from ..scan import CohortError
 from ..train.run_folder import write_text
 from ..train.tasks import dice_figure
 from ..widgets.html import HtmlReport
@@ -183,75 +188,130 @@ def _ratio_histogram(
     return set_alt_text(fig, f'Histogram of infection ratios by class: {", ".join(said)}.')
 
 # %% ../../nbs/papers/9_report.ipynb #7deab2c1
-_TABLE = dict(
-    darnet='IV', dual_sampling='II', raunet='II', prior_attention='II'
-)  # whose rows the figures show
-
-
 def _rows_with_runs(
-    paper: str,  # a key of `PUBLISHED`
+    paper: str,  # name of a record
     runs: list,  # of `find_runs`
     ratio=None,  # infection ratio by scan id
+    table: str = '',  # whose rows; '': the table that the record names for figures
+    answers: str = '',  # which answers; '': those that the table is made of
 ) -> dict:  # name → its models
     "Rows of a paper that there are runs for"
-    pub = published(paper, _TABLE[paper])
-    out = {}
-    for row, part in dict.fromkeys(
-        zip(pub.row, pub.part if paper == 'raunet' else [''] * len(pub), strict=False)
-    ):
-        models, _ = select(
-            runs,
-            paper,
-            row,
-            dict(raunet='valid', prior_attention='held-out').get(paper, 'test'),
-            part,
-            ratio,
-        )
+    record = paper_of(paper)
+    table = table or record.table
+    pub, out = published(paper, table), {}
+    parts = pub.part if any(record.settings) else [''] * len(pub)
+    for row, part in dict.fromkeys(zip(pub.row, parts, strict=True)):
+        which, setting, _ = record.answers(table, part)
+        models, _ = select(runs, paper, row, answers or which, setting, ratio)
         if models:
             out[f'{row}, {part}' if part else row] = models
     return out
 
 # %% ../../nbs/papers/9_report.ipynb #07f586d8
+_CONFUSION = (
+    'Answers of all models of a row together; count, and share of the true class as colour.'
+)
+_ROC = (
+    'covid against the rest, a panel for each model; legend: AUC. Band: 95 % over patients, last '
+    'row of the legend.'
+)
+
+
+def _confusion(paper, runs, cohort, rows, n):
+    if rows:
+        yield 'Confusion matrices', _confusion_panels(rows), _CONFUSION
+
+
+def _roc(paper, runs, cohort, rows, n):
+    if rows:
+        yield 'ROC curves', _roc_panels(rows), _ROC
+    pooled = _rows_with_runs(paper, runs, cohort.ratio, answers='pooled')
+    if 'ratios' in paper_of(paper).figures and pooled:
+        caption = 'The validation folds of each row as one (Ouyang et al. 2020, Fig. 4A).'
+        yield 'ROC curves of the validation folds', _roc_panels(pooled), caption
+
+
+def _ratios(paper, runs, cohort, rows, n):
+    if cohort.ratio is not None and 'label' in cohort.table:
+        figure = _ratio_histogram(cohort.table.dropna(subset=['infection_ratio']))
+        caption = 'Infected over lung volume; dashed: the bounds of the groups, 0.005 and 0.030.'
+        yield 'Infection ratios', figure, caption
+
+# %% ../../nbs/papers/9_report.ipynb #862d98dd
+def _dice(paper, runs, cohort, rows, n):
+    for k, ms in rows.items():
+        figure = dice_figure(pd.concat([m.table for m in ms], ignore_index=True))
+        yield f'Dice of every slice: {k}', figure, f'{len(ms)} folds; red: median.'
+
+
+def _final_confusion(paper, runs, cohort, rows, n):
+    shared = _rows_with_runs(paper, runs, cohort.ratio, 'Fig. 6')
+    if shared:
+        caption = 'Models of all folds on the test set. ' + _CONFUSION
+        yield 'Confusion matrices of the test set', _confusion_panels(shared), caption
+
+
+def _losses(paper, runs, cohort, rows, n):
+    caption = 'A line for each training; the type branch where a network has one.'
+    yield 'Training loss', loss_curves(runs), caption
+
+
+def _failures(paper, runs, cohort, rows, n):
+    caption = 'Scans that all rows call wrong or nearly so: mean probability of the truth.'
+    if rows:
+        yield 'Worst cases', worst_cases(rows), caption
+
+# %% ../../nbs/papers/9_report.ipynb #8813b768
+def _mixing(paper, runs, cohort, rows, n):
+    "Validation and test answers of both branches, fold by fold"
+    record, pairs = paper_of(paper), []
+    joined = next((v for v in record.rows.values() if len(v) > 1), ())
+    for name in joined:
+        key = next(v.key for v in record.variants if v.name == name)
+        mine = sorted((r for r in runs if r.seat == key), key=lambda r: r.config.get('fold', 0))
+        pairs.append([tuple(run_predictions(r, p)[0] for p in ('valid', 'test')) for r in mine])
+    same = len(pairs) == 2 and len(pairs[0]) == len(pairs[1]) > 0
+    if cohort.ratio is None or not same:
+        return
+    try:
+        table = mixing_table(*pairs, cohort.ratio)
+    except CohortError as e:
+        table = pd.DataFrame([dict(weights='not searched', why=e.fault)])
+    caption = 'Metrics on the test set, mean over the folds.'
+    yield 'Mixing weights of the ensemble (Eq. 5)', table, caption
+
+
+def _pairs(paper, runs, cohort, rows, n):
+    groups = ('', *RATIO_GROUPS) if cohort.ratio is not None else ('',)
+    table = pair_table(rows, paper_of(paper).read, cohort.ratio, groups, n)
+    if len(table):
+        yield 'Every pair of rows', table, 'p after Holm, within a group and a metric.'
+
+# %% ../../nbs/papers/9_report.ipynb #f1e3bf3f
+_DRAWN = {
+    'confusion': _confusion,
+    'roc': _roc,
+    'ratios': _ratios,
+    'dice': _dice,
+    'final confusion': _final_confusion,
+    'losses': _losses,
+    'failures': _failures,
+    'mixing': _mixing,
+    'pairs': _pairs,
+}  # name in a record → what yields `(heading, figure or table, caption)`
+
+
 def _figures(
-    paper: str,  # a key of `PUBLISHED`
+    paper: str,  # name of a record
     runs: list,  # of `find_runs`
     cohort,  # of `cohort_of_runs`
-) -> list:  # of `(heading, figure, caption)`
-    "Confusion matrices, ROC panels, histogram of ratios; for segmentation the Dice of every image"
-    rows, out = _rows_with_runs(paper, runs, cohort.ratio), []
-    if paper == 'raunet':
-        return [
-            (
-                f'Dice of every slice: {k}',
-                dice_figure(pd.concat([m.table for m in ms], ignore_index=True)),
-                f'{len(ms)} folds; red: median.',
-            )
-            for k, ms in rows.items()
-        ]
-    if rows:
-        out = [
-            (
-                'Confusion matrices',
-                _confusion_panels(rows),
-                'Answers of all models of a row together; count, and share of the true class as '
-                'colour.',
-            ),
-            (
-                'ROC curves',
-                _roc_panels(rows),
-                'covid against the rest, a panel for each model; legend: AUC. Band: 95 % over '
-                'patients, last row of the legend.',
-            ),
-        ]
-    if cohort.ratio is not None and 'label' in cohort.table:
-        out.append(
-            (
-                'Infection ratios',
-                _ratio_histogram(cohort.table.dropna(subset=['infection_ratio'])),
-                'Infected over lung volume; dashed: the bounds of the groups, 0.005 and 0.030.',
-            )
-        )
-    return out
+    n: int = 200,  # random swaps of the paired tests
+) -> list:  # of `(heading, figure or table, caption)`
+    "What a record names beside its tables, and infection ratios where they are known"
+    rows = _rows_with_runs(paper, runs, cohort.ratio)
+    names = [k for k in paper_of(paper).figures if k in _DRAWN]
+    names += [] if 'dice' in names or 'ratios' in names else ['ratios']
+    return [shown for k in names for shown in _DRAWN[k](paper, runs, cohort, rows, n)]
 
 # %% ../../nbs/papers/9_report.ipynb #5db926d3
 _FORMATS = ('html', 'md', 'tex', 'csv')
@@ -273,6 +333,11 @@ def _said(runs, tables):
             '**Results on phantoms.** They show that the machinery works; they reproduce nothing '
             "and have no difference from the paper's numbers."
         )
+    scales = sorted({r.protocol['scale'] for r in runs if r.protocol} - {'paper'})
+    if scales:
+        out.append(
+            f'**{scales[0].capitalize()} scale.** The steps and roles of the paper at another size.'
+        )
     other = sorted(
         {
             f"{r.recipe['system']}/{r.recipe['name']}: {', '.join(r.changed)}"
@@ -293,11 +358,14 @@ def _said(runs, tables):
 def _legend(paper, t):
     "What stands below a table"
     tested = t[['p_models', 'p_patients']].notna().any(axis=None)
+    small = small_scale(t)
+    notes = ''.join(f' {k[0].upper()}{k[1:]}.' for k in paper_of(paper).notes)
     return (
-        f'{t.source.iloc[0]}.'
+        (f'{small.upper()} SCALE, not the paper\'s. ' if small else '')
+        + f'{t.source.iloc[0]}.{notes}'
         + (' ± is over models, the interval over patients.' if t.models.notna().any() else '')
         + (
-            f' p: against {REFERENCE_ROWS[paper]}, paired t over models and permutation over '
+            f' p: against {paper_of(paper).reference}, paired t over models and permutation over '
             'patients, after Holm.'
             if tested
             else ''
@@ -341,7 +409,7 @@ def _words(page, table):
     page.html('<div class="words">').table(table).html('</div>')
 
 # %% ../../nbs/papers/9_report.ipynb #bd9a4b14
-def _html(paper, runs, tables, cohort, checklist):
+def _html(paper, runs, tables, cohort, checklist, more=(), n=200):
     "The page"
     every, files = pd.concat(tables.values()), file_table(list(tables.values()))
     page = HtmlReport(
@@ -361,8 +429,11 @@ def _html(paper, runs, tables, cohort, checklist):
         page.section(k if k.startswith('Fig') else f'Table {k}').html(
             '<div class="numbers">'
         ).table(printed_table(t), _legend(paper, t)).html('</div>')
-    for heading, fig, caption in _figures(paper, runs, cohort):
-        page.section(heading).figure(fig, fig.alt, caption)
+    for heading, shown, caption in [*_figures(paper, runs, cohort, n), *more]:
+        if isinstance(shown, pd.DataFrame):
+            _words(page.section(heading, caption), shown)
+        else:
+            page.section(heading).figure(shown, shown.alt, caption)
     _words(page.section('Runs'), _run_table(runs))
     _words(
         page.section(
@@ -423,6 +494,7 @@ def write_report(
     cohort=None,  # CSV with what the runs do not know, as infection_ratio, age, sex
     n: int = 1000,  # resampled cohorts, and random swaps
     seed: int = 0,  # seed of both
+    more: tuple = (),  # `(heading, figure or table, caption)` beside those of the record
 ) -> dict:  # name of a file → path
     """Tables, figures, files, checklist and cards of a paper's runs; raises `PublishedError`,
     `TableError` or `RunError` before anything is written"""
@@ -438,7 +510,7 @@ def write_report(
         'claim.md': _CLAIM + to_markdown(checklist),
     }
     if 'html' in formats:
-        done['report.html'] = _html(paper, runs, tables, people, checklist)
+        done['report.html'] = _html(paper, runs, tables, people, checklist, more, min(n, 200))
     if 'md' in formats:
         done['tables.md'] = _markdown(paper, runs, tables, legends)
     if 'tex' in formats:

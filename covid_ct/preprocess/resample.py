@@ -264,10 +264,17 @@ _USED_BY = {  # row of `PREPS` → recipe that uses it
     'prior_tiny': 'prior_attention/tiny',
 }
 
+# %% ../../nbs/05_preprocess/01_resample.ipynb #preps5ml
+PREPS |= {  # the papers' own steps at a size for two cores, for `reproduce --scale small`
+    'darnet_small': Prep(size=(16, 48, 48), grey=True),
+    'dual_small': Prep(size=(24, 44, 44), spacing=(14.4, 8.34, 8.34), keep='lungs'),
+    'prior_small': replace(PREPS['prior'], size=(32, 32, 32)),
+}
+
 # %% ../../nbs/05_preprocess/01_resample.ipynb #afc6942f
 def _rows_for(units) -> str:
     "Recipes and rows of `PREPS` that take a unit, in words"
-    found = [f'{_USED_BY[k]} (preprocessing {k})' for k, p in PREPS.items() if units in p.takes]
+    found = [f'{r} (preprocessing {k})' for k, r in _USED_BY.items() if units in PREPS[k].takes]
     return ', '.join(found)
 
 

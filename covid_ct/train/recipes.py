@@ -49,7 +49,7 @@ _SAMPLERS, _OPTIMIZERS = (
 )
 _PRECISIONS, _KEEPS, _SCHEDULES = (
     ('no', 'bf16', 'fp16'),
-    ('accuracy', 'auc', 'loss', 'dice'),
+    ('accuracy', 'auc', 'loss', 'dice', 'last'),
     ('step', 'cosine'),
 )
 _SYMBOLS = dict(
@@ -99,7 +99,7 @@ class Recipe:
     sampler: str = 'uniform'  # one of `_SAMPLERS`
     sampler_kwargs: dict = field(default_factory=dict)  # settings of the sampler
     precision: str = 'no'  # 'no' is float32; one of `_PRECISIONS`
-    keep: str = 'loss'  # value on the validation set by which the best epoch is kept
+    keep: str = 'loss'  # validation score by which the best epoch is kept; 'last': no choice
     seed: int = 0  # seed of weights, order and views; the split has its own
     slice_size: int = 369  # pixels of a side, for a network that sees slices
     faults: tuple = ()  # known faults of the original that this row names and does not repeat
@@ -221,7 +221,7 @@ def _check_recipe(
 # %% ../../nbs/08_train/03_recipes.ipynb #cbedbc03
 def _contradictions(r):
     "Values that are fine alone and wrong together"
-    if r.task in TASKS and r.keep not in ('loss', *TASKS[r.task].shown):
+    if r.task in TASKS and r.keep not in ('loss', 'last', *TASKS[r.task].shown):
         yield (
             f'keep={r.keep!r} in a task that is judged by {", ".join(TASKS[r.task].shown)}',
             f'Use loss or {TASKS[r.task].shown[0]}.',
@@ -456,7 +456,7 @@ _tiny = _vary(
     model_kwargs=dict(classes=3, depth=32, width=8, blocks=(1, 1, 1, 1), strides=(1, 2, 2, 1)),
 )
 
-_DUAL = 'Ouyang et al. 2020, IV-B'
+_DUAL = 'Ouyang et al. 2020, IV-C'
 
 _dual = Recipe(
     'dual_sampling',
@@ -477,6 +477,7 @@ _dual = Recipe(
     sources={k: _DUAL for k in sourced_fields()}
     | dict(
         task='Ouyang et al. 2020, I',
+        prep='Ouyang et al. 2020, IV-B',
         sampler='Ouyang et al. 2020, III-C',
         model='Ouyang et al. 2020, III-A',
         model_kwargs='Ouyang et al. 2020, III-A',
@@ -505,8 +506,16 @@ _dual_tiny = _vary(
     precision='no',
 )
 
+_dual_plain = _vary(
+    replace(_dual, name='paper-plain'),
+    'Ouyang et al. 2020, Table II: RN34 + US',
+    model='rn34',
+    loss='cross_entropy',
+    loss_kwargs={},
+)
+
 RECIPES |= {
-    (r.system, r.name): r for r in (_tiny, _paper, _release, _fixed, _dual, _dual_size, _dual_tiny)
+    (r.system, r.name): r for r in (_tiny, _paper, _release, _fixed, _dual, _dual_size, _dual_plain, _dual_tiny)
 }
 
 # %% ../../nbs/08_train/03_recipes.ipynb #8800ef37
@@ -521,8 +530,8 @@ _raunet = Recipe(
     batch_size=4,
     epochs=100,
     loss='segmentation',
-    augment='raunet',
-    keep='dice',
+    augment='raunet-six',
+    keep='last',
     sources={k: _OURS for k in sourced_fields()}
     | dict(
         classes=_CHEN,
@@ -532,15 +541,21 @@ _raunet = Recipe(
         optimizer=_CHEN,
         lr=f'{_CHEN}: the default of Adam',
         epochs=_CHEN,
-        augment=_CHEN,
+        augment=f'{_CHEN}-B: six images in place of one',
+        keep=f'{_CHEN}-C: the last epoch; the paper selects nothing',
         loss='cross-entropy: Chen et al. 2020, II-C; softmax ours',
         slice_size='Chen et al. 2020, III-B',
     ),
 )
 
+_raunet_plain = _vary(replace(_raunet, name='paper-plain'), f'{_CHEN}-D', augment='none')
+_raunet_view = _vary(
+    replace(_raunet, name='one-view'), 'ours: one of the six views, drawn anew', augment='raunet'
+)
 _raunet_tiny = _vary(
-    replace(_raunet, name='tiny'),
+    replace(_raunet_view, name='tiny'),
     _TINY,
+    keep='dice',
     model_kwargs=dict(widths=(8, 16, 32), cardinality=4, chunk=32, heads=1, rounds=1),
     batch_size=8,
     lr=3e-3,
@@ -549,10 +564,10 @@ _raunet_tiny = _vary(
     slice_size=64,
 )
 
-RECIPES |= {(r.system, r.name): r for r in (_raunet, _raunet_tiny)}
+RECIPES |= {(r.system, r.name): r for r in (_raunet, _raunet_plain, _raunet_view, _raunet_tiny)}
 
 # %% ../../nbs/08_train/03_recipes.ipynb #63e140ca
-_WANG = 'Wang et al. 2020, III'
+_WANG = 'Wang et al. 2020, V-B'
 _MIX = {'healthy': 4, 'ild': 3, 'covid': 3}
 
 _prior = Recipe(
@@ -578,6 +593,7 @@ _prior = Recipe(
         milestones=_OURS,
         precision=_OURS,
         seed=_OURS,
+        prep='Wang et al. 2020, III-A, V-A',
         loss='Wang et al. 2020, Eq. 7',
         loss_kwargs='Wang et al. 2020, Eq. 7',
         model='Wang et al. 2020, Table I',
@@ -600,7 +616,14 @@ _prior_tiny = _vary(
     sampler_kwargs=dict(composition=_MIX, batches=30),
 )
 
-RECIPES |= {(r.system, r.name): r for r in (_prior, _prior_tiny)}
+_prior_single = _vary(
+    replace(_prior, name='paper-single'),
+    'Wang et al. 2020, Table I: one branch, the three-way cross-entropy alone',
+    model='wa-66',
+    loss='cross_entropy',
+)
+
+RECIPES |= {(r.system, r.name): r for r in (_prior, _prior_single, _prior_tiny)}
 
 # %% ../../nbs/08_train/03_recipes.ipynb #1e530002
 _FOLDS = 'ours: chosen on folds of the MedSeg slices 1 to 60'

@@ -192,9 +192,11 @@ def _read_table(path, **kwargs):
 
 def best_epoch(
     history: pd.DataFrame,  # one row per epoch
-    keep: str = 'loss',  # 'loss', 'accuracy' or 'auc'
+    keep: str = 'loss',  # 'loss', 'accuracy', 'auc', 'dice', or 'last'
 ) -> int:  # row of the best, the first of equals
     "Epoch whose weights are kept"
+    if keep == 'last':
+        return len(history) - 1
     v = history[f'valid_{keep}'].to_numpy(float) * (1 if keep == 'loss' else -1)
     return int(np.argmin(np.where(np.isnan(v), np.inf, v)))
 
@@ -621,8 +623,7 @@ def _card_facts(run):
         f'- Recipe `{c["recipe_hash"]}`, split `{split}`, seed {c["seed"]}.',
         f'- Network: {network["kind"]}, {network["parameters"]:,} parameters; '
         f'classes {", ".join(r.classes)}.',
-        f'- {len(run.history)} of {r.epochs} epochs; kept: the best {r.keep} '
-        f'on the validation set, epoch {run.best.get("epoch", "none")}.',
+        f'- {len(run.history)} of {r.epochs} epochs; kept: {_kept_text(run)}.',
         *(f'- **{w}**' for w in c['warnings']),
         *(f'- Known fault of the original, not repeated here: {f}.' for f in r.faults),
     ]
@@ -651,6 +652,14 @@ def positive_class(
 ) -> str:  # 'covid' where it is a class, else the last class
     "Class that is read against the rest"
     return 'covid' if 'covid' in recipe.classes else recipe.classes[-1]
+
+
+def _kept_text(run):
+    "Which epoch is kept, in words"
+    epoch = run.best.get('epoch', 'none')
+    if run.recipe.keep == 'last':
+        return f'the last, epoch {epoch}; nothing was selected'
+    return f'the best {run.recipe.keep} on the validation set, epoch {epoch}'
 
 # %% ../../nbs/08_train/04_run_folder.ipynb #eba48ccc
 def history_figure(

@@ -16,6 +16,7 @@ from covid_ct.evaluate.statistics import holm
 from covid_ct.models.dual_sampling import RATIO_GROUPS, ratio_group
 from covid_ct.models.zoo import ROWS, build
 from covid_ct.papers.checklist import _FILLED, _ITEMS, _PARTLY, AUTHOR, fill_checklist
+from covid_ct.papers.records import paper_of
 from covid_ct.papers.published import PUBLISHED, PublishedError, published, tables_of
 from covid_ct.papers.report import (
     _FORMATS,
@@ -25,7 +26,6 @@ from covid_ct.papers.report import (
     write_report,
 )
 from covid_ct.papers.runs import (
-    METRIC_READERS,
     RunPredictions,
     TableError,
     estimate,
@@ -111,6 +111,7 @@ def make_run(
     table=None,
     status="finished",
     row_of="paper",
+    protocol=True,
     **kw,
 ):
     "A run folder without a training"
@@ -130,6 +131,10 @@ def make_run(
         versions=dict(covid_ct="0", torch="2"),
         hardware=dict(device="cpu", gpu=""),
     )
+    if protocol is True:
+        protocol = dict(scale="paper", departures=[], part="test")
+    if protocol:
+        config["protocol"] = protocol
     if table is None and system == "raunet":
         table = counts(seed=fold, prefix=f"{fold}")
     if table is None:
@@ -368,7 +373,7 @@ def test_prior_against_sklearn(tmp_path):
     p = pd.read_csv(tmp_path / "r" / "predictions.csv").query("part=='test'")
     classes = ["healthy", "ild", "covid"]
     y, got = p.label.map(classes.index), p[[f"prob_{c}" for c in classes]].to_numpy().argmax(1)
-    m = {k: float(v[0]) for k, v in METRIC_READERS["prior_attention"](p).items()}
+    m = {k: float(v[0]) for k, v in paper_of("prior_attention").read(p).items()}
     for i, name in enumerate(("Non-Pneu", "ILD", "COVID-19")):
         want = dict(
             precision=precision_score(y == i, got == i),
@@ -578,7 +583,7 @@ def test_interval_is_over_patients():
         lambda *ts: (lambda i: i.high - i.low)(
             estimate(
                 [RunPredictions((0, k, ""), u, {}) for k, u in enumerate(ts)],
-                METRIC_READERS["dual_sampling"],
+                paper_of("dual_sampling").read,
                 400,
             )[key][2]
         ),
@@ -610,7 +615,7 @@ def test_swap_by_patients_is_exact():
     assert paired(
         [RunPredictions((0, 0, ""), a, {})],
         [RunPredictions((0, 0, ""), b, {})],
-        METRIC_READERS["dual_sampling"],
+        paper_of("dual_sampling").read,
         4000,
     )[key][1] == pytest.approx(0.5, abs=0.03)  # |d| = 1/2 in two of four swaps, 0 in two
     rng = np.random.default_rng(0)
@@ -628,14 +633,14 @@ def test_swap_by_patients_is_exact():
     )
     from scipy.stats import ttest_1samp
 
-    assert paired(*ms, METRIC_READERS["dual_sampling"], 50)["", "AUC"][0] == pytest.approx(
+    assert paired(*ms, paper_of("dual_sampling").read, 50)["", "AUC"][0] == pytest.approx(
         ttest_1samp(d, 0).pvalue
     )
     assert (
         paired(
             ms[0],
             [m._replace(key=(1, *m.key[1:])) for m in ms[1]],
-            METRIC_READERS["dual_sampling"],
+            paper_of("dual_sampling").read,
             9,
         )
         == {}
@@ -651,7 +656,7 @@ def test_swap_keeps_its_level():
             paired(
                 [RunPredictions((0, 0, ""), a, {})],
                 [RunPredictions((0, 0, ""), b, {})],
-                METRIC_READERS["dual_sampling"],
+                paper_of("dual_sampling").read,
                 99,
                 seed=s,
             )["", "AUC"][1]
@@ -676,7 +681,7 @@ def test_holm_over_rows(dual):
         paired(
             select(find_runs(runs), "dual_sampling", row, ratio=ratio)[0],
             ref,
-            METRIC_READERS["dual_sampling"],
+            paper_of("dual_sampling").read,
             99,
         )["", "AUC"][1]
         for row in part.index[1:]

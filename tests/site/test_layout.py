@@ -48,7 +48,8 @@ ORDER = {  # within a subpackage, only from what comes before
     "audit": "voxels one_scan findings shortcuts audit",
     "preprocess": "resample lungs cache",
     "batches": "augment samplers slices loaders",
-    "papers": "published runs tables checklist report",
+    "papers": "published records darnet dual_sampling raunet prior_attention "
+    "runs tables figures checklist report plan reproduce",
 }
 
 
