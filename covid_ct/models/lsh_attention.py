@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['unit_vectors', 'exact_attention', 'draw_rotations', 'hash_tokens', 'bucket_factors', 'sort_tokens', 'attention_reach',
-           'attend_round', 'lsh_attention', 'LSHAttention']
+           'lsh_attention', 'LSHAttention']
 
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #88d0232a
 import math
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..scan import DataError, GeometryError
 
@@ -90,15 +88,14 @@ def sort_tokens(
     count: int = 0,  # buckets there are; 0: looked up in their numbers
 ) -> tuple:  # `order` (token at each place), `codes` (bucket and chunk), both `(n_r,…,T)`
     "Sort by bucket, then position, and cut into chunks (@eq-chunks)"
-    T = buckets.shape[-1]
-    at = torch.arange(T, device=buckets.device)
-    order = (buckets * T + at).argsort(dim=-1)  # no two alike: every sort gives this order
-    place = torch.zeros_like(order).scatter(-1, order, at.expand_as(order))
+    T, count = buckets.shape[-1], count or _highest(buckets) + 1
     gap = -(-T // chunk) + 1
-    codes = buckets * gap + place // chunk
-    return order, codes.int() if (
-        count or _highest(buckets) + 1
-    ) * gap < 2**31 else codes  # half the bytes to compare
+    if count * max(T, gap) < 2**31:
+        buckets = buckets.int()  # half the bytes to sort and to compare
+    at = torch.arange(T, dtype=buckets.dtype, device=buckets.device)
+    order = (buckets * T + at).argsort(dim=-1)  # no two alike: every sort gives this order
+    place = torch.zeros_like(buckets).scatter(-1, order, at.expand_as(order))
+    return order, buckets * gap + place // chunk
 
 
 def attention_reach(
@@ -107,48 +104,6 @@ def attention_reach(
 ) -> torch.Tensor:  # bool
     "Same bucket, and the same chunk or the one before"
     return (query - key) >> 1 == 0
-
-# %% ../../nbs/07_models/05_lsh_attention.ipynb #96eedf90
-def attend_round(
-    qk: torch.Tensor,  # `(N,T,d)`, T a multiple of `chunk`
-    v: torch.Tensor,  # `(N,T,e)`
-    order: torch.Tensor,  # of this round, `(N,T)`
-    codes: torch.Tensor,  # of all rounds, `(N,T,n_r)`
-    g: int,  # this round
-    chunk: int,  # `m`
-    causal: bool = False,  # only keys that do not stand behind the query
-) -> torch.Tensor:  # `(N,T,e+1)`: the mean over the keys reached, and the log of its normaliser
-    "Attention within chunks and one look back (Chen et al. 2020, the last equations of II-C)"
-    n, T, d = qk.shape
-    c = T // chunk
-
-    def cut(x):
-        return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])).view(n, c, chunk, -1)
-
-    back = (
-        (lambda x: torch.cat([x.roll(1, 1), x], 2)) if c > 1 else (lambda x: x)
-    )  # the first chunk looks back on the last; no code there can fit
-    q, code, here = cut(qk), cut(codes), order.view(n, c, chunk, 1)
-
-    def met(r):
-        return attention_reach(code[..., None, r], back(code)[:, :, None, :, r])
-
-    s, ok, there = (
-        q @ back(unit_vectors(q)).transpose(-1, -2) / math.sqrt(d),
-        met(g),
-        back(here).transpose(-1, -2),
-    )
-    count = sum((met(r) for r in range(codes.shape[-1]) if r != g), start=ok.to(torch.uint8))
-    if codes.shape[-1] > 1:
-        s = s - count.clamp_min(1).to(s.dtype).log()
-    s = s.masked_fill(~(ok & (here >= there) if causal else ok), -math.inf).masked_fill(
-        here == there, _SELF
-    )
-    top = s.detach().amax(-1, keepdim=True)
-    w = (s - top).exp()
-    total = w.sum(-1, keepdim=True)
-    out = torch.cat([w @ back(cut(v)) / total, total.log() + top], -1).view(n, T, -1)
-    return torch.zeros_like(out).scatter(1, order[..., None].expand_as(out), out)
 
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #7e27be38
 def _check_tokens(
@@ -183,7 +138,130 @@ def _check_tokens(
             'lsh_attention', f'chunk={chunk}', 'Give the number of tokens in a chunk, at least 1.'
         )
 
+# %% ../../nbs/07_models/05_lsh_attention.ipynb #b34ff217
+def _kernel(q, v):
+    "PyTorch's blockwise attention, where it can be used; it returns the normaliser, too"
+    if q.device.type == 'cpu' and q.shape[-1] == v.shape[-1]:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _attend_chunks(q, k, v, bias):
+    "Mean `(c,m,e)` and log of the normaliser `(c,m)`; `q` `(c,m,d)`, `k` and `v` `(c,2m,·)`"
+    if kernel := _kernel(q, v):
+        one = [x[:, None] for x in (q, k, v)]
+        return [x[:, 0] for x in kernel(*one, 0.0, False, attn_mask=bias[:, None])]
+    s = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
+    z = s.logsumexp(-1)
+    return torch.bmm((s - z[..., None]).exp(), v), z
+
+
+def _attend_chunks_backward(grad, q, k, v, out, z, bias):
+    "Gradients of `q`, `k` and `v` (@eq-gradient), from the joint output and normaliser"
+    if _kernel(q, v):
+        back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        one = [x[:, None] for x in (grad, q, k, v, out, z)]
+        return [x[:, 0] for x in back(*one, 0.0, False, attn_mask=bias[:, None])]
+    scale = q.shape[-1] ** -0.5
+    w = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scale).sub(z[..., None]).exp()
+    delta = (grad * out).sum(-1, keepdim=True)
+    ds = scale * w * (torch.bmm(grad, v.transpose(1, 2)) - delta)
+    return torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q), torch.bmm(w.transpose(1, 2), grad)
+
+# %% ../../nbs/07_models/05_lsh_attention.ipynb #4c31b63d
+_NEVER = -1e9  # bias of a pair that is not compared: its weight is 0
+
+
+def _pairs(row, chunk):
+    "Queries `(c,m,1)` and keys `(c,1,2m)` of a row with one chunk in front, as views"
+    return row[chunk:].view(-1, chunk, 1), row.unfold(0, 2 * chunk, chunk)[:, None]
+
+
+def _pair_bias(codes, g, rows, gap, chunk, causal, like):
+    "What is added to the scores of round `g`, `(c,m,2m)`; `codes` of the rounds up to it"
+    query, key = _pairs(codes[g] // gap, chunk)
+    seen = query == key  # in this order, the same bucket is enough
+    for earlier in codes[:g]:
+        seen &= ~attention_reach(*_pairs(earlier, chunk))
+    if causal:
+        query, key = _pairs(rows, chunk)
+        seen &= query >= key
+    bias = torch.where(seen, like.new_zeros(()), like.new_full((), _NEVER))
+    bias[..., chunk:].diagonal(dim1=1, dim2=2).fill_(_SELF * (1 + (g > 0)))
+    return bias
+
+
+def _slabs(rows, codes, gap, chunk, causal, budget, like):
+    "Parts of the sorted rows with few scores: round, first and last place, rows, bias"
+    L, compiling = rows.shape[1], torch.compiler.is_compiling()
+    step = L if compiling else max(1, budget // (2 * chunk * chunk)) * chunk
+    for g, row in enumerate(rows):
+        longer = torch.cat([row[-chunk:], row])
+        for i in [0] if compiling else range(0, L, step):
+            here = longer if compiling else longer[i : min(i + step, L) + chunk]
+            near = codes[: g + 1, here]
+            if i == 0:
+                near[:, :chunk] = -3 * gap
+            yield g, i, here, _pair_bias(near, g, here, gap, chunk, causal, like)
+
+# %% ../../nbs/07_models/05_lsh_attention.ipynb #0a2d9aac
+def _cut(table, here, chunk, d):
+    "Queries, keys and values of a part of the row: one gather, then views"
+    x = table.index_select(0, here)
+    q = x[chunk:, :d].view(-1, chunk, d)
+    k, v = (w.unfold(0, 2 * chunk, chunk).transpose(1, 2) for w in (x[:, d : 2 * d], x[:, 2 * d :]))
+    return q, k, v
+
+
+class _Rounds(torch.autograd.Function):
+    "Attention over the union of all rounds, without keeping a score"
+
+    @staticmethod
+    def forward(ctx, q, k, v, rows, codes, gap, chunk, causal, budget):
+        table, d = torch.cat([q, k, v], -1), q.shape[-1]
+        out, z = v.new_empty(len(rows), *v.shape), v.new_empty(rows.shape)
+        for g, _, here, bias in _slabs(rows, codes, gap, chunk, causal, budget, q):
+            a, total = _attend_chunks(*_cut(table, here, chunk, d), bias)
+            out[g].index_copy_(0, here[chunk:], a.reshape(-1, v.shape[-1]))
+            z[g].index_copy_(0, here[chunk:], total.reshape(-1))
+        joint = z.logsumexp(0)
+        out = ((z - joint).exp()[..., None] * out).sum(0)
+        ctx.save_for_backward(q, k, v, rows, codes, out, joint)
+        ctx.how = gap, chunk, causal, budget
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, rows, codes, out, joint = ctx.saved_tensors
+        m, d, e = ctx.how[1], q.shape[-1], v.shape[-1]
+        table, both = torch.cat([q, k, v], -1), torch.cat([grad, out], -1)
+        total = torch.zeros_like(table)
+        part = torch.zeros(len(rows), len(q) + m, 2 * d + e, dtype=q.dtype, device=q.device)
+        for g, i, here, bias in _slabs(rows, codes, *ctx.how, q):
+            own = here[m:]
+            up, mean = both.index_select(0, own).view(-1, m, 2 * e).split(e, -1)
+            qkv, z = _cut(table, here, m, d), joint.index_select(0, own).view(-1, m)
+            dq, *dkv = _attend_chunks_backward(up, *qkv, mean, z, bias)
+            to = part[g, i : i + len(here)]
+            to[m:, :d] = dq.reshape(-1, d)
+            dkv = torch.cat(dkv, -1)
+            to[m:, d:] += dkv[:, m:].reshape(-1, d + e)
+            to[:-m, d:] += dkv[:, :m].reshape(-1, d + e)
+        for row, x in zip(rows, part, strict=True):
+            total += torch.empty_like(table).index_copy_(0, row, x[m:])
+        return *total.split([d, d, e], -1), *(None,) * 6
+
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #f78343ae
+def _one_row(order, codes, count, chunk):
+    "Rows and codes of all heads behind one another, `(n_r,N·T)`, and how many codes a bucket has"
+    _, n, T = order.shape
+    gap = -(-T // chunk) + 1
+    head = torch.arange(n, device=order.device)[:, None]
+    if n * count * gap >= 2**31:
+        codes = codes.long()
+    codes = codes + (count * gap * head).to(codes.dtype)
+    return (order + T * head).flatten(1), codes.flatten(1), gap
+
+
 def lsh_attention(
     qk: torch.Tensor,  # shared queries and keys, `(…,T,d)`
     v: torch.Tensor,  # values, `(…,T,e)`
@@ -196,46 +274,25 @@ def lsh_attention(
 ) -> torch.Tensor:  # `(…,T,e)`
     "Attention over the union of what the rounds reach (Chen et al. 2020, Eq. 3)"
     _check_tokens(qk, v, buckets, chunk, mask)
-    lead, T, e, spare = qk.shape[:-2], qk.shape[-2], v.shape[-1], count or _highest(buckets) + 1
+    T, e, spare = qk.shape[-2], v.shape[-1], count or _highest(buckets) + 1
+    more = -T % chunk
     if mask is not None:
         buckets = buckets.masked_fill(~mask, spare)
+    buckets = F.pad(buckets, (0, more), value=spare)
+    buckets = buckets.reshape(len(buckets), -1, T + more)
 
     def flat(x):
-        return F.pad(
-            x.float() if x.dtype in (torch.half, torch.bfloat16) else x, (0, 0, 0, -T % chunk)
-        ).reshape(-1, T + -T % chunk, x.shape[-1])
+        x = x.float() if x.dtype in (torch.half, torch.bfloat16) else x
+        return F.pad(x, (0, 0, 0, more)).reshape(-1, x.shape[-1])
 
-    with torch.autocast(
-        'cpu' if qk.is_meta else qk.device.type, enabled=False
-    ):  # scores of −100,000 and their logarithms need float32
-        order, codes = sort_tokens(
-            F.pad(buckets, (0, -T % chunk), value=spare).reshape(len(buckets), -1, T + -T % chunk),
-            chunk,
-            spare + 1,
-        )
-        out = _in_turn(flat(qk), flat(v), order, codes.movedim(0, -1), chunk, causal, budget)
-    out = out[:, :T].reshape(*lead, T, e).to(v.dtype)
+    device = 'cpu' if qk.is_meta else qk.device.type
+    with torch.autocast(device, enabled=False):  # scores of −100,000 need float32
+        row, codes = sort_tokens(buckets, chunk, spare + 1)
+        rows, codes, gap = _one_row(row, codes, spare + 1, chunk)
+        q = flat(qk)
+        out = _Rounds.apply(q, unit_vectors(q), flat(v), rows, codes, gap, chunk, causal, budget)
+    out = out.view(-1, T + more, e)[:, :T].reshape(v.shape).to(v.dtype)
     return out if mask is None else out.masked_fill(~mask[..., None], 0)
-
-
-def _in_turn(qk, v, order, codes, chunk, causal, budget):
-    "Rounds and slabs of heads one after the other, so that few scores exist at a time"
-    out, step = [], max(1, budget // (qk.shape[1] * 2 * chunk))
-    lean = (
-        partial(checkpoint, attend_round, use_reentrant=False)
-        if torch.is_grad_enabled()
-        else attend_round
-    )
-    for s in (
-        [slice(None)]
-        if torch.compiler.is_compiling()
-        else [slice(i, i + step) for i in range(0, len(qk), step)]
-    ):  # a program for any B has no slabs
-        r = torch.stack(
-            [lean(qk[s], v[s], order[g, s], codes[s], g, chunk, causal) for g in range(len(order))]
-        )
-        out.append((r[..., -1:].softmax(0) * r[..., :-1]).sum(0))
-    return torch.cat(out)
 
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #ea7668da
 class LSHAttention(nn.Module):
