@@ -8,6 +8,7 @@ python docs/nbs.py check            exit 1 and name the notebooks that `clean` w
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -32,14 +33,23 @@ def kept(output):
     return True
 
 
-def cleaned(text):
+JUDGED = re.compile(r"^(check|scores)\(", re.M)
+
+
+def is_answer(path, source):
+    "Whether a cell belongs to the student: its output is not stored with the page"
+    return path.parent.name == "lessons" and bool(JUDGED.search(source))
+
+
+def cleaned(text, path=Path("x")):
     "The notebook as it is committed"
     nb = json.loads(text)
     clean_nb(nb, allowed_metadata_keys=["language_info"])
     nb["metadata"] = {"kernelspec": KERNEL}
     for c in nb["cells"]:
         if c["cell_type"] == "code":
-            c["outputs"] = [o for o in c["outputs"] if kept(o)]
+            answer = is_answer(path, "".join(c["source"]))
+            c["outputs"] = [] if answer else [o for o in c["outputs"] if kept(o)]
         for o in c.get("outputs", []):
             o.pop("metadata", None) if o["output_type"] == "stream" else o.update(metadata={})
     return json.dumps(nb, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
@@ -59,7 +69,7 @@ def run(path):
         record_timing=False,
         resources={"metadata": {"path": str(path.parent)}},
     ).execute()
-    path.write_text(cleaned(nbformat.writes(nb)), encoding="utf-8")
+    path.write_text(cleaned(nbformat.writes(nb), path), encoding="utf-8")
     return path, time.time() - t
 
 
@@ -79,10 +89,10 @@ def main():
             for p, t in ex.map(run, paths):
                 print(f"{t:6.1f} s  {p.relative_to(ROOT)}", flush=True)
         return 0
-    dirty = [p for p in paths if p.read_text("utf-8") != cleaned(p.read_text("utf-8"))]
+    dirty = [p for p in paths if p.read_text("utf-8") != cleaned(p.read_text("utf-8"), p)]
     for p in dirty:
         if a.what == "clean":
-            p.write_text(cleaned(p.read_text("utf-8")), encoding="utf-8")
+            p.write_text(cleaned(p.read_text("utf-8"), p), encoding="utf-8")
         print("not clean:" if a.what == "check" else "cleaned", p.relative_to(ROOT))
     return int(a.what == "check" and bool(dirty))
 

@@ -100,8 +100,10 @@ def test_few_modules_at_the_top():
         "_modidx",
         "scan",
         "plot",
+        "pipeline",
         "demo",
         "course",
+        "exercises",
         "cli",
     }
 
@@ -139,7 +141,7 @@ def test_imports_go_one_way(path):
 
 @pytest.mark.parametrize(
     "path",
-    [*FILES, *(LIB / f"{n}.py" for n in ("scan", "plot", "demo", "course", "cli"))],
+    [*FILES, *(LIB / f"{n}.py" for n in ("scan", "plot", "pipeline", "demo", "course", "exercises", "cli"))],
     ids=lambda p: f"{p.parent.name}.{p.stem}",
 )
 def test_no_private_name_crosses_a_module(path):
