@@ -29,10 +29,10 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "train.study": ["cross_validate"],
         "train.loop": ["load_run"],
         "inference.predict": ["inspect", "predict"],
-        "inference.segment": ["segment"],
+        "inference.segment": ["segment", "burden"],
+        "inference.segmentation_files": ["write_segmentation"],
         "inference.cases": ["reading_room"],
         "evaluate.metrics": ["metrics"],
-        "evaluate.burden": ["burden"],
         "widgets.overlay": ["view"],
     },
 )

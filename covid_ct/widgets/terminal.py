@@ -57,12 +57,13 @@ _ENDINGS = dict(
     page=('.html', '.htm'),
     model=('.onnx',),  # files that are replaced unasked
     mask=('.nii.gz', '.nii', '.mha', '.nrrd'),
-)  # files that a mask is written to
+    segments=('.nii.gz', '.nii', '.mha', '.nrrd', '.dcm'),
+)  # files that a mask or a segmentation is written to
 
 
 def writes(
     parser: argparse.ArgumentParser,  # of one command
-    **kinds,  # option → 'page', 'model', 'file', 'mask' or 'folder'
+    **kinds,  # option → 'page', 'model', 'file', 'mask', 'segments' or 'folder'
 ) -> None:
     "Note what a command writes"
     parser.set_defaults(outputs=kinds)
@@ -86,18 +87,18 @@ def check_outputs(
             raise WriteError(
                 out, 'is what would be read, it is not overwritten', 'Choose another name.'
             )
-        if kind == 'mask':
-            _check_mask(out, args.overwrite)
+        if kind in ('mask', 'segments'):
+            _check_mask(out, args.overwrite, kind)
         if kind in ('page', 'model') and out.is_file() and out.suffix.lower() not in _ENDINGS[kind]:
             raise WriteError(out, f'exists, and is no {kind}', 'Choose another name.')
         check_writable(out, folder=kind == 'folder', parents=kind not in ('page', 'model'))
 
 
-def _check_mask(out, overwrite):
+def _check_mask(out, overwrite, kind='mask'):
     "Raise `WriteError` for the name of a mask that has no known ending or is taken"
-    if not out.name.lower().endswith(_ENDINGS['mask']):
+    if not out.name.lower().endswith(_ENDINGS[kind]):
         raise WriteError(
-            out, 'has no ending that is written here', f'Use {", ".join(_ENDINGS["mask"])}.'
+            out, 'has no ending that is written here', f'Use {", ".join(_ENDINGS[kind])}.'
         )
     if out.is_file() and not overwrite:
         raise WriteError(out, 'exists already', 'Choose another name, or pass overwrite=True.')
