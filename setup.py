@@ -53,7 +53,7 @@ setup(
     url=cfg["git_url"],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[lib, f"{lib}.*"]),
-    package_data={lib: ["py.typed", "static/*"]},
+    package_data={lib: ["py.typed", "static/*", "weights/*"]},
     cmdclass={"build_py": WithLessons},
     install_requires=needs[""],
     extras_require={

@@ -602,6 +602,39 @@ _prior_tiny = _vary(
 
 RECIPES |= {(r.system, r.name): r for r in (_prior, _prior_tiny)}
 
+# %% ../../nbs/08_train/03_recipes.ipynb #1e530002
+_FOLDS = 'ours: chosen on folds of the MedSeg slices 1 to 60'
+
+_lesions = Recipe(
+    'lesions',
+    'real',
+    SLICE_CLASSES,
+    task='segment',
+    model_kwargs=dict(widths=[16, 32, 64, 128, 192]),
+    optimizer='adamw',
+    lr=3e-3,
+    weight_decay=1e-2,
+    epochs=30,
+    schedule='cosine',
+    warmup=100,
+    clip=1.0,
+    ema=0.99,
+    loss='segmentation',
+    loss_kwargs=dict(dice=0.5, lesion=0.5),
+    precision='bf16',
+    slice_size=192,
+    sources={k: _FOLDS for k in sourced_fields()}
+    | dict(
+        classes='MedSeg 100',
+        model='none: LesionNet of inference.lesions',
+        augment='none: random_views of inference.lesion_training',
+        epochs='ours: four passes over the slices each',
+        keep='ours: not used, the last weights are taken',
+    ),
+)
+
+RECIPES |= {('lesions', 'real'): _lesions}
+
 # %% ../../nbs/08_train/03_recipes.ipynb #e446bb7b
 def recipe(
     system: str = 'darnet',  # whose
