@@ -15,7 +15,8 @@ parser.read(here / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 lib = cfg["lib_path"]
 needs = {
-    k: shlex.split(cfg[k + "requirements"]) for k in ("", "docs_", "dev_", "cluster_", "export_")
+    k: shlex.split(cfg[k + "requirements"])
+    for k in ("", "docs_", "dev_", "cluster_", "export_", "seg_")
 }
 
 
@@ -59,7 +60,12 @@ setup(
         "docs": needs["docs_"],
         "cluster": needs["cluster_"],
         "export": needs["export_"],
-        "dev": needs["docs_"] + needs["dev_"] + needs["cluster_"] + needs["export_"],
+        "seg": needs["seg_"],
+        "dev": needs["docs_"]
+        + needs["dev_"]
+        + needs["cluster_"]
+        + needs["export_"]
+        + needs["seg_"],
     },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

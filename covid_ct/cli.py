@@ -117,27 +117,56 @@ def _lungs(a):
         _warn(warnings)
         print(f'{litres:.2f} L of lung in {Path(a.out).name}')
 
-
-def _segment(a):
-    from covid_ct.inference.segment import class_volumes_ml, segment
-    from covid_ct.io.labels import lesion_labels
-    from covid_ct.io.read import read, write_mask
+# %% ../nbs/14_cli.ipynb #5e9c0001
+def _network_lesions(a, scan):
+    "Lesions by the network of a run folder"
+    from covid_ct.inference.lesions import LesionResult
+    from covid_ct.inference.segment import segment_slices
     from covid_ct.train.loop import load_run
 
-    model, recipe, _ = load_run(a.run_folder)
+    model, recipe, config = load_run(a.run_folder)
     if recipe.task != 'segment':
         raise DataError(
             a.run_folder,
             f'names scans ({recipe.system}), it outlines nothing',
             'Give the run folder of a network for slices, or use covid-ct predict.',
         )
+    labels = segment_slices(model, scan, a.size or recipe.slice_size)
+    card = dict(run=Path(a.run_folder).name, recipe=f'{recipe.system}/{recipe.name}')
+    card['trained_on'] = config.get('trained_on')
+    return LesionResult(labels, list(scan.remarks), card, labels > 0)
+
+
+def _volumes(facts):
+    "Volume of each segment, as a line"
+    ml = {s['name']: s['volume_ml'] for s in facts['segments']}
+    return '  '.join(f'{k} ' + ('unknown' if v is None else f'{v:.1f} mL') for k, v in ml.items())
+
+# %% ../nbs/14_cli.ipynb #5e9c0002
+def _segment(a):
+    from covid_ct.inference.segment import segment
+    from covid_ct.inference.segmentation_files import (
+        check_segmentation,
+        segmentation_facts,
+        write_segmentation,
+    )
+    from covid_ct.io.read import read
+
+    if a.size and not a.run_folder:
+        raise DataError('--size', 'is for the network of a run', 'Leave it out, or give --run.')
+    kind = check_segmentation(a.out, a.path, a.series, a.overwrite)
     scan = read(a.path, series=a.series, **_how(a))
-    found = segment(model, scan, a.size or recipe.slice_size)
-    write_mask(lesion_labels(found), scan, a.out, overwrite=a.overwrite)
-    volumes = '  '.join(f'{k} {v:.1f} mL' for k, v in class_volumes_ml(found, scan).items())
-    print(f'{volumes} in {Path(a.out).name}')
+    found = _network_lesions(a, scan) if a.run_folder else segment(scan, progress=not a.json)
+    write_segmentation(found, scan, a.out, a.path, a.series, a.overwrite)
+    facts = segmentation_facts(found.labels, scan, kind, found.card, tuple(found.warnings))
+    if a.json:
+        print(json.dumps(dict(file=a.out) | facts, indent=1, default=str))
+        return
+    _warn(found.warnings)
+    weights = found.card.get('version') or found.card.get('run')
+    print(f'{_volumes(facts)} in {Path(a.out).name}, by weights {weights}')
 
-
+# %% ../nbs/14_cli.ipynb #5e9c0003
 def _predict(a):
     from covid_ct.inference.predict import predict
 
@@ -509,39 +538,52 @@ def _course(a):
     _say(a, text, folder=str(a.out), notebooks=[p.name for p in written])
 
 # %% ../nbs/14_cli.ipynb #77c41a21
-def _regions(a, scan):
-    "Lobes of a mask, or right and left lung; their names; what is odd about a mask that was found"
-    from covid_ct.evaluate.burden import SIDES
-    from covid_ct.io.labels import LOBES, convert_lobes
+def _given_masks(a, scan):
+    "Lesions and lobes that were named on the command line, None for those that were not"
+    from covid_ct.io.labels import convert_lobes
     from covid_ct.io.read import read_mask
-    from covid_ct.preprocess.lungs import lung_mask, mask_warnings, two_sides
 
-    if a.lobes:
-        return convert_lobes(read_mask(a.lobes, scan), a.convention, a.lobes), LOBES, ()
-    mask = lung_mask(scan)
-    sides = two_sides(mask, scan.spacing)
-    if sides.max() < 2:
-        sides = sides > 0  # lungs that touch: both as one
-    return sides, SIDES, mask_warnings(mask, scan)
-
-
-def _burden(a):
-    from covid_ct.evaluate.burden import burden, burden_report
-    from covid_ct.io.read import read, read_mask
-
-    scan = _unnamed(read(a.path, series=a.series, **_how(a)))
-    lesions = read_mask(a.lesions, scan)
-    if lesions.max() < 2:
+    lesions = read_mask(a.lesions, scan) if a.lesions else None
+    if a.lesions and lesions.max() < 2:
         lesions = lesions > 0
-    regions, names, warnings = _regions(a, scan)
-    table = burden(scan, lesions, regions, names=names)
-    if a.report:
-        burden_report(scan, lesions, regions, a.report, notes=warnings, names=names)
-    _warn(warnings)
-    if a.json:
-        print(table.round(4).reset_index().to_json(orient='records', indent=1))
-    else:
-        print(table.round(1).to_string())
+    if not a.lobes:
+        return lesions, None
+    return lesions, convert_lobes(read_mask(a.lobes, scan), a.convention, a.lobes)
+
+
+def _show_burden(table):
+    "Table and severity, as a person reads them"
+    from covid_ct.evaluate.burden import severity
+
+    told = severity(table)
+    print(table.round(1).to_string())
+    score = 'needs five lobes' if told['score'] is None else f'{told["score"]} of 25'
+    print(f'severity score {score} ({told["score_source"]})')
+    print(f'grade {told["grade"]} ({told["grade_source"]})')
+
+# %% ../nbs/14_cli.ipynb #5e9c0004
+def _burden(a):
+    from covid_ct.inference.segment import burden
+    from covid_ct.inference.segmentation_files import check_segmentation, write_segmentation
+    from covid_ct.io.read import read
+
+    if a.out and a.lesions:
+        raise DataError('--out', 'is for lesions that are found here', 'Leave --lesions out.')
+    if a.out:
+        check_segmentation(a.out, a.path, a.series, a.overwrite)
+    scan = _unnamed(read(a.path, series=a.series, **_how(a)))
+    lesions, lobes = _given_masks(a, scan)
+    table = burden(scan, lesions, lobes, report=a.report, progress=not a.json)
+    if a.out:
+        write_segmentation(table.attrs['found'], scan, a.out, a.path, a.series, a.overwrite)
+    said = {k: table.attrs[k] for k in ('severity', 'weights', 'warnings')}
+    if not a.json:
+        _warn(said['warnings'])
+        _show_burden(table)
+        return
+    rows = json.loads(table.round(4).reset_index().to_json(orient='records'))
+    found = rows if a.lesions else dict(regions=rows, **said)
+    print(json.dumps(found, indent=1, default=str))
 
 # %% ../nbs/14_cli.ipynb #826620d4
 _SCAN = 'volume file (NIfTI, MHA, NRRD, DICOM) or folder (DICOM series, slice images)'
@@ -607,18 +649,7 @@ def _of_scans(add):
     _page_out(p, text='also write a page with the viewer')
     p = add('lungs', _lungs, 'write the lung mask in the geometry of the scan', _SCAN)
     _mask_out(p, 'lungs.nii.gz')
-    p = add(
-        'segment',
-        _segment,
-        'outline lesions slice by slice with a trained network',
-        _SCAN,
-        js=False,
-    )
-    _mask_out(p, 'lesions.nii.gz')
-    _run_in(p)
-    p.add_argument(
-        '--size', type=whole(16), help='pixels of a side in the network; default: as it was trained'
-    )
+    _of_lesions(add)
     p = add('predict', _predict, 'probabilities and attention of a trained network', _SCAN)
     _run_in(p)
     _page_out(p)
@@ -640,23 +671,38 @@ def _of_maps(add):
     p.add_argument('--report', help='page to write')
     writes(p, out='mask', report='page')
 
+# %% ../nbs/14_cli.ipynb #5e9c0005
+def _segments_out(p, name, text):
+    p.add_argument(name, help=text)
+    p.add_argument('--overwrite', action='store_true', help='replace the file if it exists')
+
+
+def _of_lesions(add):
+    "The command that outlines lesions"
+    text = 'outline lesions with the weights of the package, or with those of a run'
+    p = add('segment', _segment, text, _SCAN)
+    _segments_out(p, 'out', 'lesions.nii.gz, lesions.seg.nrrd for 3D Slicer, or lesions.dcm')
+    writes(p, out='segments')
+    p.add_argument('--run', dest='run_folder', help='run folder of another network for slices')
+    p.add_argument('--size', type=whole(16), help='with --run: pixels of a side in the network')
+
 
 def _of_masks(add):
-    "The command that measures masks"
-    p = add(
-        'burden', _burden, 'infected volume and CT severity score, lobe by lobe, from masks', _SCAN
-    )
+    "The command that measures lesions"
+    text = 'volumes of lungs and lesions, involved share and severity, from a scan or from masks'
+    p = add('burden', _burden, text, _SCAN)
     p.add_argument(
         '--lesions',
-        required=True,
         help='mask of the lesions: 0 and 1, or 1 … 5 for GGO, consolidation, '
-        'crazy paving, effusion, reticulation',
+        'crazy paving, effusion, reticulation; without it, they are outlined here',
     )
     p.add_argument('--lobes', help='mask of the lobes; without it, right and left lung')
     p.add_argument(
         '--convention', default='1-5', help='numbers of the lobes: 1-5, luna16, totalsegmentator'
     )
-    _page_out(p)
+    _segments_out(p, '--out', 'file for the lesions that are outlined, as for segment')
+    p.add_argument('--report', help='page to write, with the viewer')
+    writes(p, out='segments', report='page')
 
 # %% ../nbs/14_cli.ipynb #216e1d6c
 def _jobs(p, default=2):

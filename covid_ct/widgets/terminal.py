@@ -58,12 +58,13 @@ _ENDINGS = dict(
     model=('.onnx',),  # files that are replaced unasked
     file=('.csv', '.txt', '.tsv'),
     mask=('.nii.gz', '.nii', '.mha', '.nrrd'),
-)  # files that a mask is written to
+    segments=('.nii.gz', '.nii', '.mha', '.nrrd', '.dcm'),
+)  # files that a mask or a segmentation is written to
 
 
 def writes(
     parser: argparse.ArgumentParser,  # of one command
-    **kinds,  # option → 'page', 'model', 'file', 'mask' or 'folder'
+    **kinds,  # option → 'page', 'model', 'file', 'mask', 'segments' or 'folder'
 ) -> None:
     "Note what a command writes"
     parser.set_defaults(outputs=kinds)
@@ -83,8 +84,8 @@ def check_outputs(
         if out.exists():
             more = referred() if referred and kind != 'folder' else []
             _check_inputs(out, kind, [*inputs, *more])
-        if kind == 'mask':
-            _check_mask(out, args.overwrite)
+        if kind in ('mask', 'segments'):
+            _check_mask(out, args.overwrite, kind)
         taken = out.is_file() and kind in ('page', 'model', 'file')
         if taken and out.suffix.lower() not in _ENDINGS[kind]:
             raise WriteError(out, f'exists, and is no {kind}', 'Choose another name.')
@@ -101,11 +102,11 @@ def _check_inputs(out, kind, inputs) -> None:
         )
 
 # %% ../../nbs/12_widgets/08_terminal.ipynb #67e12b0a
-def _check_mask(out, overwrite):
+def _check_mask(out, overwrite, kind='mask'):
     "Raise `WriteError` for the name of a mask that has no known ending or is taken"
-    if not out.name.lower().endswith(_ENDINGS['mask']):
+    if not out.name.lower().endswith(_ENDINGS[kind]):
         raise WriteError(
-            out, 'has no ending that is written here', f'Use {", ".join(_ENDINGS["mask"])}.'
+            out, 'has no ending that is written here', f'Use {", ".join(_ENDINGS[kind])}.'
         )
     if out.is_file() and not overwrite:
         raise WriteError(out, 'exists already', 'Choose another name, or pass overwrite=True.')

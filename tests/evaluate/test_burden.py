@@ -12,9 +12,9 @@ from covid_ct.evaluate.burden import (
     SIDES,
     BurdenError,
     _cross_count,
-    burden,
     burden_figure,
     burden_report,
+    burden_table,
     severity_score,
 )
 from covid_ct.io.labels import LESIONS, LOBES
@@ -29,7 +29,7 @@ def phantom():
 
 @pytest.fixture(scope="module")
 def table(phantom):
-    return burden(phantom.scan, phantom.lesions, phantom.lobes)
+    return burden_table(phantom.scan, phantom.lesions, phantom.lobes)
 
 
 def blank(shape=(4, 4, 4), spacing=(1.0, 1.0, 1.0), **kw):
@@ -79,7 +79,7 @@ def test_by_hand():
     lobes, lesions = np.zeros((2, 4, 4, 4), "u1")
     lobes[0], lobes[1] = 1, 5
     lesions[0, 0], lesions[0, 1, :2], lesions[2, 0] = 1, 2, 4
-    t = burden(blank(spacing=(10.0, 10.0, 10.0)), lesions, lobes)
+    t = burden_table(blank(spacing=(10.0, 10.0, 10.0)), lesions, lobes)
     a = t.loc["left upper"]
     assert (
         (a.volume_ml, a.involved_ml, a.involved_percent) == (16, 6, 37.5)
@@ -103,7 +103,7 @@ def test_effusion_in_a_lobe_is_no_lung():
     lobes = np.ones((4, 4, 4), "u1")
     lesions = np.zeros_like(lobes)
     lesions[0] = 4
-    t = burden(blank(), lesions, lobes, names=("lung",))
+    t = burden_table(blank(), lesions, lobes, names=("lung",))
     assert (
         t.loc["lung"].involved_ml == 0
         and math.isclose(t.loc["lung"].volume_ml, 0.048)
@@ -175,7 +175,7 @@ def test_burden_does_not_depend_on_the_grid(phantom, table, spacing, R):
     (lesions, scan), (lobes, _) = (
         on_grid(m, phantom.scan, spacing, R) for m in (phantom.lesions, phantom.lobes)
     )
-    t = burden(scan, lesions, lobes)
+    t = burden_table(scan, lesions, lobes)
     same = [
         "both lungs",
         "left lung",
@@ -206,7 +206,7 @@ def test_known_lesions_within_two_percent_in_every_lobe(shape):
             sum(((v - m) * s) ** 2 for v, m, s in zip(grid, middle, step, strict=False)) < r * r
         ] = k % 3 + 1
         known[name] = 4 / 3 * math.pi * r**3 / 1000
-    t = burden(p.scan, lesions, p.lobes)
+    t = burden_table(p.scan, lesions, p.lobes)
     assert min(known.values()) > 15 and t.loc["outside"].involved_ml == 0
     for name, ml in known.items():
         assert abs(t.loc[name].involved_ml / ml - 1) < 0.02, name
@@ -214,7 +214,7 @@ def test_known_lesions_within_two_percent_in_every_lobe(shape):
     shifted = np.roll(p.lobes, round(40 / step[0]), 0)  # and the test can fail: lobes 4 cm too high
     assert (
         max(
-            abs(burden(p.scan, lesions, shifted).loc[k].involved_ml / ml - 1)
+            abs(burden_table(p.scan, lesions, shifted).loc[k].involved_ml / ml - 1)
             for k, ml in known.items()
         )
         > 0.02
@@ -226,7 +226,7 @@ def test_severity_is_what_was_asked():
         p = make_phantom("covid", seed=2, shape=(48, 64, 64), severity=severity)
         assert (
             abs(
-                burden(p.scan, p.lesions, p.lobes).loc["both lungs"].involved_percent
+                burden_table(p.scan, p.lesions, p.lobes).loc["both lungs"].involved_percent
                 / 100
                 / severity
                 - 1
@@ -237,7 +237,7 @@ def test_severity_is_what_was_asked():
 
 def test_healthy_is_zero():
     p = make_phantom("healthy", seed=1, shape=(32, 48, 48))
-    t = burden(p.scan, p.lesions, p.lobes)
+    t = burden_table(p.scan, p.lesions, p.lobes)
     assert t.loc["both lungs"].involved_percent == t.loc["both lungs"].score == 0 and math.isnan(
         t.loc["both lungs"].ggo_percent
     )
@@ -245,13 +245,13 @@ def test_healthy_is_zero():
 
 
 def test_fewer_masks(phantom, table):
-    both = burden(phantom.scan, phantom.infection & phantom.lungs, phantom.lungs)
+    both = burden_table(phantom.scan, phantom.infection & phantom.lungs, phantom.lungs)
     assert (
         list(both.index) == ["both lungs", "outside"]
         and np.isclose(both.loc["both lungs"].involved_ml, table.loc["both lungs"].involved_ml)
         and both.score.isna().all()
     )
-    sides = burden(
+    sides = burden_table(
         phantom.scan,
         phantom.lesions,
         np.where(phantom.lobes > 2, 1, 2) * (phantom.lobes > 0),
@@ -268,8 +268,8 @@ def test_fewer_masks(phantom, table):
 def test_outside_is_counted(phantom):
     part = np.where(phantom.lobes == 1, 0, phantom.lobes)
     t, whole = (
-        burden(phantom.scan, phantom.lesions, part),
-        burden(phantom.scan, phantom.lesions, phantom.lobes),
+        burden_table(phantom.scan, phantom.lesions, part),
+        burden_table(phantom.scan, phantom.lesions, phantom.lobes),
     )
     assert np.isclose(
         t.loc["outside"].involved_ml, whole.loc["left upper"].involved_ml
@@ -303,7 +303,7 @@ def test_bad_input(change, error, says):
         | change
     )
     with pytest.raises(error, match=says) as e:
-        burden(**args)
+        burden_table(**args)
     assert isinstance(e.value, DataError)
 
 
@@ -330,6 +330,6 @@ def test_report(phantom, tmp_path):
     burden_report(phantom.scan, phantom.infection, phantom.lungs, page)
     assert "needs five lobes" in page.read_text() and list(tmp_path.iterdir()) == [page]
     assert (
-        isinstance(burden(phantom.scan, phantom.lesions, phantom.lobes), pd.DataFrame)
+        isinstance(burden_table(phantom.scan, phantom.lesions, phantom.lobes), pd.DataFrame)
         and len(LESIONS) == 5
     )

@@ -11,7 +11,7 @@ from covid_ct.inference.segment import (
     _neighbour_dissimilarity,
     _require_volume,
     class_volumes_ml,
-    segment,
+    segment_slices,
 )
 from covid_ct.phantom.chest import make_phantom
 from covid_ct.scan import GeometryError, Scan, UnitsError
@@ -28,7 +28,7 @@ def test_a_stack_is_no_volume():
     with pytest.raises(GeometryError, match="tr_im"):
         _require_volume(stack)
     with pytest.raises(GeometryError):
-        segment(nn.Conv2d(1, 4, 1), stack, 32)
+        segment_slices(nn.Conv2d(1, 4, 1), stack, 32)
 
 
 @pytest.mark.data
@@ -58,7 +58,7 @@ def test_scan_and_back():
     p = make_phantom("cap", 2, (18, 40, 44))
     model = nn.Sequential(Bright(), nn.BatchNorm2d(4)).train()
     model[1].eval()
-    got = segment(model, p.scan, 88)
+    got = segment_slices(model, p.scan, 88)
     direct = (p.scan.voxels + 1350) / 1500 > 0.5
     assert got.shape == p.scan.shape and got.dtype == np.uint8 and set(np.unique(got)) <= {0, 3}
     assert 2 * ((got == 3) & direct).sum() / ((got == 3).sum() + direct.sum()) > 0.97
@@ -69,6 +69,6 @@ def test_scan_and_back():
         and ml["ggo"] == 0
     )
     with pytest.raises(UnitsError):
-        segment(model, p.scan.replace(units="uint8"), 32)
+        segment_slices(model, p.scan.replace(units="uint8"), 32)
     with pytest.raises(GeometryError):
         class_volumes_ml(got, p.scan.replace(geometry_known=False))

@@ -576,7 +576,7 @@ def test_predict_restores_mode_and_knows_unlabelled_scans():
 
 def test_frozen_layers_stay_frozen():
     "Predicting restores the mode of every module, also in sliding windows and tables of sizes"
-    from covid_ct.inference.segment import segment
+    from covid_ct.inference.segment import segment_slices
     from covid_ct.inference.sliding_window import _slabs
     from covid_ct.models.cost import _effective_field
     from covid_ct.models.prior_attention import size_table
@@ -602,7 +602,7 @@ def test_frozen_layers_stay_frozen():
         np.random.default_rng(0).normal(-600, 200, (3, 16, 16)).astype("i2"), (5.0, 2.0, 2.0)
     )
     asked(net(), lambda m: predict_batches(m, blobs(6, 1), C3))
-    asked(flat, lambda m: segment(m, scan, 16))
+    asked(flat, lambda m: segment_slices(m, scan, 16))
     asked(full, lambda m: [*_slabs(m, np.zeros((1, 8, 8, 8), "f4"), (4, 4, 4))])
     asked(resnet, lambda m: stage_table(m, (8, 32, 32)))
     asked(resnet, lambda m: _effective_field(m, torch.rand(1, 1, 8, 32, 32)))
