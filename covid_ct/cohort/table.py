@@ -171,6 +171,8 @@ def _decoded(raw: bytes) -> tuple:
         return raw.decode('utf-8'), 'utf-8'
     except UnicodeDecodeError:
         pass
+    if '\ufffd'.encode() in raw:  # names of any bytes, as `write_cohort` leaves them
+        return raw.decode('utf-8', 'surrogateescape'), 'utf-8'
     wide = re.findall(rb'[\x80-\xff]+', raw)
     if all(len(w) % 2 == 0 for w in wide):  # two bytes a character
         try:
@@ -208,11 +210,11 @@ def read_table(
         if b'\0' in raw and raw[:2] not in (b'\xff\xfe', b'\xfe\xff'):
             raise ValueError('binary')
         text, encoding = _decoded(raw)
-        sep = _separator(text)
-        kinds = {c: str for c in as_text}
-        names = pd.read_csv(io.StringIO(text), sep=sep, nrows=0, skipinitialspace=True).columns
+        sep, plain = _separator(text), text.encode('utf-8', 'surrogateescape')
+        how = dict(sep=sep, skipinitialspace=True, encoding_errors='surrogateescape')
+        names = pd.read_csv(io.BytesIO(plain), nrows=0, **how).columns
         kinds = {c: str for c in names if str(c).strip() in as_text}
-        df = pd.read_csv(io.StringIO(text), sep=sep, dtype=kinds, skipinitialspace=True)
+        df = pd.read_csv(io.BytesIO(plain), dtype=kinds, **how)
     except Exception as e:
         fault = f'is no CSV table ({type(e).__name__})'
         remedy = 'Save it as comma-separated text in UTF-8, with a header.'
