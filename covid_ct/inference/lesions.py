@@ -318,9 +318,10 @@ def lesion_mask(
     for z, square, p in zip(
         at, squares, lesion_prob(network, pictures, progress=progress), strict=True
     ):
-        lesions = paste_square(p[1:], square, scan.shape[1:]).numpy() * where[z]
+        lesions = paste_square(p[1:], square, scan.shape[1:]).numpy() * lungs[z]
         any_lesion[z] = lesions.sum(0)
-        labels[z] = np.where(lesions.sum(0) > 0.5, 1 + lesions.argmax(0), 0)
+        found = (lesions.sum(0) > 0.5) & where[z]
+        labels[z] = np.where(found, 1 + lesions.argmax(0), 0)
     return LesionResult(
         labels, seen + _input_warnings(scan, squares, size), card, lungs, any_lesion
     )
