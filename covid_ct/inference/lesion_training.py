@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import save as pack_tensors
 from torch.utils.data import Subset
 
+# %% ../../nbs/09_inference/07_lesion_training.ipynb #1e5200ab
 from ..batches.augment import seeded_generator
 from ..batches.slices import SliceBatches, SliceDataset
 from ..cohort.adapters import open_cohort
@@ -83,7 +84,7 @@ def _matrices(g, n):
     low = torch.stack([s * left_right / zoom, c * front_back * stretch / zoom, shift[1]], 1)
     return torch.stack([top, low], 1)
 
-
+# %% ../../nbs/09_inference/07_lesion_training.ipynb #92446a62
 def _bend(g, n, shape):
     "A smooth random displacement of every pixel for about half of the pictures, `(n,H,W,2)`"
     k = int(torch.randint(4, 9, (1,), generator=g))
@@ -115,7 +116,7 @@ def _shade(x, g):
     noise = _uniform(g, 0, 0.06, n) * (_uniform(g, 0, 1, n) < 0.5)
     return (x + torch.randn(x.shape, generator=g) * noise.view(wide)).clamp(2 / 255, 1) * lung
 
-
+# %% ../../nbs/09_inference/07_lesion_training.ipynb #16c8090e
 def random_views(
     image: torch.Tensor,  # `(B,1,H,W)` in [0,1], 0 outside the lungs
     mask: torch.Tensor,  # `(B,H,W)` classes
@@ -156,6 +157,8 @@ class LesionBatches(SliceBatches):
 
 # %% ../../nbs/09_inference/07_lesion_training.ipynb #1e520011
 MEMBERS = 2  # networks whose probabilities are averaged
+
+
 LESION_WINDOW = -1200.0, 300.0  # HU that become 0 and 1: healthy lung as grey as in the slices
 
 
@@ -166,7 +169,7 @@ def slice_blocks(
     "Blocks of neighbouring numbers, as large as one another"
     return np.arange(n) * folds // n
 
-
+# %% ../../nbs/09_inference/07_lesion_training.ipynb #302a03e9
 def train_member(
     data: LesionSlices,  # all slices
     rows: np.ndarray,  # which of them to learn from
@@ -184,7 +187,7 @@ def train_member(
     )
     return run.load_model('last', LesionNet(**recipe.model_kwargs)).eval()
 
-
+# %% ../../nbs/09_inference/07_lesion_training.ipynb #08020ee9
 def train_members(
     data: LesionSlices,  # all slices
     rows: np.ndarray,  # which of them to learn from
@@ -221,7 +224,7 @@ def lesion_counts(
             table[f'{name}_{c}'] = mask.sum((1, 2))
     return pd.DataFrame(table)
 
-
+# %% ../../nbs/09_inference/07_lesion_training.ipynb #e5d6d9b7
 def cross_validate_lesions(
     data: LesionSlices,  # all slices, in the order of their numbers
     recipe: Recipe,  # `lesions/real`, or a change of it
@@ -257,7 +260,7 @@ def write_lesion_weights(
     (out / 'lesions.json').write_text(text, encoding='utf-8')
     return out
 
-
+# %% ../../nbs/09_inference/07_lesion_training.ipynb #37182c5e
 def main(
     args: list | None = None,  # words of the command line; None: those of the program
 ) -> None:
@@ -280,6 +283,6 @@ def main(
     if not a.skip_folds:
         cross_validate_lesions(data, row, a.out)
 
-
+# %% ../../nbs/09_inference/07_lesion_training.ipynb #0f86d57a
 if __name__ == '__main__' and '__file__' in globals():
     main()
