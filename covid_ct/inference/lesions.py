@@ -78,7 +78,7 @@ WEIGHTS = Path(covid_ct.__file__).parent / 'weights'  # travels in the wheel
 
 def _read_weights(folder):
     "Bytes of the weights, and the card; raises `LesionError`"
-    path, card = Path(folder) / 'lesions.safetensors', folder / 'lesions.json'
+    path, card = (Path(folder) / f'lesions.{end}' for end in ('safetensors', 'json'))
     for p in (path, card):
         if not p.is_file():
             raise LesionError(
@@ -320,7 +320,7 @@ def lesion_mask(
     ):
         lesions = paste_square(p[1:], square, scan.shape[1:]).numpy() * lungs[z]
         any_lesion[z] = lesions.sum(0)
-        found = (lesions.sum(0) > 0.5) & where[z]
+        found = (lesions.sum(0) > card['threshold']) & where[z]
         labels[z] = np.where(found, 1 + lesions.argmax(0), 0)
     return LesionResult(
         labels, seen + _input_warnings(scan, squares, size), card, lungs, any_lesion
