@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import SimpleITK as sitk
+import torch
 
 from covid_ct.cli import main
 from covid_ct.io.dicom import write_series
@@ -157,6 +158,88 @@ def test_burden(capsys, chest, tmp_path):
         "luna16",
     )
     assert code == 2 and err.count("\n") == 1 and "lobes.nii.gz" in err
+
+
+@pytest.fixture
+def toy_weights(monkeypatch):
+    "A threshold in place of the shipped network"
+    card = dict(size=64, window=(-1350.0, 150.0), aspect=1.1, version="toy", sha256="ef" * 32)
+
+    def threshold(x):
+        zero = torch.zeros_like(x)
+        return torch.cat([zero, 60 * (x - 0.6), zero - 1e3, zero - 1e3], 1)
+
+    class Toy(torch.nn.Module):
+        def forward(self, x):
+            return threshold(x)
+
+    monkeypatch.setattr("covid_ct.inference.lesions.shipped_lesion_model", lambda: (Toy(), card))
+    return card
+
+
+@pytest.mark.parametrize("name", ["a.nii.gz", "a.seg.nrrd", "a.dcm"])
+def test_segment_needs_nothing_but_a_scan(name, capsys, chest, toy_weights, tmp_path):
+    d, p = chest
+    source = d / ("series" if name.endswith("dcm") else "chest.nii.gz")
+    code, out, err = run(capsys, "segment", source, tmp_path / name, "--json")
+    told = json.loads(out)
+    assert code == 0 and not err and told["weights"]["sha256"] == toy_weights["sha256"]
+    assert told["weights"]["version"] == "toy" and told["file"] == str(tmp_path / name)
+    beside = json.loads((tmp_path / "a.json").read_text("utf-8"))
+    assert beside == {k: v for k, v in told.items() if k != "file"}
+    assert told["segments"][0]["volume_ml"] > 1 and "not for clinical use" in told["use"]
+    code, out, err = run(capsys, "segment", source, tmp_path / name)
+    assert code == 2 and "exists already" in err and err.count("\n") == 1
+    code, out, err = run(capsys, "segment", source, tmp_path / name, "--overwrite")
+    assert code == 0 and "by weights toy" in out and "lesions" in err and "ground glass" in out
+
+
+def test_segment_refuses_early(capsys, chest, tmp_path, monkeypatch):
+    d, _ = chest
+
+    def never(*args, **kwargs):
+        raise AssertionError("read")
+
+    monkeypatch.setattr("covid_ct.io.read.read", never)
+    for argv, says in (
+        ((d / "chest.nii.gz", tmp_path / "a.dcm"), "DICOM folder"),
+        ((d / "chest.nii.gz", tmp_path / "a.png"), "no ending"),
+        ((d / "chest.nii.gz", tmp_path / "a.nii.gz", "--size", 64), "--run"),
+    ):
+        code, out, err = run(capsys, "segment", *argv)
+        assert code == 2 and says in err and err.count("\n") == 1 and not out
+    code, _, err = run(capsys, "burden", d / "chest.nii.gz", "--out", tmp_path / "a.dcm")
+    assert code == 2 and "DICOM folder" in err and not list(tmp_path.iterdir())
+
+
+def test_burden_needs_nothing_but_a_scan(capsys, chest, toy_weights, tmp_path):
+    d, p = chest
+    argv = ("burden", d / "chest.nii.gz", "--report", tmp_path / "p.html")
+    code, out, err = run(capsys, *argv, "--out", tmp_path / "a.seg.nrrd", "--json")
+    told = json.loads(out)
+    rows = {r["region"]: r for r in told["regions"]}
+    assert code == 0 and not err and told["weights"]["sha256"] == toy_weights["sha256"]
+    whole, sides = rows["both lungs"], (rows["left lung"], rows["right lung"])
+    assert whole["involved_ml"] == pytest.approx(sum(s["involved_ml"] for s in sides), abs=1e-3)
+    assert told["severity"]["score"] is None and told["severity"]["grade"].startswith("CT-")
+    beside = json.loads((tmp_path / "a.json").read_text("utf-8"))
+    assert beside["segments"][0]["volume_ml"] == pytest.approx(whole["involved_ml"], abs=1e-2)
+    page = (tmp_path / "p.html").read_text("utf-8")
+    assert "weights toy" in page and "iframe" in page and "not for clinical use" in page
+    code, out, err = run(capsys, *argv)
+    assert code == 0 and "Morozov et al. 2020" in out and "needs five lobes" in out
+
+
+def test_burden_of_no_chest(capsys, toy_weights, tmp_path):
+    block = np.full((16, 40, 40), -1000, "i2")
+    block[:, 10:30, 10:30] = 40
+    image = sitk.GetImageFromArray(block)
+    image.SetSpacing((3.0, 3.0, 4.0))
+    sitk.WriteImage(image, str(tmp_path / "block.nii.gz"))
+    argv = ("burden", tmp_path / "block.nii.gz", "--report", tmp_path / "p.html")
+    code, out, err = run(capsys, *argv, "--json")
+    assert code == 2 and not out and "No lung was found" in err and err.count("\n") == 1
+    assert not (tmp_path / "p.html").exists()
 
 
 def test_audit_and_prepare(capsys, tmp_path):

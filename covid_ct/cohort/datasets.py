@@ -143,6 +143,27 @@ DATASETS |= dict(
     )
 )
 
+# %% ../../nbs/03_cohort/01_datasets.ipynb #c0d1d001
+DATASETS |= dict(
+    covid_ct_md=DatasetFacts(
+        'COVID-CT-MD: 169 COVID-19, 60 CAP and 76 normal scans, slices and lobes labelled in 79',
+        'not stated where its sample is published: read the terms of its authors',
+        'Afshar et al. 2021, Sci Data 8:121, doi 10.1038/s41597-021-00900-3',
+        'https://github.com/ShahinSHH/COVID-CT-MD',
+        '{COVID-19,CAP,Normal} subjects/subject/*.dcm, or subject/*.dcm, with Index.csv and '
+        'Slice-level-labels.npy; or subject_slices.csv for each subject',
+        (
+            'the order of the files is not the order of the slices',
+            'labels count slices from the top of the scan, from 0',
+            'label files were updated for two patients: the file with the highest number counts',
+            'Index.csv names the row of a patient, and numbers are left out in it',
+            'rows of the label files are filled up with zeros beyond the last slice',
+            'labels say that a slice is infected, not where',
+        ),
+        ('licence', 'which number of the lobe labels is which lobe: as its page lists them'),
+    )
+)
+
 # %% ../../nbs/03_cohort/01_datasets.ipynb #65b74c20
 _TRAPS = (
     'no patient ids, yet several slices of a patient: a split by patient is impossible',

@@ -324,7 +324,7 @@ def test_report(phantom, tmp_path):
     assert (
         "of 25" in text
         and "right middle" in text
-        and text.count("<img") == 2
+        and text.count("<img") == 3  # two figures, and the picture of the viewer
         and "not for clinical use" in text
     )
     burden_report(phantom.scan, phantom.infection, phantom.lungs, page)
