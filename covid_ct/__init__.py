@@ -34,6 +34,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "evaluate.metrics": ["metrics"],
         "evaluate.burden": ["burden"],
         "widgets.overlay": ["view"],
+        "papers.reproduce": ["reproduce"],
     },
 )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 
-from .published import PublishedError
+from .published import PUBLISHED, PublishedError
 from ..train.recipes import Recipe, changed_fields, sourced_fields, to_dict
 
 # %% ../../nbs/papers/00_records.ipynb #c38bd217
@@ -126,6 +126,7 @@ def add_paper(
         fault = f'row without its variant: {sorted(lost)}' if lost else 'two variants of one name'
         raise PublishedError(f'record {paper.name}', fault, 'Name each variant once.')
     PAPERS[paper.name] = paper
+    PUBLISHED.setdefault(paper.name, paper.title)
     return paper
 
 

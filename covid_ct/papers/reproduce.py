@@ -232,19 +232,17 @@ def _burden(cohort):
 def chosen_cases(
     cohort: pd.DataFrame,  # with `fold`
     label: str = 'covid',  # class of the cases
-) -> pd.DataFrame:  # three rows, mild to severe, with `words`
+) -> pd.DataFrame:  # at most three rows, mild to severe, with `words`
     "A mild, a moderate and a severe case of the test set, by rule"
     rows = cohort[(cohort.fold == -1) & (cohort.label == label)]
     rows = rows if len(rows) else cohort[cohort.label == label]
     value, how = _burden(rows)
     order = rows.assign(burden=value).sort_values(['burden', 'scan_id'])
-    at = [min(len(order) - 1, int(len(order) * q)) for q in (1 / 6, 3 / 6, 5 / 6)]
-    found = order.iloc[at].copy()
-    names = ('mild', 'moderate', 'severe')
-    found['words'] = [
-        f'{n}, {how}' + (f' {b:.3f}' if b == b else '')
-        for n, b in zip(names, found.burden, strict=True)
-    ]
+    names = zip((1 / 6, 3 / 6, 5 / 6), ('mild', 'moderate', 'severe'), strict=True)
+    at = {min(len(order) - 1, int(len(order) * q)): name for q, name in names}
+    found = order.iloc[list(at)].copy()
+    known = [f' {b:.3f}' if b == b else '' for b in found.burden]
+    found['words'] = [f'{k}, {how}{b}' for k, b in zip(at.values(), known, strict=True)]
     return found
 
 # %% ../../nbs/papers/10_reproduce.ipynb #c39a86b8
@@ -342,6 +340,9 @@ def reproduce(
     plan = make_plan(paper, data, out, scale, only, folds, cache, measure=dry_run)
     if dry_run:
         return plan
+    if 'path' not in plan.cohort or plan.cohort.path.isna().any():
+        fault = 'names scans that are not on this disk'
+        raise ProtocolError(data, fault, 'Give the folder with the scans, or use --dry-run.')
     check_space(plan)
     plan.out.mkdir(parents=True, exist_ok=True)
     if 'infection_ratio' in plan.paper.needs:
