@@ -780,7 +780,7 @@ def _reproduce(a):
     print(json.dumps(plan.to_dict() | dict(files=files), indent=1))
     return 0
 
-
+# %% ../nbs/14_cli.ipynb #papers01
 def _of_papers(add):
     "The command that runs the protocol of a paper"
     p = add(

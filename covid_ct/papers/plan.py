@@ -141,7 +141,7 @@ def _check_labels(paper, cohort, classes):
             f'scan {odd.scan_id.iloc[0]}', f'has the label {odd.label.iloc[0]!r}', remedy
         )
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #5270e4fd
 def _check_roles(paper, cohort):
     "Raise `ProtocolError` for a role or a fold without a patient of some class"
     names = {-1: 'test', -2: 'select'}
@@ -169,7 +169,7 @@ def _check_columns(paper, cohort, recipe):
             remedy = f'Fill the column {m}, first for scan {lost.scan_id.iloc[0]}.'
             raise ProtocolError('cohort', fault, remedy)
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #6cf19a94
 def _check_grids(cohort):
     "Raise `GeometryError` for a mask whose header has another shape than its scan's"
     root = Path(cohort.attrs.get('root', '.'))
@@ -199,7 +199,7 @@ def _check_units(cohort, prep):
             )
             raise UnitsError(f'scan {r["scan_id"]}', fault, remedy)
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #a361e038
 def check_protocol(
     paper: Paper,  # whose protocol
     cohort: pd.DataFrame,  # with `fold`
@@ -254,7 +254,7 @@ class Job:
             f'{self.variant.name}, {"all folds" if self.part == "final" else f"fold {self.fold}"}'
         )
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #ba7a8c94
 def rows_of_job(
     cohort: pd.DataFrame,  # of the plan, with `fold`
     job: Job,  # which training
@@ -289,7 +289,7 @@ def recipe_at(
         return variant.recipe
     return change(variant.recipe, f'{scale} scale', **paper.scales[scale].changes(variant))
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #018c02b4
 def make_jobs(
     paper: Paper,  # whose protocol
     cohort: pd.DataFrame,  # with `fold`
@@ -316,7 +316,7 @@ def make_jobs(
             jobs.append(Job(v, recipe, k, p, home, _steps_of(recipe, n)))
     return tuple(jobs)
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #df26fb0f
 def _check_names(what, asked, there):
     "Raise `ProtocolError` for the first name that is not there"
     for name in asked:
@@ -343,7 +343,7 @@ def _made_up_batch(recipe, n):
         return batch | dict(mask=torch.zeros(x.shape[:1] + x.shape[2:], dtype=torch.long))
     return batch | dict(lung=torch.ones_like(x).bool(), infection=torch.ones_like(x).bool())
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #e0907d3f
 def seconds_per_scan(
     recipe: Recipe,  # which network, loss and size
     steps: int = 2,  # that are timed, after one that is not
@@ -373,7 +373,7 @@ def _cost_of(recipe):
         return found | {k: found[k] / n for k in ('step', 'step_bytes')}
     raise ProtocolError(recipe.model, 'cannot be laid out', 'Use a larger input.')
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #4f4a56e7
 def costs_of(
     jobs: tuple,  # of `Job`
     cohort: pd.DataFrame,  # that is prepared
@@ -400,7 +400,7 @@ def costs_of(
 def _size_text(n):
     return f'{n / 1e9:,.1f} GB' if n >= 1e8 else f'{n / 1e6:,.1f} MB'
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #2273996f
 @dataclass(frozen=True, eq=False)
 class Plan:
     "What a reproduction will do"

@@ -21,6 +21,8 @@ from ..cohort.adapters import open_cohort
 from ..cohort.splits import split_hash
 from ..cohort.table import write_cohort
 from .figures import map_panels, outline_panels
+
+# %% ../../nbs/papers/10_reproduce.ipynb #9dc3d981
 from covid_ct.papers.plan import (
     Job,
     Plan,
@@ -46,7 +48,7 @@ from ..train.study import train_fold
 # %% ../../nbs/papers/10_reproduce.ipynb #c327233b
 _LAW = dict(table='ouyang')  # phantoms of the size-balanced paper follow its infection ratios
 
-
+# %% ../../nbs/papers/10_reproduce.ipynb #3d50b0a1
 def write_phantoms(
     paper: Paper,  # in whose layout
     out,  # folder; not written again where it is whole
@@ -98,7 +100,7 @@ def _departures(paper, cohort, scale):
     data = [] if own else [f'other data than {paper.data}']
     return tuple(data + departures_of(paper, cohort))
 
-
+# %% ../../nbs/papers/10_reproduce.ipynb #2f78eaa6
 def make_plan(
     paper: str | Paper,  # name of a record, or one of your own
     data,  # folder, zip files, CSV, or 'phantoms'
@@ -126,7 +128,7 @@ def make_plan(
     notes = _notes(record, cohort)
     return Plan(record, scale, cohort, jobs, out, home, named, departures, notes, costs)
 
-
+# %% ../../nbs/papers/10_reproduce.ipynb #27aa06d1
 def _notes(paper, cohort):
     "What a reader of the plan should know: what the adapter left out, and lists that were not used"
     notes = list(paper.notes)
@@ -164,7 +166,7 @@ def _audit_page(plan, workers):
     draws = 500 if plan.scale == 'paper' else plan.paper.scales[plan.scale].draws
     audit(plan.cohort, jobs=workers, progress=False, n=draws).report(page)
 
-
+# %% ../../nbs/papers/10_reproduce.ipynb #08bcbf00
 def _prepare(plan, workers):
     "Prepare every scan once; raises `ProtocolError` naming the first scan that fails"
     recipe = plan.jobs[0].recipe
@@ -205,7 +207,7 @@ def _about(plan, job):
     )
     return dict(trained_on=plan.source, protocol=protocol)
 
-
+# %% ../../nbs/papers/10_reproduce.ipynb #5fe9a527
 def _train(plan, job, workers):
     "Train and test one run, or go on with it; raises `KeyboardInterrupt` where it was stopped"
     rows = rows_of_job(plan.cohort, job)
@@ -308,7 +310,7 @@ def _report(plan):
     more = _pictures(plan)
     return write_report(plan.paper.name, [runs], plan.out, cohort=table, n=draws, more=more)
 
-
+# %% ../../nbs/papers/10_reproduce.ipynb #0c8be613
 @dataclass(frozen=True, eq=False)
 class Reproduction:
     "What came of a reproduction"
@@ -336,7 +338,7 @@ def reproduce(
     workers: int = 1,  # processes that prepare and read
     progress: bool = True,  # show one bar
 ) -> Reproduction | Plan:  # the plan alone for a dry run
-    "Run the protocol of a paper on its data, or go on with it; raises a `DataError` before training"
+    "Run the protocol of a paper, or go on with it; raises a `DataError` before training"
     plan = make_plan(paper, data, out, scale, only, folds, cache, measure=dry_run)
     if dry_run:
         return plan
