@@ -8,7 +8,8 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 JOBS   ?= 2
 PYTEST  = PYTHONUTF8=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-.PHONY: help demo test quick seconds test-portable lab docs bench bench-gpu fuzz export run clean
+PAPERS := darnet dual_sampling raunet prior_attention
+.PHONY: help demo test quick test-reproduce seconds test-portable lab docs bench bench-gpu fuzz export run clean
 MINUTES ?= 10
 help:                ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -38,6 +39,9 @@ seconds: $(VENV)/.dev    ## record what each test costs; `make quick` chooses by
 	rm -f _bench/seconds.tsv && mkdir -p _bench
 	COVID_CT_SECONDS=_bench/seconds.tsv $(PYTEST) -m "not slow and not browser" || true
 	$(BIN)/python tests/quick.py _bench/seconds.tsv
+
+test-reproduce: $(VENV)/.runtime  ## the four papers' protocols on phantoms at the small scale: _reproduce/PAPER/report.html
+	for p in $(PAPERS); do OMP_NUM_THREADS=$(JOBS) $(BIN)/covid-ct reproduce $$p phantoms --out _reproduce/$$p --scale small || exit 1; done
 
 test-portable: $(VENV)/.dev   ## hours: what trains or draws, under other instruction sets, threads and seeds; WHAT="one page or test"
 	PYTHONUTF8=1 $(BIN)/python tests/portable.py $(WHAT)

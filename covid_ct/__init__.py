@@ -41,6 +41,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "widgets.overlay": ["view"],
         "demo": ["example_run"],
         "course": ["check", "scores"],
+        "papers.reproduce": ["reproduce"],
     },
 )
 

@@ -807,12 +807,7 @@ def _of_runs(add):
         'run folder, or a folder with runs',
     )
     p.add_argument('others', nargs='*', metavar='RUN', help='more of them')
-    p.add_argument(
-        '--paper',
-        required=True,
-        help='whose tables',
-        choices=('darnet', 'dual_sampling', 'raunet', 'prior_attention'),
-    )
+    p.add_argument('--paper', required=True, help='whose tables, as darnet')
     _folder_out(p, 'folder for the report', required=True)
     kinds = ('html', 'md', 'tex', 'csv')
     p.add_argument('--format', nargs='+', default=kinds, choices=kinds, help='default: all')
@@ -856,6 +851,47 @@ def _of_cases(add):
         help='cases that carry a small copy of their scan in the page',
     )
     p.add_argument('--no-notes', action='store_true', help='leave out what readers wrote')
+
+# %% ../nbs/14_cli.ipynb #papers00
+def _folds(words):
+    "Numbers of folds; raises `DataError` for what is none"
+    try:
+        return tuple(int(w) for w in words or ())
+    except ValueError as e:
+        raise DataError('--folds', f'{words} are no numbers', 'Write 0 1 2.') from e
+
+
+def _reproduce(a):
+    from covid_ct.papers.reproduce import reproduce
+
+    how = dict(cache=a.cache, workers=max(1, a.workers), progress=not a.json)
+    only, folds = tuple(a.only or ()), _folds(a.folds)
+    done = reproduce(a.paper, a.data, a.out, a.scale, only, folds, a.dry_run, **how)
+    if not a.json:
+        print(done)
+        return 0
+    plan = done if a.dry_run else done.plan
+    files = {} if a.dry_run else {k: str(v) for k, v in done.files.items()}
+    print(json.dumps(plan.to_dict() | dict(files=files), indent=1))
+    return 0
+
+# %% ../nbs/14_cli.ipynb #papers01
+def _of_papers(add):
+    "The command that runs the protocol of a paper"
+    p = add(
+        'reproduce',
+        _reproduce,
+        'a paper on its data, from files to tables and figures; goes on where it was stopped',
+        None,
+    )
+    p.add_argument('paper', help='darnet, dual_sampling, raunet or prior_attention')
+    p.add_argument('data', help="folder, zip files or CSV in the published layout; or 'phantoms'")
+    _folder_out(p, 'folder for prepared scans, runs and report.html', required=True)
+    p.add_argument('--scale', default='paper', help='paper, small (two cores) or toy (tests)')
+    p.add_argument('--only', nargs='*', metavar='VARIANT', help='some of its networks')
+    p.add_argument('--folds', nargs='*', metavar='K', help='some of the folds, counted from 0')
+    p.add_argument('--dry-run', action='store_true', help='show roles, runs, disk, memory, hours')
+    _stored(p)
 
 # %% ../nbs/14_cli.ipynb #f6efdbfd
 class _Version(argparse.Action):
@@ -911,7 +947,7 @@ def parser() -> Parser:
             p.add_argument('--json', action='store_true', help='print JSON for scripts')
         return p
 
-    for commands in (_of_scans, _of_cohorts, _of_runs, _of_others):
+    for commands in (_of_scans, _of_cohorts, _of_runs, _of_papers, _of_others):
         commands(add)
     return ap
 

@@ -28,7 +28,7 @@ def _curve_of(history):
     name = next((c for c in ('train_type', 'train_loss') if c in history), 'train_loss')
     return name, history[name]
 
-
+# %% ../../nbs/papers/8a_figures.ipynb #16ab9e05
 def loss_curves(
     runs: list,  # of `FoundRun`
 ) -> Picture:  # with alt text
@@ -76,7 +76,7 @@ def _of_group(models, ratio, group):
     inside = [ratio_group(m.table.scan_id.map(ratio)) == group for m in models]
     return [m._replace(table=m.table[i]) for m, i in zip(models, inside, strict=True)]
 
-
+# %% ../../nbs/papers/8a_figures.ipynb #1fbaed83
 def pair_table(
     models: dict,  # row → its models
     read,  # `read` of a record
@@ -126,7 +126,7 @@ def _mixed(us, ss, ratio, mixing):
 
 # %% ../../nbs/papers/8a_figures.ipynb #4b5e1749
 def _map_of(model, image, label):
-    "Map of a class in network space, `(D,H,W)` in [0,1]; Grad-CAM where logits are no sum of places"
+    "Map of a class in network space, `(D,H,W)` in [0,1]; Grad-CAM where there is no CAM"
     try:
         values = cam(model, image, label)
     except (DataError, RuntimeError):  # no linear layer on the mean of the features
@@ -143,7 +143,7 @@ def _map_panel(ax, plane, heat, title):
     ax.set_title(title, fontsize=7)
     ax.set_axis_off()
 
-
+# %% ../../nbs/papers/8a_figures.ipynb #fe1fe458
 def map_panels(
     models: dict,  # name → trained network
     cases: list,  # dicts `title`, `image (1,1,D,H,W)` in [0,1], `label` index, `z` slice

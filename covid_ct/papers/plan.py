@@ -141,7 +141,7 @@ def _check_labels(paper, cohort, classes):
             f'scan {odd.scan_id.iloc[0]}', f'has the label {odd.label.iloc[0]!r}', remedy
         )
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #5270e4fd
 def _check_roles(paper, cohort):
     "Raise `ProtocolError` for a role or a fold without a patient of some class"
     names = {-1: 'test', -2: 'select'}
@@ -169,7 +169,7 @@ def _check_columns(paper, cohort, recipe):
             remedy = f'Fill the column {m}, first for scan {lost.scan_id.iloc[0]}.'
             raise ProtocolError('cohort', fault, remedy)
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #6cf19a94
 def _check_grids(cohort):
     "Raise `GeometryError` for a mask whose header has another shape than its scan's"
     root = Path(cohort.attrs.get('root', '.'))
@@ -199,7 +199,7 @@ def _check_units(cohort, prep):
             )
             raise UnitsError(f'scan {r["scan_id"]}', fault, remedy)
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #a361e038
 def check_protocol(
     paper: Paper,  # whose protocol
     cohort: pd.DataFrame,  # with `fold`
@@ -254,7 +254,7 @@ class Job:
             f'{self.variant.name}, {"all folds" if self.part == "final" else f"fold {self.fold}"}'
         )
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #ba7a8c94
 def rows_of_job(
     cohort: pd.DataFrame,  # of the plan, with `fold`
     job: Job,  # which training
@@ -289,7 +289,7 @@ def recipe_at(
         return variant.recipe
     return change(variant.recipe, f'{scale} scale', **paper.scales[scale].changes(variant))
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #018c02b4
 def make_jobs(
     paper: Paper,  # whose protocol
     cohort: pd.DataFrame,  # with `fold`
@@ -316,7 +316,7 @@ def make_jobs(
             jobs.append(Job(v, recipe, k, p, home, _steps_of(recipe, n)))
     return tuple(jobs)
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #df26fb0f
 def _check_names(what, asked, there):
     "Raise `ProtocolError` for the first name that is not there"
     for name in asked:
@@ -333,15 +333,17 @@ def _input_of(recipe):
     return 1, *PREPS[recipe.prep].size
 
 
-def _made_up_batch(recipe):
-    "One item of noise with everything that a loss may ask for"
-    x = torch.rand(1, *_input_of(recipe))
-    batch = dict(image=x, label=torch.tensor([len(recipe.classes) - 1]), ratio=torch.tensor([0.1]))
+def _made_up_batch(recipe, n):
+    "Items of noise with everything that a loss may ask for"
+    x = torch.rand(n, *_input_of(recipe))
+    batch = dict(
+        image=x, label=torch.full((n,), len(recipe.classes) - 1), ratio=torch.full((n,), 0.1)
+    )
     if recipe.task == 'segment':
         return batch | dict(mask=torch.zeros(x.shape[:1] + x.shape[2:], dtype=torch.long))
     return batch | dict(lung=torch.ones_like(x).bool(), infection=torch.ones_like(x).bool())
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #e0907d3f
 def seconds_per_scan(
     recipe: Recipe,  # which network, loss and size
     steps: int = 2,  # that are timed, after one that is not
@@ -349,7 +351,8 @@ def seconds_per_scan(
     "Time of a training step on one scan, here and now"
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     model, loss = build_model(recipe).to(device), build_loss(recipe.loss, **recipe.loss_kwargs)
-    batch = {k: v.to(device) for k, v in _made_up_batch(recipe).items()}
+    n = 2 if min(_input_of(recipe)[1:]) < 64 else 1  # a norm needs more than one value
+    batch = {k: v.to(device) for k, v in _made_up_batch(recipe, n).items()}
     for i in range(steps + 1):
         if i == 1:
             start = time.perf_counter()
@@ -357,9 +360,20 @@ def seconds_per_scan(
         loss(outputs, batch)[0].backward()
         if device == 'cuda':
             torch.cuda.synchronize()
-    return (time.perf_counter() - start) / steps
+    return (time.perf_counter() - start) / steps / n
 
 # %% ../../nbs/papers/9a_plan.ipynb #4a97a61a
+def _cost_of(recipe):
+    "Operations and bytes of one scan; of half of two where a norm needs more than one value"
+    for n in (1, 2):
+        try:
+            found = predicted_costs(recipe.model, n, _input_of(recipe), **recipe.model_kwargs)
+        except ValueError:
+            continue
+        return found | {k: found[k] / n for k in ('step', 'step_bytes')}
+    raise ProtocolError(recipe.model, 'cannot be laid out', 'Use a larger input.')
+
+# %% ../../nbs/papers/9a_plan.ipynb #4f4a56e7
 def costs_of(
     jobs: tuple,  # of `Job`
     cohort: pd.DataFrame,  # that is prepared
@@ -367,9 +381,7 @@ def costs_of(
 ) -> dict:  # `cache_bytes`, `run_bytes`, `memory_bytes`, `hours`
     "Disk, memory and time of a plan"
     recipes = {j.variant.name: j.recipe for j in jobs}
-    cost = {
-        k: predicted_costs(r.model, 1, _input_of(r), **r.model_kwargs) for k, r in recipes.items()
-    }
+    cost = {k: _cost_of(r) for k, r in recipes.items()}
     first = jobs[0].recipe
     cached = cache_size(cohort, PREPS[first.prep], first.masks) if first.prep else 0
     weights = sum(cost[j.variant.name]['weight_bytes'] / 2 for j in jobs)  # two states, two weights
@@ -388,7 +400,7 @@ def costs_of(
 def _size_text(n):
     return f'{n / 1e9:,.1f} GB' if n >= 1e8 else f'{n / 1e6:,.1f} MB'
 
-
+# %% ../../nbs/papers/9a_plan.ipynb #2273996f
 @dataclass(frozen=True, eq=False)
 class Plan:
     "What a reproduction will do"

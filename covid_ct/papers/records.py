@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 
-from .published import PublishedError
+from .published import PUBLISHED, PublishedError
 from ..train.recipes import Recipe, changed_fields, sourced_fields, to_dict
 
 # %% ../../nbs/papers/00_records.ipynb #c38bd217
@@ -46,7 +46,7 @@ def _no_setting(values) -> str:
 def _test_answers(table, part) -> tuple:
     return 'test', '', ''
 
-
+# %% ../../nbs/papers/00_records.ipynb #1c68c2f1
 @dataclass(frozen=True)
 class Paper:
     "What is known of a paper"
@@ -101,7 +101,7 @@ def changed_from(
     fields = (k for k in sourced_fields() if k != 'seed')
     return [k for k in fields if values.get(k, theirs[k]) != theirs[k]]
 
-
+# %% ../../nbs/papers/00_records.ipynb #2eb2835f
 def needed_variants(
     paper: Paper,  # whose
     row: str,  # as printed
@@ -126,6 +126,7 @@ def add_paper(
         fault = f'row without its variant: {sorted(lost)}' if lost else 'two variants of one name'
         raise PublishedError(f'record {paper.name}', fault, 'Name each variant once.')
     PAPERS[paper.name] = paper
+    PUBLISHED.setdefault(paper.name, paper.title)
     return paper
 
 
@@ -136,7 +137,7 @@ def all_papers() -> dict:  # name → `Paper`
             add_paper(import_module(f'covid_ct.papers.{name}').PAPER)
     return PAPERS
 
-
+# %% ../../nbs/papers/00_records.ipynb #804735e2
 def paper_of(
     name: str | Paper,  # as 'darnet', or a record
 ) -> Paper:  # its record

@@ -408,6 +408,15 @@ def _words(page, table):
     "A table of text, left-aligned"
     page.html('<div class="words">').table(table).html('</div>')
 
+
+def _show(page, shown):
+    "Figures and tables with their headings"
+    for heading, what, caption in shown:
+        if isinstance(what, pd.DataFrame):
+            _words(page.section(heading, caption), what)
+        else:
+            page.section(heading).figure(what, what.alt, caption)
+
 # %% ../../nbs/papers/9_report.ipynb #bd9a4b14
 def _html(paper, runs, tables, cohort, checklist, more=(), n=200):
     "The page"
@@ -429,11 +438,7 @@ def _html(paper, runs, tables, cohort, checklist, more=(), n=200):
         page.section(k if k.startswith('Fig') else f'Table {k}').html(
             '<div class="numbers">'
         ).table(printed_table(t), _legend(paper, t)).html('</div>')
-    for heading, shown, caption in [*_figures(paper, runs, cohort, n), *more]:
-        if isinstance(shown, pd.DataFrame):
-            _words(page.section(heading, caption), shown)
-        else:
-            page.section(heading).figure(shown, shown.alt, caption)
+    _show(page, [*_figures(paper, runs, cohort, n), *more])
     _words(page.section('Runs'), _run_table(runs))
     _words(
         page.section(

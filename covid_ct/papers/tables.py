@@ -84,7 +84,7 @@ def cohort_of_runs(
         )
     return CohortCounts(t.reset_index(drop=True), files | splits)
 
-
+# %% ../../nbs/papers/7_tables.ipynb #1c7d51d7
 def _parts_of(path):
     "Who is in which part, whatever the order of the rows in the file"
     t = pd.read_csv(path, dtype=str).fillna('')
@@ -181,7 +181,7 @@ def _missing(paper, runs):
         if lacking > 0:
             yield f'{lacking} of {wanted} runs of {" ".join(seat).strip()} are missing'
 
-
+# %% ../../nbs/papers/7_tables.ipynb #174a8004
 def _protocol_caveats(paper, runs):
     "How runs depart from the protocol of the paper, by what `reproduce` noted of them"
     if any(not r.protocol for r in runs):
@@ -191,7 +191,7 @@ def _protocol_caveats(paper, runs):
     other += _missing(paper, runs)
     return list(dict.fromkeys([*out, *(f'no difference, {d}' for d in other)]))
 
-
+# %% ../../nbs/papers/7_tables.ipynb #5200545b
 def _caveats(runs, names, factual=False, paper=None):
     "What must be said of the runs behind a number, and whether it may be held against the paper's"
     mine, out = [r for r in runs if any(n.startswith(r.name + '/') for n in names)], []

@@ -514,9 +514,8 @@ _dual_plain = _vary(
     loss_kwargs={},
 )
 
-RECIPES |= {
-    (r.system, r.name): r for r in (_tiny, _paper, _release, _fixed, _dual, _dual_size, _dual_plain, _dual_tiny)
-}
+_both = (_tiny, _paper, _release, _fixed, _dual, _dual_size, _dual_plain, _dual_tiny)
+RECIPES |= {(r.system, r.name): r for r in _both}
 
 # %% ../../nbs/08_train/03_recipes.ipynb #8800ef37
 _CHEN = 'Chen et al. 2020, III'

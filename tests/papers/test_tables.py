@@ -16,8 +16,8 @@ from covid_ct.evaluate.statistics import holm
 from covid_ct.models.dual_sampling import RATIO_GROUPS, ratio_group
 from covid_ct.models.zoo import ROWS, build
 from covid_ct.papers.checklist import _FILLED, _ITEMS, _PARTLY, AUTHOR, fill_checklist
-from covid_ct.papers.records import paper_of
 from covid_ct.papers.published import PUBLISHED, PublishedError, published, tables_of
+from covid_ct.papers.records import paper_of
 from covid_ct.papers.report import (
     _FORMATS,
     _confusion_panels,
@@ -112,6 +112,8 @@ def make_run(
     status="finished",
     row_of="paper",
     protocol=True,
+    part="test",
+    folds=1,
     **kw,
 ):
     "A run folder without a training"
@@ -132,7 +134,7 @@ def make_run(
         hardware=dict(device="cpu", gpu=""),
     )
     if protocol is True:
-        protocol = dict(scale="paper", departures=[], part="test")
+        protocol = dict(scale="paper", departures=[], part=part, folds=folds)
     if protocol:
         config["protocol"] = protocol
     if table is None and system == "raunet":
@@ -314,8 +316,21 @@ def test_held_out_and_shared(tmp_path):
     )  # no validation answers in these
     make_run(tmp_path / "cv0", "sa-66-m", fold=0)
     make_run(tmp_path / "cv1", "sa-66-m", fold=1)
-    valid = select(find_runs(tmp_path), "prior_attention", "SA-66-M", "held-out")[0]
-    assert len(valid) == 2 and set(valid[0].table.part) == {"valid"}
+    found, note = select(find_runs(tmp_path), "prior_attention", "SA-66-M", "held-out")
+    assert found == [] and note == "no run of sa-66-m"  # never scored on what chose the epoch
+
+
+def test_the_part_that_reproduce_noted_decides(tmp_path):
+    "Every run of `reproduce` has a test set of its own, also the one on all folds"
+    classes = recipe("prior_attention", "tiny").classes
+    for k, part in enumerate(("fold", "fold", "final")):
+        table = answers(classes, seed=k, prefix=f"{part}{k}")
+        make_run(tmp_path / str(k), "pa-66-m", fold=k, table=table, part=part, folds=2)
+    runs = find_runs(tmp_path)
+    held, shared = (
+        select(runs, "prior_attention", "PA-66-M", p)[0] for p in ("held-out", "shared")
+    )
+    assert len(held) == 2 and [m.table.scan_id[0][:5] for m in shared] == ["final"]
 
 
 def test_a_study_writes_test_csv(tmp_path):
@@ -726,6 +741,36 @@ def test_no_difference_without_patients(tmp_path, trained_on, word):
     size = cell(paper_table("darnet", "III", tmp_path), "DARNet", "parameters")
     assert np.isfinite(size.difference) and not size.note  # a size is a size
     assert "difference" in printed_table(t) and (printed_table(t)["difference"] == "").all()
+
+
+@pytest.mark.parametrize(
+    "protocol, said",
+    [
+        (None, "not run by reproduce"),
+        (dict(scale="small", departures=[], part="test", folds=1), "small scale"),
+        (
+            dict(scale="paper", departures=["2 folds in place of 5"], part="test", folds=1),
+            "2 folds",
+        ),
+        (dict(scale="paper", departures=[], part="test", folds=5), "4 of 5 runs of darnet"),
+    ],
+)
+def test_no_difference_outside_the_protocol(tmp_path, protocol, said):
+    """The paper's recipe on real scans, but not the paper's protocol: nothing in any table, also
+    not a number of scans, is held against the paper"""
+    make_run(tmp_path / "runs" / "a", "darnet", protocol=protocol)
+    cohort = answers(("healthy", "cap", "covid")).assign(fold=-1)
+    cohort.to_csv(tmp_path / "cohort.csv", index=False)
+    for name in ("I", "II", "IV"):
+        t = paper_table("darnet", name, tmp_path / "runs", tmp_path / "cohort.csv", n=10)
+        mine = t[t.ours.notna()]
+        assert len(mine) and t.difference.isna().all()
+        assert mine.note.str.contains(said, regex=False).all()
+    out = write_report("darnet", tmp_path / "runs", tmp_path / "out", ("csv", "md"), n=10)
+    assert pd.read_csv(out["tables.csv"]).query("metric != 'parameters'").difference.isna().all()
+    if protocol and protocol["scale"] == "small":
+        text = out["tables.md"].read_text("utf-8")
+        assert text.count("SMALL SCALE") == 4 and "| difference" not in text
 
 
 # ---------------------------------------------------------------- traces
