@@ -50,10 +50,18 @@ setup(
     author_email=cfg["author_email"],
     keywords=cfg["keywords"],
     license="Apache-2.0",
-    url=cfg["git_url"],
+    **({"url": cfg["git_url"]} if cfg["git_url"] else {}),
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=[lib, f"{lib}.*"]),
-    package_data={lib: ["py.typed", "static/*", "weights/*"]},
+    package_data={
+        lib: [
+            "py.typed",
+            "static/*",
+            "static/example/*",
+            "static/example/checkpoints/*",
+            "weights/*",
+        ],
+    },
     cmdclass={"build_py": WithLessons},
     install_requires=needs[""],
     extras_require={

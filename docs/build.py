@@ -17,6 +17,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import PurePosixPath
 
 import gallery
 import nbformat
@@ -30,8 +31,8 @@ OUT, WORK = (
 ABOUT = "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"  # of the repository, on the site too
 ROOMS = {
     "lessons": "The course",
-    "papers": "Papers, one page each",
-    "": "Basics and use",
+    "papers": "Papers",
+    "": "Basics, commands, course",
     "01_phantom": "Phantom",
     "02_io": "Reading files",
     "03_cohort": "Cohorts",
@@ -49,25 +50,45 @@ ROOMS = {
 
 
 def groups(pages):
-    "Caption -> pages of the side bar, in the order of their numbers"
+    "Folder -> its pages, in the order of their numbers"
     out = {}
-    for room, caption in ROOMS.items():
+    for room in ROOMS:
         here = [
-            p["page"]
-            for p in pages
-            if p["page"] != "index.ipynb" and p["page"].rpartition("/")[0] == room
+            p for p in pages if p["page"] != "index.ipynb" and p["page"].rpartition("/")[0] == room
         ]
-        out[caption] = sorted(here, key=lambda p: "for_instructors" in p)  # theirs comes last
-    return {**out, "About": ["figures.md", "references.md", "CONTRIBUTING.md", "CHANGELOG.md"]}
+        out[room] = sorted(here, key=lambda p: "for_instructors" in p["page"])  # theirs comes last
+    return {room: here for room, here in out.items() if here}
 
 
-def toctree(pages):
-    return "\n\n".join(
-        "```{{toctree}}\n:hidden:\n:caption: {}\n\n{}\n```".format(
-            caption, "\n".join(p.rsplit(".", 1)[0] for p in named)
-        )
-        for caption, named in groups(pages).items()
-        if named
+def toctree(names, caption=""):
+    "A hidden table of contents, which makes the side bar"
+    head = f":hidden:\n:caption: {caption}\n" if caption else ":hidden:\n"
+    return "```{toctree}\n" + head + "\n" + "\n".join(names) + "\n```\n"
+
+
+def overview(room, pages):
+    "The page of a subpackage: its pages, each with its line; they fold under it in the side bar"
+    name = PurePosixPath(room or "basics")
+    folder = room + "/" if room else ""
+    inside = [p["page"].removeprefix(folder) for p in pages]
+    rows = [f"- [{p['title']}]({f}): {p['about']}" for p, f in zip(pages, inside, strict=True)]
+    text = f"# {ROOMS[room]}\n\n" + "\n".join(rows) + "\n\n"
+    text += toctree([f.rsplit(".", 1)[0] for f in inside])
+    at = f"{folder}index.md" if room else f"{name}.md"
+    (STAGE / at).write_text(text, "utf-8")
+    return at.rsplit(".", 1)[0]
+
+
+def side_bar(pages):
+    "One entry for each subpackage, its pages folded under it"
+    entries = {room: overview(room, here) for room, here in groups(pages).items()}
+    first = [entries.pop(r) for r in ("lessons", "papers")]
+    return "\n".join(
+        [
+            toctree(first, "Learn"),
+            toctree(list(entries.values()), "Reference"),
+            toctree(["figures", "references", "CONTRIBUTING", "CHANGELOG"], "About"),
+        ]
     )
 
 
@@ -92,7 +113,7 @@ def main():
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as ex:
         pages = list(ex.map(stage, sources()))
     index = nbformat.read(STAGE / "index.ipynb", 4)
-    index.cells.append(nbformat.v4.new_markdown_cell(toctree(pages)))
+    index.cells.append(nbformat.v4.new_markdown_cell(side_bar(pages)))
     nbformat.write(index, STAGE / "index.ipynb")
     shutil.copytree(ROOT / "docs/_static", STAGE / "docs/_static")  # pictures of the front page
     for name in ABOUT:

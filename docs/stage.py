@@ -9,10 +9,10 @@ import re
 from importlib import import_module
 from pathlib import Path, PurePosixPath
 
+import public
 import refs
 from fastcore.docments import DocmentTbl, ShowDocRenderer
 from gallery import picture, thumbnail
-from house import house
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
 
@@ -35,19 +35,26 @@ def page_name(src: Path) -> PurePosixPath:
     return PurePosixPath(rel.parent.as_posix()) / NUMBER.sub("", rel.name.lower())
 
 
+def by_number(path):
+    "Sorts 2 before 10"
+    parts = re.split(r"(\d+)", path.relative_to(ROOT).as_posix())
+    return [int(t) if k % 2 else t for k, t in enumerate(parts)]
+
+
 def sources():
     nbs = [
         p
         for p in (ROOT / "nbs").rglob("*.ipynb")
         if not any(part[0] in "._" for part in p.relative_to(ROOT).parts)
     ]
-    return [ROOT / "index.ipynb", *sorted(nbs, key=lambda p: p.relative_to(ROOT).as_posix())]
+    return [ROOT / "index.ipynb", *sorted(nbs, key=by_number)]
 
 
 # ---------------------------------------------------------------- markdown
 GFM = re.compile(
-    r'^(:{3,})\s*\{\.content-visible when-format="gfm"\}\s*\n(.*?)^\1[ \t]*\n?', re.S | re.M
-)  # for README.md alone
+    r"^<!-- readme -->\n(.*?)^<!-- /readme -->[ \t]*\n?", re.S | re.M
+)  # README.md alone
+NESTED = re.compile(r"\[([^\[\]]*)\[(`[^`]+`)\]\([^)\s]*\)([^\[\]]*)\]\(")
 
 
 def callouts(md):
@@ -65,8 +72,14 @@ def callouts(md):
     return CALLOUT.sub(one, md)
 
 
+def one_link(md):
+    "nbdev links every name of the library; where it stands in a link already, that one is kept"
+    return NESTED.sub(r"[\1\2\3](", md)
+
+
 def to_myst(md, links, cite=lambda md: md):
     "Quarto's constructs as MyST; `links` maps an address, `cite` links the sources that are named"
+    md = one_link(md)
     parts = re.split(r"(^```.*?^```\s*$)", callouts(GFM.sub("", md)), flags=re.S | re.M)
     for i in range(0, len(parts), 2):
         p = parts[i]
@@ -100,9 +113,10 @@ def open_here(rel, room):
         f"where you put it:\n\n```sh\npip install jupyterlab\njupyter lab {rel.name}\n```\n\n"
         f"In a clone of the repository, `make lab` opens them all; this one is `nbs/{rel}`.",
     )
+    badges = public.badges(f"nbs/{rel}", public.setting("git_url"))
     return (
         ":::{admonition} Open this page in JupyterLab\n:class: open-here\n"
-        f":collapsible: closed\n\n{how}\n:::"
+        f":collapsible: closed\n\n{how}\n:::" + (f"\n\n{badges}" if badges else "")
     )
 
 
@@ -112,6 +126,18 @@ def take_away(src):
     for c in nb["cells"]:
         c.update(outputs=[], execution_count=None) if c["cell_type"] == "code" else None
     return json.dumps(nb, indent=1, ensure_ascii=False) + "\n"
+
+
+def lead_on(output, links):
+    "The links of a pipeline diagram, from notebooks to pages of the site"
+    html = "".join(output.get("data", {}).get("text/html", ""))
+    if not html.startswith('<nav class="pipeline"'):
+        return
+
+    def page(m):
+        return f'href="{links(m[1]).removesuffix(".ipynb")}.html"'
+
+    output["data"]["text/html"] = re.sub(r'href="([^"#]+\.ipynb)"', page, html)
 
 
 # ---------------------------------------------------------------- one notebook
@@ -145,7 +171,7 @@ class TableRenderer(ShowDocRenderer):
             self.module if self.sym.__module__ == "__main__" else self.sym.__module__
         )  # a page runs its own cells as __main__
         name = f"{home}.{self.sym.__qualname__}"
-        src = lookup.code(name)
+        src = lookup.code(name) if public.repository(public.setting("git_url")) else None
         sig = re.sub(r"\s*#[^\n]*", "", str(self.dm))
         sig = re.sub(r"\(\s+", "(", re.sub(r",?\s*\n\)", ")", re.sub(r",\s*\n\s+", ", ", sig)))
         if inspect.isclass(self.sym):
@@ -217,9 +243,7 @@ def stage(src: Path):
     )
 
     def md(s):
-        return new.cells.append(
-            nbformat.v4.new_markdown_cell(to_myst(s if rel else house(s), links, cite))
-        )
+        return new.cells.append(nbformat.v4.new_markdown_cell(to_myst(s, links, cite)))
 
     if fm.get("title"):
         md(f"# {fm['title']}\n\n" + (f"_{fm['description']}_" if fm.get("description") else ""))
@@ -242,6 +266,8 @@ def stage(src: Path):
             opts[m[1]] = m[2].strip().strip('"')
             s = s[m.end() :]
         outs = json.loads(json.dumps(list(c.get("outputs", [])), default=lambda o: dict(o)))
+        for o in outs:
+            lead_on(o, links)
         if opts.get("include") == "false":
             continue
         if opts.get("output") == "asis":
@@ -311,5 +337,9 @@ def stage(src: Path):
     dst.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(new, dst)
     return dict(
-        page=here.as_posix(), title=fm.get("title", here.stem), figures=figures, cited=sorted(cited)
+        page=here.as_posix(),
+        title=fm.get("title", here.stem),
+        about=fm.get("description", ""),
+        figures=figures,
+        cited=sorted(cited),
     )

@@ -10,6 +10,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARIES = [
     "torch",
     "matplotlib.pyplot",
@@ -39,8 +40,8 @@ def execute(page: Path, environment: dict, log: Path):
     from nbdev.test import test_nb
 
     try:
-        flags = get_config(path=page.parent).tst_flags.split()
-        passed, _ = test_nb(page, skip_flags=flags, basepath=get_config().config_path)
+        flags = get_config(path=ROOT).tst_flags.split()
+        passed, _ = test_nb(page, skip_flags=flags, basepath=ROOT)
     except BaseException:
         traceback.print_exc()
         passed = False

@@ -1,5 +1,6 @@
 """The course: verdicts and hints, exercises to fail and to solve, lessons in the wheel."""
 
+import importlib.util
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from stage import ROOT, page_name, sources
 
+import nbs
 from covid_ct import course
 from covid_ct.course import (
     CourseError,
@@ -24,7 +26,6 @@ from covid_ct.course import (
     exercise,
     lessons,
     scores,
-    solution,
 )
 
 LESSONS = [
@@ -54,90 +55,96 @@ def text_of(outputs):
     )
 
 
+SOLUTION = re.compile(
+    r"<details>\n<summary>Solution ([\d.]+)</summary>\n\n(.*?)\n\n</details>", re.S
+)
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.S | re.M)
+
+
+def solutions(page):
+    "Exercise → the code of its solution"
+    md = "\n\n".join(s for t, s, _ in cells(page) if t == "markdown")
+    return {name: "\n".join(PYTHON.findall(body)) for name, body in SOLUTION.findall(md)}
+
+
+def with_solutions(page):
+    "The lesson as it is stored, and after each exercise the code of its solution as a cell"
+    nb = nbformat.read(ROOT / page, 4)
+    out = []
+    for c in nb.cells:
+        out.append(c)
+        if c.cell_type == "markdown":
+            for _, body in SOLUTION.findall(c.source):
+                out += [nbformat.v4.new_code_cell(code) for code in PYTHON.findall(body)]
+    return nbformat.v4.new_notebook(cells=out, metadata=nb.metadata)
+
+
 def assert_judged(page, log):
-    "Each exercise refused its unsolved cell and accepted its solution; `log`: `COVID_CT_COURSE`"
+    "Each exercise refused its empty answer and accepted its solution; `log`: `COVID_CT_COURSE`"
     said = (
         [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.exists() else []
     )
     for name, kind in _lesson_facts(ROOT / page)["exercises"].items():
-        of = {
-            by: [
-                s["right"]
-                for s in said
-                if s["by"] == by and s["name"] == name and s["kind"] == kind
-            ]
-            for by in ("check", "solution")
-        }
-        assert of["check"] and not any(of["check"]), (
-            f"{page}: exercise {name} accepts its unsolved cell, or has none"
-        )
-        assert of["solution"] == [True], (
-            f"{page}: exercise {name} has no solution that its judge accepts"
-        )
+        of = [s["right"] for s in said if s["name"] == name and s["kind"] == kind]
+        assert of and not of[0], f"{page}: exercise {name} accepts its empty answer, or has none"
+        assert len(of) > 1 and of[-1], f"{page}: exercise {name} has no solution that is accepted"
 
 
 @pytest.mark.parametrize("page", LESSONS)
 def test_an_exercise_is_written_as_agreed(page):
-    "Heading, folded judge, student's cell, folded reason and solution; stored *not yet* and \
-*right*"
+    "Heading, the student's cell without output, folded solution; the judge is in the library"
     found, number = cells(page), page.split("/")[-1].split("_")[0]
-    facts = _lesson_facts(ROOT / page)
+    text = "\n".join(s for t, s, _ in found if t == "markdown")
+    facts, solved = _lesson_facts(ROOT / page), solutions(page)
     assert 2 <= len(facts["exercises"]) <= 6 and set(facts["exercises"].values()) <= set(
         course._KINDS
     )
-    assert all(name.startswith(number + ".") for name in facts["exercises"])
-    assert re.search(
-        r"What you will be able to do|\*\*Goals",
-        "\n".join(s for t, s, _ in found if t == "markdown"),
+    assert ":::" not in text and "What you will be able to do" in text
+    assert set(solved) == set(facts["exercises"])
+    for name, kind in facts["exercises"].items():
+        assert name.startswith(number + ".") and course.find_exercise(name).kind == kind
+        asks = rf"^(?:ct\.)?check\('{re.escape(name)}'"
+        student = [o for t, s, o in found if t == "code" and re.search(asks, s, re.M)]
+        assert student == [[]], f"{name}: one cell of the student, stored without output"
+        assert re.search(asks, solved[name], re.M), f"{name}: the solution calls `check`"
+    shown = "".join(s + json.dumps(o) for t, s, o in found if t == "code")
+    assert "@exercise" not in shown and "not yet" not in shown
+
+
+@pytest.mark.parametrize("page", LESSONS)
+def test_no_hint_is_stored_in_a_lesson(page):
+    text = (ROOT / page).read_text("utf-8")
+    for name in _lesson_facts(ROOT / page)["exercises"]:
+        for hint in course.find_exercise(name).hints:
+            assert hint not in text, f"{name}: {hint}"
+
+
+def test_outputs_of_a_student_are_not_stored():
+    cell = dict(
+        cell_type="code", id="a", metadata={}, execution_count=1, source="ct.check('1.1', 1)"
     )
-    for name in facts["exercises"]:
-        code = [(s, text_of(o)) for t, s, o in found if t == "code"]
-        q = re.escape(name)
-        judge = [s for s, _ in code if re.search(rf"@exercise\(\s*['\"]{q}['\"]", s)]
-        assert len(judge) == 1 and judge[0].startswith("#| code-fold: true"), (
-            f"{name}: one judge, folded: its cell begins with `#| code-fold: true`"
-        )
-        student = [o for s, o in code if re.search(rf"^check\(['\"]{q}['\"]", s, re.M)]
-        assert student and all("not yet" in o and ": right" not in o for o in student), (
-            f"{name}: the student's cell is not stored with `not yet`"
-        )
-        solved = [
-            (s, o) for s, o in code if s.startswith(f"#| solution: {name}\n#| code-fold: true\n")
-        ]
-        assert (
-            len(solved) == 1
-            and re.search(rf"solution\(['\"]{q}['\"]", solved[0][0].splitlines()[-1])
-            and "right" in solved[0][1]
-        ), f"{name}: one folded solution, stored with `right`"
-        assert (
-            sum(
-                bool(re.search(rf'^:::.*collapse="true".*\n## Solution {q}$', s, re.M))
-                for t, s, _ in found
-                if t == "markdown"
-            )
-            == 1
-        ), f"{name}: a folded reason"
+    shown = dict(output_type="stream", name="stdout", text=["not yet"])
+    nb = dict(cells=[{**cell, "outputs": [shown]}], metadata={}, nbformat=4, nbformat_minor=5)
+    lesson, other = ROOT / "nbs/lessons/1_x.ipynb", ROOT / "nbs/15_course.ipynb"
+    assert "not yet" not in nbs.cleaned(json.dumps(nb), lesson)
+    assert "not yet" in nbs.cleaned(json.dumps(nb), other)
 
 
 def test_a_lesson_that_judges_wrongly_is_noticed(tmp_path):
-    "An unsolved cell that is accepted, a solution that never ran: both stop the run of the lessons"
+    "An empty answer that is accepted, a solution that never ran: both stop the run of the lessons"
     page, log = LESSONS[0], tmp_path / "log"
     facts = _lesson_facts(ROOT / page)["exercises"]
 
     def write(rows):
         log.write_text("\n".join(json.dumps(r) for r in rows), "utf-8")
 
-    good = [
-        dict(by=by, name=n, kind=k, right=by == "solution")
-        for n, k in facts.items()
-        for by in ("check", "solution")
-    ]
+    good = [dict(name=n, kind=k, right=r) for n, k in facts.items() for r in (False, True)]
     write(good)
     assert_judged(page, log)
-    write([*good, {**good[0], "right": True}])
-    with pytest.raises(AssertionError, match="accepts its unsolved cell"):
+    write([{**good[0], "right": True}, *good])
+    with pytest.raises(AssertionError, match="accepts its empty answer"):
         assert_judged(page, log)
-    write(good[1:])
+    write(good[2:])
     with pytest.raises(AssertionError, match="or has none"):
         assert_judged(page, log)
     write(good[:-1])
@@ -161,8 +168,8 @@ def test_hints_rise():
     ask("a", "b")
     said = [check("1.1", x).said for x in (..., None, 1, 2, 3, 4)]
     assert said == [
-        "a",
-        "a",
+        "",
+        "",
         "a",
         "b",
         "The solution is folded below.",
@@ -219,7 +226,7 @@ def test_a_function_of_the_student_that_fails_is_a_hint():
     def stub(x): ...
 
     before = scores().attempts["1.4"]
-    assert check("1.4", stub).said == "hint" and scores().attempts["1.4"] == before
+    assert check("1.4", stub).said == "" and scores().attempts["1.4"] == before
 
 
 @pytest.mark.parametrize("answer", [..., None, [1, ...], {"a": {"b": ...}}, (None,)])
@@ -228,7 +235,7 @@ def test_untouched_is_no_attempt(answer):
     def judge(answer):
         raise AssertionError("was asked")
 
-    assert not check("1.5", answer) and scores().attempts["1.5"] == 0
+    assert not check("1.5", answer) and course.find_exercise("1.5").attempts == 0
 
 
 def test_faults_of_an_author_are_errors():
@@ -236,19 +243,21 @@ def test_faults_of_an_author_are_errors():
     for bad in (
         lambda: exercise("2.1", "think", "h"),
         lambda: exercise("2.1", "derive", ()),
-        lambda: check("9.9", 1),
-        lambda: solution("1.1", 9),
-        lambda: solution("1.1", ...),
+        lambda: check("99.9", 1),
     ):
         with pytest.raises(CourseError):
             bad()
-    with pytest.raises(CourseError, match="Known: 1.1"):
-        check("9.9", 1)
+    with pytest.raises(CourseError, match="Known: .*1.1"):
+        check("99.9", 1)
 
 
-def test_a_solution_counts_for_nobody():
-    ask()
-    assert solution("1.1", 8) and scores().loc["1.1"].tolist() == ["derive", 0, False]
+def test_what_a_judge_needs_of_the_page_is_given():
+    @exercise("1.7", "derive", "hint")
+    def judge(answer, total):
+        return answer == total / 2
+
+    assert check("1.7", 2, total=4) and not check("1.7", 3, total=4)
+    assert "total" in check("1.7", 2).said  # a lesson that forgets it is no traceback
 
 
 def test_running_the_judge_again_keeps_the_attempts():
@@ -264,14 +273,8 @@ def test_the_log_of_an_instructor(tmp_path, monkeypatch):
     check("1.1", ...)
     check("1.1", 1)
     check("1.1", 8)
-    solution("1.1", 8)
     said = [json.loads(line) for line in (tmp_path / "log").read_text("utf-8").splitlines()]
-    assert [(s["by"], s["right"], s["attempts"]) for s in said] == [
-        ("check", False, 0),
-        ("check", False, 1),
-        ("check", True, 2),
-        ("solution", True, 0),
-    ]
+    assert [(s["right"], s["attempts"]) for s in said] == [(False, 0), (False, 1), (True, 2)]
 
 
 def test_html_says_it_in_words_and_escapes():
@@ -292,11 +295,9 @@ def test_lessons_need_only_lessons_before_them():
         _lesson_facts(ROOT / "nbs/00a_scan.ipynb")
 
 
-def test_copied_lessons_are_whole_and_folded(tmp_path):
-    taken = copy_course(tmp_path / "course")
-    site = {page_name(p).with_suffix(".html").as_posix() for p in sources()} | {"index.html"}
-    home = re.escape(course._site_link("../../index").removesuffix("index.html"))
-    for path in taken:
+def test_copied_lessons_are_whole(tmp_path):
+    "No output, no link that leads nowhere, solutions folded"
+    for path in copy_course(tmp_path / "course"):
         nb = nbformat.read(path, 4)
         nbformat.validate(nb)
         md = "\n".join(c.source for c in nb.cells if c.cell_type == "markdown")
@@ -306,24 +307,27 @@ def test_copied_lessons_are_whole_and_folded(tmp_path):
             == md.count("</details>")
             == len(re.findall(r"<summary>.+</summary>\n\n", md))
         )
-        for url in re.findall(rf"\]\({home}([^)#\s]*)", md):
-            assert url in site, f"{path.name}: {url}"
+        for module in re.findall(r"\(`(covid_ct\.[\w.]+)`\)", md):
+            assert importlib.util.find_spec(module), f"{path.name}: {module}"
         for other in re.findall(r"\]\((\d\w+\.ipynb)", md):
             assert (tmp_path / "course" / other).exists(), f"{path.name}: {other}"
-        for c in nb.cells:
-            if c.cell_type != "code":
-                continue
-            assert not c.outputs and c.execution_count is None
-            assert bool(c.metadata.get("jupyter", {}).get("source_hidden")) == (
-                "#| code-fold: true" in c.source or "\n@exercise(" in "\n" + c.source
-            )
-            assert c.metadata or not c.source.startswith("#| solution")
+        code = [c for c in nb.cells if c.cell_type == "code"]
+        assert not any(c.outputs or c.execution_count for c in code)
+
+
+def test_links_of_copied_lessons_lead_to_a_public_site():
+    site = course._site("https://github.com/owner/name")
+    pages = {page_name(p).with_suffix(".html").as_posix() for p in sources()}
+    for page in LESSONS:
+        md = "\n".join(s for t, s, _ in cells(page) if t == "markdown")
+        text = course._text_for_students(md, site)
+        for url in re.findall(rf"\]\({re.escape(site)}/([^)#\s]*)", text):
+            assert url in pages, f"{page}: {url}"
 
 
 def test_without_solutions(tmp_path):
     for path in copy_course(tmp_path / "exam", solutions=False):
-        text = path.read_text("utf-8")
-        assert "#| solution" not in text and "<summary>Solution" not in text
+        assert "<summary>Solution" not in path.read_text("utf-8")
 
 
 def test_nothing_is_replaced(tmp_path):

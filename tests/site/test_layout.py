@@ -141,7 +141,13 @@ def test_imports_go_one_way(path):
 
 @pytest.mark.parametrize(
     "path",
-    [*FILES, *(LIB / f"{n}.py" for n in ("scan", "plot", "pipeline", "demo", "course", "exercises", "cli"))],
+    [
+        *FILES,
+        *(
+            LIB / f"{n}.py"
+            for n in ("scan", "plot", "pipeline", "demo", "course", "exercises", "cli")
+        ),
+    ],
     ids=lambda p: f"{p.parent.name}.{p.stem}",
 )
 def test_no_private_name_crosses_a_module(path):

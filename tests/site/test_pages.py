@@ -11,10 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 from page_process import run_page
 from stage import ROOT, sources
-from test_course import LESSONS, assert_judged
+from test_course import LESSONS, assert_judged, with_solutions
 
 import nbs
 
@@ -40,15 +41,26 @@ def test_threads_are_the_callers_choice(monkeypatch, tmp_path):
     assert environment(tmp_path)["OMP_NUM_THREADS"] == "1"
 
 
+def run_lesson(page, folder):
+    "A lesson with the code of its solutions, in a fresh process"
+    nbformat.write(with_solutions(page), folder / "lesson.ipynb")
+    ran, printed = run_page(
+        folder / "lesson.ipynb", environment(folder), folder.with_suffix(".log")
+    )
+    assert ran, printed[-4000:]
+    assert_judged(page, folder / "course")
+
+
 @pytest.mark.parametrize("page", EXECUTED)
 def test_runs(page, tmp_path):
     """Top to bottom in a fresh kernel, leaving nothing behind; in a lesson, each exercise
     refuses its unsolved cell and accepts its solution"""
     before = {p for p in (ROOT / page).parent.iterdir()}
-    ran, printed = run_page(ROOT / page, environment(tmp_path), tmp_path.with_suffix(".log"))
-    assert ran, printed[-4000:]
     if page in LESSONS:
-        assert_judged(page, tmp_path / "course")
+        run_lesson(page, tmp_path)
+    else:
+        ran, printed = run_page(ROOT / page, environment(tmp_path), tmp_path.with_suffix(".log"))
+        assert ran, printed[-4000:]
     assert {p for p in (ROOT / page).parent.iterdir() if "checkpoint" not in p.name} <= before, (
         "the page left files beside itself"
     )
@@ -58,7 +70,7 @@ def test_runs(page, tmp_path):
 def test_tidy(page):
     "Clean, small, with outputs, and a text behind every picture"
     text = (ROOT / page).read_text("utf-8")
-    assert text == nbs.cleaned(text), "run `make export`"
+    assert text == nbs.cleaned(text, ROOT / page), "run `make export`"
     assert len(text) < 1_100_000
     ran = 0
     for c in cells(page):

@@ -9,9 +9,11 @@ from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import public
 import pytest
+import readme
 import refs
-from house import rows
+import stage
 
 # moves the axial slice by five and waits for the next frame
 MOVE = """async (el) => {
@@ -159,6 +161,35 @@ def test_dead_links_are_found(tmp_path):
     ]
 
 
+def raw_links(html):
+    "Links in Markdown that a reader sees as they are written, outside of blocks of code"
+    text = re.sub(r"<(pre|script|style|title)\b.*?</\1>", "", html, flags=re.S)
+    return re.findall(r"\[[^\[\]<>]*\]\([^)\s<>]+\)", re.sub("<[^>]+>", "", text))
+
+
+def test_no_link_is_shown_as_text(pages):
+    raw = {name: found for name, html in pages.items() if (found := raw_links(html))}
+    assert not raw, raw
+
+
+def test_raw_links_by_hand():
+    shown = '<p>a row of [<a href="x"><code>ResNet3d</code></a>](../x.html)</p>'
+    assert raw_links(shown) == ["[ResNet3d](../x.html)"]
+    assert not raw_links("<pre>[a](b)</pre><p>f[i](x, y) and (see)[1]</p>")
+    nested = "a row of [`ResNet3d`](/covid_ct/x.html#y)](../x.ipynb)".replace("[`", "[[`", 1)
+    assert stage.one_link(nested) == "a row of [`ResNet3d`](../x.ipynb)"
+    twice = "see [the [`fit`](/u) loop](p.ipynb) and [`fit`](/u)"
+    assert stage.one_link(twice) == "see [the `fit` loop](p.ipynb) and [`fit`](/u)"
+
+
+def test_the_side_bar_folds(pages):
+    "Subpackages are entries, their pages fold under them"
+    tree = re.search(r'<div class="sidebar-tree">(.*?)</aside>', pages["index.html"], re.S)[1]
+    tops = re.findall(r'<li class="toctree-l1[^"]*"><a[^>]+href="([^"]+)"', tree)
+    assert len(tops) < 25 and "02_io/index.html" in tops
+    assert tree.count('class="toctree-checkbox"') >= 10
+
+
 def test_api_is_documented(pages):
     "The parameters of a function stand on its page as a table"
     html = pages["scan.html"]
@@ -194,13 +225,24 @@ def test_every_page_says_how_to_run_it(pages, notebooks):
 
 # ---------------------------------------------------------------- the front page, the README and
 # the sources
+MAP = "nbs/00c_pipeline.ipynb"
+
+
 def test_map_names_every_page(root, notebooks):
-    front = "".join("".join(c["source"]) for c in notebooks["index.ipynb"])
-    missing = [n for n in notebooks if n != "index.ipynb" and f"]({n})" not in front]
+    text = "".join("".join(c["source"]) for c in notebooks[MAP])
+    named = {f"nbs/{link}" for link in re.findall(r"\]\(([^)#]+\.ipynb)", text)} | {MAP}
+    missing = [n for n in notebooks if n != "index.ipynb" and n not in named]
     assert not missing, missing
-    assert all(
-        (root / link).exists() for _, links, _ in rows(root / "index.ipynb") for link in links
+    assert all((root / link).exists() for link in named)
+
+
+def test_the_front_page_is_short(notebooks):
+    words = sum(
+        len("".join(c["source"]).split())
+        for c in notebooks["index.ipynb"]
+        if c["cell_type"] == "markdown"
     )
+    assert words < 750
 
 
 def test_readme_is_plain(root):
@@ -209,9 +251,39 @@ def test_readme_is_plain(root):
     assert (
         "<iframe" not in text and "srcdoc" not in text and ":::" not in text and len(text) < 30_000
     )
-    assert re.search(r"!\[[^\]]{20,}\]\(docs/_static/viewer\.png\)", text)
+    for picture in ("viewer.png", "pipeline.svg"):
+        assert re.search(rf"!\[[^\]]{{20,}}\]\(docs/_static/{re.escape(picture)}\)", text)
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("https://") or (root / link).exists(), link
+
+
+def test_links_of_functions_in_the_readme_lead_to_notebooks():
+    linked = readme.notebook_links("[`Scan`](/covid_ct/scan.html#scan), [x](/other/scan.html)")
+    assert linked == "[`Scan`](nbs/00a_scan.ipynb), [x](/other/scan.html)"
+
+
+def test_no_made_up_address(root, notebooks):
+    """No page, README or citation names a site or a repository of this package, unless
+    `git_url` in settings.ini says that there is one"""
+    if public.repository(public.setting("git_url")):
+        pytest.skip("the repository is public")
+    named = re.compile(r"https?://(?:github\.com/covid-ct|covid-ct\.github\.io)[^\s)\"]*")
+    texts = {name: json.dumps(cells) for name, cells in notebooks.items()}
+    for name in ("README.md", "CITATION.cff", "settings.ini", "CONTRIBUTING.md", "setup.py"):
+        texts[name] = (root / name).read_text("utf-8")
+    found = {name: named.findall(text) for name, text in texts.items() if named.search(text)}
+    assert not found, found
+
+
+def test_the_one_setting_adds_badges():
+    page = "nbs/lessons/1_first_scan.ipynb"
+    assert public.badges(page, "") == "" and public.repository("https://example.org/x") is None
+    text = public.badges(page, "https://github.com/owner/name")
+    for address in (
+        f"https://colab.research.google.com/github/owner/name/blob/main/{page}",
+        f"https://mybinder.org/v2/gh/owner/name/main?labpath={page}",
+    ):
+        assert f"]({address})" in text
 
 
 def test_citation(root):
@@ -223,7 +295,7 @@ def test_citation(root):
     cfg = settings["DEFAULT"]
     assert (
         str(cff["version"]) == cfg["version"]
-        and cff["repository-code"] == cfg["git_url"]
+        and cff.get("repository-code", "") == cfg["git_url"]
         and cff["license"] == "Apache-2.0"
     )
     assert cff["authors"] == [{"name": cfg["author"]}] and cff["cff-version"] == "1.2.0"
@@ -308,7 +380,7 @@ def test_front_page_is_alive(visit):
     )
     assert (
         page.locator("iframe[data-covid-ct]").count() == 1
-        and page.locator(".house .room a[href='scan.html']").count() == 1
+        and page.locator("nav.pipeline a[href='02_io/read.html']").count() == 1
     )
 
 
@@ -384,10 +456,6 @@ def test_phone(visit):
             wide[path] = over
     assert not wide
     page.goto(re.sub(r"^(https?://[^/]+).*", r"\1/index.html", page.url))
-    assert page.evaluate(
-        "[...document.querySelectorAll('.room')]"
-        ".every((e, i, all) => !i || e.offsetTop > all[i - 1].offsetTop)"
-    )  # one column
     page.locator("label.mobile-header-icon[for=__navigation], .nav-overlay-icon").first.click()
     page.locator(".sidebar-drawer input[name=q]").wait_for(state="visible")
 
