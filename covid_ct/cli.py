@@ -80,7 +80,9 @@ def _inspect(a):
 # %% ../nbs/14_cli.ipynb #3d54dcc8
 def _lungs(a):
     from covid_ct.io.read import read, write_mask
-    from covid_ct.preprocess.lungs import hu_warnings, lung_mask, lung_volume_l, mask_warnings
+    from covid_ct.preprocess.body import hu_warnings
+    from covid_ct.preprocess.lung_warnings import mask_warnings
+    from covid_ct.preprocess.lungs import lung_mask, lung_volume_l
 
     scan = read(a.path, series=a.series, **_how(a))
     mask = lung_mask(scan)
@@ -303,7 +305,8 @@ _CHECKS = (
 def _explain(a):
     from covid_ct.explain.cam import explain
     from covid_ct.io.read import read, write_map
-    from covid_ct.preprocess.lungs import lung_mask, lung_region
+    from covid_ct.preprocess.lung_warnings import lung_region
+    from covid_ct.preprocess.lungs import lung_mask
     from covid_ct.preprocess.resample import prepare_scan
 
     model, recipe, prep = _classifier(a.run_folder)
@@ -480,7 +483,8 @@ def _regions(a, scan):
     from covid_ct.evaluate.burden import SIDES
     from covid_ct.io.labels import LOBES, convert_lobes
     from covid_ct.io.read import read_mask
-    from covid_ct.preprocess.lungs import lung_mask, mask_warnings, two_sides
+    from covid_ct.preprocess.lung_warnings import mask_warnings
+    from covid_ct.preprocess.lungs import lung_mask, two_sides
 
     if a.lobes:
         return convert_lobes(read_mask(a.lobes, scan), a.convention, a.lobes), LOBES, ()

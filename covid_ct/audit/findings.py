@@ -36,7 +36,8 @@ from covid_ct.audit.voxels import (
 from ..cohort.table import MASK_COLUMNS, load_mask
 from ..io.dicom import silent_reading
 from ..io.read import IO_OF_ENDING, PICTURE_ENDINGS, file_ending, natural_key
-from ..preprocess.lungs import lung_mask, mask_warnings
+from ..preprocess.lung_warnings import mask_warnings
+from ..preprocess.lungs import lung_mask
 from ..scan import DataError, GeometryError, ReadError, Scan
 
 # %% ../../nbs/04_audit/02_findings.ipynb #d1b2e345

@@ -21,7 +21,8 @@ from ..evaluate.metrics import energy_in
 from ..explain.cam import attention_maps, explain
 from ..plot import find_centre
 from ..preprocess.cache import own_lungs
-from ..preprocess.lungs import lung_mask, lung_region
+from ..preprocess.lung_warnings import lung_region
+from ..preprocess.lungs import lung_mask
 from ..preprocess.resample import PREPS, Prep, prepare_scan
 from ..scan import DataError, Map, NotAChestError, UnitsError
 from ..train.loop import load_run

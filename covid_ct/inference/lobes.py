@@ -15,8 +15,7 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
 from torch import nn
 
-from ..io.labels import LOBES, convert_lobes
-from ..io.read import read_mask
+from ..io.labels import LOBES
 from ..models.unet import UNet
 from ..phantom.chest import PHANTOM_MASKS, Phantom
 from ..preprocess.lungs import dice, lung_mask, two_sides
@@ -297,21 +296,6 @@ def segment_lobes(
     return vote_lobes(prob, x, mask, reach)
 
 # %% ../../nbs/09_inference/04_lobes.ipynb #fdd181ca
-def _outside_lobes(
-    path,  # volume file with labels
-    scan: Scan,  # the scan it must lie on
-    convention: str,  # row of `covid_ct.io.labels.LOBE_CONVENTIONS`
-) -> np.ndarray:  # `(D,H,W)` uint8, 1 … 5 in the order of `LOBES`
-    "Lobes from a file; raises `GeometryError` for another grid, `VoxelError` for labels of another convention, `LobeError` if a lobe is missing"
-    lobes = convert_lobes(read_mask(path, scan), convention, path)
-    lost = [n for k, n in enumerate(LOBES, 1) if not (lobes == k).any()]
-    if lost:
-        raise LobeError(
-            path, f'has no {lost[0]} lobe', 'Check the convention, or measure this scan by lung.'
-        )
-    return lobes
-
-
 def refined_crop(
     scan: Scan,  # in HU
     lobes: np.ndarray,  # `(D,H,W)`, 0 outside

@@ -13,13 +13,9 @@ import numpy as np
 
 from ..io.dicom import series_rows
 from ..io.read import read
-from covid_ct.preprocess.lungs import (
-    hu_warnings,
-    lung_mask,
-    lung_region,
-    lung_volume_l,
-    mask_warnings,
-)
+from ..preprocess.body import hu_warnings
+from ..preprocess.lung_warnings import lung_region, mask_warnings
+from ..preprocess.lungs import lung_mask, lung_volume_l
 from ..scan import DataError, NotAChestError
 
 if TYPE_CHECKING:

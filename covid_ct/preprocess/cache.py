@@ -32,7 +32,8 @@ from ..cohort.adapters import open_cohort
 from ..cohort.table import MASK_COLUMNS as MASK_COLUMNS
 from ..cohort.table import READING_COLUMNS, load_mask, load_row
 from ..io.read import files_of
-from .lungs import lung_mask, lung_region
+from .lung_warnings import lung_region
+from .lungs import lung_mask
 from .resample import PREPS, Prep, prepare_scan
 from ..scan import CohortError, DataError, VoxelError, write_atomic
 

@@ -370,7 +370,9 @@ MODULES = (
     'preprocess.resample',
     'io.read',
     'io.dicom',
+    'preprocess.body',
     'preprocess.lungs',
+    'preprocess.lung_warnings',
     'cohort.table',
 )
 

@@ -45,7 +45,7 @@ ORDER = {  # within a subpackage, only from what comes before
     "io": "archive labels volume dicom_header dicom read",
     "cohort": "datasets table adapters splits",
     "audit": "voxels findings shortcuts audit",
-    "preprocess": "resample lungs cache",
+    "preprocess": "resample body lungs lung_warnings cache",
     "batches": "augment samplers slices loaders",
     "papers": "published runs tables checklist report",
 }
