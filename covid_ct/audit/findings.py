@@ -18,6 +18,7 @@ import pandas as pd
 import SimpleITK as sitk
 from PIL import Image
 
+# %% ../../nbs/04_audit/02_findings.ipynb #cacbcd35
 from covid_ct.audit.voxels import (
     background_facts,
     content_hash,
@@ -54,11 +55,13 @@ def _pictures(files) -> dict:  # `files`: pairs of a name and what PIL can open
     lost = max(last) - min(last) + 1 - len(last) if len(last) == len(files) else 0
     return dict(kind='+'.join(sorted(kinds)), mode='+'.join(sorted(modes)), lost_names=lost)
 
-
+# %% ../../nbs/04_audit/02_findings.ipynb #eb910e4a
 def file_facts(
     path,  # file or folder of one scan
     inside='',  # part of a zip file
-) -> dict:  # `kind` (ending, `dicom`, mixed as `.jpg+.png`), `mode` (colours or type of number), `lost_names` (numbers missing among file names)
+    # `kind` (ending, `dicom`, mixed as `.jpg+.png`), `mode` (colours or type of number), `lost_names`
+    # (numbers missing among file names)
+) -> dict:
     "What a scan's files say from the outside"
     path = Path(path)
     if path.suffix.lower() == '.zip':
@@ -208,7 +211,7 @@ _MASK_VALUES = dict(
     lung_mask={0, 1, 2}, infection_mask={0, 1, 2, 3, 4, 5}, lobe_mask={0, 1, 2, 3, 4, 5}
 )  # values that a mask of the house may hold
 
-
+# %% ../../nbs/04_audit/02_findings.ipynb #b250d0ca
 def mask_facts(
     row,  # row of a cohort, dict
     root,  # folder that its paths start from
@@ -293,7 +296,7 @@ CHECKS = {  # name: what it means, what to do
     'mask labels': ('a mask holds labels it should not, or none', 'Check the code of the set.'),
 }
 
-
+# %% ../../nbs/04_audit/02_findings.ipynb #95c95aba
 def _most(s, share=0.5) -> object:  # None where no value holds more than `share` of the scans
     "The usual value of a column"
     n = s.dropna().value_counts(normalize=True)

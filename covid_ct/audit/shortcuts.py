@@ -33,7 +33,7 @@ FACT_SETS = {  # name of the baseline: columns of the table of facts
     'background only': ('bg_level', 'bg_noise', 'bg_grain', 'bg_wiped', 'bg_bright', 'bg_share'),
 }
 
-
+# %% ../../nbs/04_audit/03_shortcuts.ipynb #9a606bdb
 def _features(
     facts: pd.DataFrame,  # one row a scan
     columns,  # those to use; a missing one is left out, as is one that is the same everywhere
@@ -63,7 +63,8 @@ def guess_labels(
 ) -> (
     pd.DataFrame
 ):  # `patient_id label prob_<class>…`, each row answered by a forest that did not see its patient
-    "Guess the label from facts alone; raises `CohortError` with fewer than two classes of `folds` patients"
+    """Guess the label from facts alone; raises `CohortError` with fewer than two classes of `folds`
+    patients"""
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import GroupKFold
 
@@ -171,7 +172,7 @@ def separable(
         'value', ascending=False
     )
 
-
+# %% ../../nbs/04_audit/03_shortcuts.ipynb #85886384
 def describe_shortcuts(
     table: pd.DataFrame,  # from `shortcut_baselines`
 ) -> list:  # sentences
@@ -186,7 +187,9 @@ def describe_shortcuts(
             a, b = r.what.split(' vs ')
             who = f'Class {a} is separable' if b == 'rest' else f'Classes {a} and {b} are separable'
             out.append(
-                f'{who} by {name.removesuffix(" only")} alone: AUC {r.value:.3f} (95 % interval {r.low:.3f} to {r.high:.3f}). Do not train before this is removed or matched, and report it beside every network.'
+                f'{who} by {name.removesuffix(" only")} alone: AUC {r.value:.3f} (95 % interval '
+                f'{r.low:.3f} to {r.high:.3f}). Do not train before this is removed or matched, '
+                f'and report it beside every network.'
             )
         if not len(mine):
             out.append(
@@ -222,7 +225,7 @@ def baseline_figure(
         yticks=range(len(t)),
         yticklabels=list(t.what),
         xlim=(0, 1.01),
-        xlabel='AUC without looking at the lungs (0.5 is a coin, dotted: called separable to its right)',
+        xlabel='AUC without looking at the lungs (0.5 is chance; right of the dots: separable)',
     )
     ax.invert_yaxis()
     ax.tick_params(labelsize=8)

@@ -31,12 +31,13 @@ def _wiped_voxels(
     low = voxels <= voxels.min() + 2 * (units == 'uint8')
     return low if low.mean() > 0.02 else np.zeros_like(low)
 
-
+# %% ../../nbs/04_audit/01_voxels.ipynb #6f3d51ca
 def _scale_of(
     voxels: np.ndarray,  # `(D,H,W)` in `units`
     units: str = 'HU',  # `HU`, `uint8` or `unit`
 ) -> tuple:  # value that becomes 0, and the width up to 1
-    "Where air ends and tissue begins becomes grey `_DARK`: known in HU, by Otsu's threshold elsewhere"
+    """Where air ends and tissue begins becomes grey `_DARK`: known in HU, by Otsu's threshold
+    elsewhere"""
     if units == 'HU':
         return -1000.0, 1200.0
     few = voxels[:, :: max(1, voxels.shape[1] // 128), :: max(1, voxels.shape[2] // 128)]
@@ -131,7 +132,7 @@ def _step_ratios(
     r = _middle(l[1:-1] - (l[:-2] + l[2:]) / 2, ok * e[1:-1] ** 0.25 + 1e-12)
     return np.where(ok.mean(1) < 0.1, 0, r)
 
-
+# %% ../../nbs/04_audit/01_voxels.ipynb #0ae944f1
 def widest_step(
     greys: np.ndarray,  # `(D,h,w)` of telling slices, in order
 ) -> tuple:  # excess in logarithms, and the limit for a stack of this length
@@ -157,11 +158,13 @@ def _enclosed(
     keep[0] = False
     return keep[labels]
 
-
+# %% ../../nbs/04_audit/01_voxels.ipynb #25e88531
 def slice_direction(
     greys: np.ndarray,  # `(D,h,w)` of telling slices
     empty: np.ndarray,  # bool `(D,h,w)`
-) -> float:  # −1 … 1: above 0.25 slices run from the feet to the head, below −0.25 the other way; nan without lungs
+    # −1 … 1: above 0.25 slices run from the feet to the head, below −0.25 the other way; nan without
+    # lungs
+) -> float:
     "Which way the slices run, from the shape of the lungs"
     lungs = _enclosed(greys, empty)
     area = lungs.sum((1, 2)).astype(float)
@@ -248,7 +251,7 @@ def _at(v, shape) -> np.ndarray:  # `shape`
     v = np.stack([size(s, (w, h)) for s in v])
     return size(np.ascontiguousarray(v.reshape(len(v), h * w)), (h * w, d)).reshape(d, h, w)
 
-
+# %% ../../nbs/04_audit/01_voxels.ipynb #5aaf0e7e
 def vessel_print(
     greys: np.ndarray,  # `(D,h,w)`, see `small_greys`
     shape=(32, 64, 64),  # of the print

@@ -47,7 +47,7 @@ def _probable(truth, prob):
         )
     return truth.astype(bool), prob
 
-
+# %% ../../nbs/10_evaluate/03_calibration.ipynb #7dc1e72e
 def _scored(truth, score):
     "Truth bool `(N,)` and score `(N,)`; raises `PredictionError`"
     truth, score = np.asarray(truth, bool), np.asarray(score, float)
@@ -131,7 +131,7 @@ def ece(
     r = reliability(truth, prob, bins, equal)
     return float((r.n * abs(r.happened - r.said)).sum() / r.n.sum())
 
-
+# %% ../../nbs/10_evaluate/03_calibration.ipynb #b5868a42
 def ece_floor(
     prob,  # probability of the positive class, `(N,)` in [0,1]
     bins: int = 15,  # number of bins
@@ -140,7 +140,8 @@ def ece_floor(
     seed: int = 0,  # seed of the draw
     level: float = 0.95,  # mass of the interval
 ) -> Interval:  # mean ECE of a calibrated network with these probabilities, and its interval
-    "What the ECE would be if every probability were true: its bias, and the range that is no sign of a fault"
+    """What the ECE would be if every probability were true: its bias, and the range that is no sign
+    of a fault"""
     _, prob = _probable(np.zeros(len(prob)), prob)
     inside = np.eye(bins)[_bin(prob, bins, equal)]
     drawn = np.random.default_rng(seed).random((n, len(prob))) < prob
@@ -183,10 +184,12 @@ def apply_temperature(
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #f76aac5f
 def fit_temperature(
-    valid: pd.DataFrame,  # predictions of *validation* scans, see `metrics.labels_and_probabilities`
+    # predictions of *validation* scans, see `metrics.labels_and_probabilities`
+    valid: pd.DataFrame,
     classes=None,  # labels; None: as in the table
 ) -> float:  # T; above 1: the network is too sure of itself
-    "Temperature of least log-loss (Guo et al. 2017, @eq-temperature); raises `PredictionError` where no scan is wrong"
+    """Temperature of least log-loss (Guo et al. 2017, @eq-temperature); raises `PredictionError`
+    where no scan is wrong"""
     y, prob, classes = labels_and_probabilities(valid, classes)
     z = np.log(np.clip(prob, _TINY, None))
 
@@ -211,7 +214,8 @@ def calibrate(
     valid: pd.DataFrame,  # predictions of the validation patients
     test: pd.DataFrame,  # predictions of other patients
 ) -> tuple:  # `(test at the validation's temperature, T)`
-    "Fit the temperature on validation, apply it to test; raises `PredictionError` for a patient on both sides"
+    """Fit the temperature on validation, apply it to test; raises `PredictionError` for a patient
+    on both sides"""
     both = sorted(set(valid.patient_id.astype(str)) & set(test.patient_id.astype(str)))
     if both:
         fault = f'is in validation and test, with {len(both) - 1} others'
@@ -239,7 +243,7 @@ def threshold_at(
         )
     return float(positives[int(np.ceil(sensitivity * len(positives) - 1e-9)) - 1])
 
-
+# %% ../../nbs/10_evaluate/03_calibration.ipynb #0c4203da
 def youden_threshold(
     truth,  # bool `(N,)`
     score,  # `(N,)`, higher is more positive
@@ -262,7 +266,8 @@ def at_threshold(
 ) -> (
     pd.DataFrame
 ):  # rows sensitivity, specificity, PPV, NPV; columns k, n, value, low, high, method, note
-    "The four rates of a decision; Wilson's intervals, or the bootstrap over patients where patients have several scans"
+    """The four rates of a decision; Wilson's intervals, or the bootstrap over patients where
+    patients have several scans"""
     truth, score = _scored(truth, score)
     call, repeat = score >= threshold, patient_codes(groups, len(truth)).max() + 1 < len(truth)
     w, rows = draw_patients(groups, n, seed) if repeat else None, {}
@@ -290,7 +295,8 @@ def net_benefit(
     prob,  # probability of the positive class, `(N,)` in [0,1]
     thresholds=None,  # `(R,)` in [0,1); None: 0.01 … 0.99
 ) -> pd.DataFrame:  # index threshold; columns network, all, none, in positives per scan
-    "Net benefit of a network and of the two policies without one (Vickers and Elkin 2006, @eq-netbenefit)"
+    """Net benefit of a network and of the two policies without one (Vickers and Elkin 2006,
+    @eq-netbenefit)"""
     truth, prob = _probable(truth, prob)
     t = np.arange(0.01, 1, 0.01) if thresholds is None else np.asarray(thresholds, float)
     if not ((t >= 0) & (t < 1)).all():
@@ -377,6 +383,31 @@ def shift_prevalence(
     )
 
 # %% ../../nbs/10_evaluate/03_calibration.ipynb #2d40d005
+def _or_fault(measure) -> tuple:  # its answer or None, and what is wrong
+    "Ask for a measure that may be impossible in a group"
+    try:
+        return measure(), ''
+    except PredictionError as e:
+        return None, e.fault
+
+
+def _subgroup_rows(name, inside, truth, score, who, threshold, n) -> list:
+    "Three rows of `subgroups`: AUC, sensitivity and specificity of the scans `inside`"
+    t, p, w = truth[inside], score[inside], who[inside]
+    head = name, len(np.unique(w.astype(str))), int(inside.sum()), int(t.sum())
+    area, note = _or_fault(lambda: auc_interval(t, p, w))
+    note = note or area.reason
+    other, fault = None, ''
+    if not inside.all():
+        other, fault = _or_fault(lambda: compare_groups(truth, score, inside, who))
+    area = (np.nan,) * 3 if area is None else area
+    rows = [(*head, 'AUC', *area, np.nan if other is None else other.p, note or fault)]
+    rates = at_threshold(t, p, threshold, w, n).loc[['sensitivity', 'specificity']]
+    for m, r in rates.iterrows():
+        rows.append((*head, m, *r[['value', 'low', 'high']], np.nan, r.note))
+    return rows
+
+# %% ../../nbs/10_evaluate/03_calibration.ipynb #670295e9
 def subgroups(
     predictions: pd.DataFrame,  # see `metrics.labels_and_probabilities`, with `patient_id`
     by: str,  # column that names the group
@@ -384,7 +415,8 @@ def subgroups(
     threshold: float = 0.5,  # positive is probability ≥ threshold
     n: int = 1000,  # resampled cohorts, where patients repeat
 ) -> pd.DataFrame:  # group, patients, scans, positives, measure, value, low, high, p, note
-    "AUC, sensitivity and specificity of every group, with n, intervals over patients and Holm's p of its AUC against the others"
+    """AUC, sensitivity and specificity of every group, with n, intervals over patients and Holm's p
+    of its AUC against the others"""
     if by not in predictions:
         raise PredictionError(
             'predictions', f'no column {by!r}', f'Use one of {", ".join(map(str, predictions))}.'
@@ -394,44 +426,14 @@ def subgroups(
         raise PredictionError(
             'predictions', f'no class {positive!r}', f'Use one of {", ".join(classes)}.'
         )
-    truth, score, who = (
-        y == classes.index(positive),
-        prob[:, classes.index(positive)],
-        predictions.patient_id.to_numpy(),
-    )
-    group, rows = (
-        predictions[by]
-        .astype(object)
-        .where(predictions[by].notna(), 'not stated')
-        .astype(str)
-        .to_numpy(),
-        [],
-    )
+    k = classes.index(positive)
+    study = y == k, prob[:, k], predictions.patient_id.to_numpy()
+    named = predictions[by].astype(object).where(predictions[by].notna(), 'not stated')
+    group, rows = named.astype(str).to_numpy(), []
     for g in np.unique(group):
-        s = group == g
-        head, p, note = (
-            (g, len(np.unique(who[s].astype(str))), int(s.sum()), int(truth[s].sum())),
-            np.nan,
-            '',
-        )
-        try:
-            i = auc_interval(truth[s], score[s], who[s])
-            note = i.reason
-        except PredictionError as e:
-            i, note = (np.nan,) * 3, e.fault
-        try:
-            p = compare_groups(truth, score, s, who).p if not s.all() else np.nan
-        except PredictionError as e:
-            note = note or e.fault
-        rates = at_threshold(truth[s], score[s], threshold, who[s], n).loc[
-            ['sensitivity', 'specificity']
-        ]
-        rows += [(*head, 'AUC', *i, p, note)] + [
-            (*head, m, *r[['value', 'low', 'high']], np.nan, r.note) for m, r in rates.iterrows()
-        ]
-    out = pd.DataFrame(
-        rows, columns='group patients scans positives measure value low high p note'.split()
-    )
+        rows += _subgroup_rows(g, group == g, *study, threshold, n)
+    columns = 'group patients scans positives measure value low high p note'.split()
+    out = pd.DataFrame(rows, columns=columns)
     ok = out.p.notna()
     out.loc[ok, 'p'] = holm(out.p[ok])
     return out

@@ -117,7 +117,8 @@ METRICS = ('AUC', 'accuracy', 'sensitivity', 'specificity', 'F1')
 
 
 def _each(predictions, classes, weights):
-    "Every metric of every class against the rest, their macro mean under `macro`; accuracy there is the share that is right"
+    """Every metric of every class against the rest, their macro mean under `macro`; accuracy there
+    is the share that is right"""
     y, prob, classes = labels_and_probabilities(predictions, classes)
     C = confusion(y, prob.argmax(1), len(classes), weights)
     each = {
@@ -130,7 +131,7 @@ def _each(predictions, classes, weights):
             macro=macro | dict(accuracy=np.trace(C, axis1=1, axis2=2) / C.sum((1, 2)))
         )
 
-
+# %% ../../nbs/10_evaluate/01_metrics.ipynb #450a053b
 def all_metrics(
     predictions: pd.DataFrame,  # see `labels_and_probabilities`
     positive: str = 'covid',  # class of the first reading
@@ -149,7 +150,7 @@ def all_metrics(
         for m in METRICS
     }
 
-
+# %% ../../nbs/10_evaluate/01_metrics.ipynb #8299368b
 def classification_metrics(
     predictions: pd.DataFrame,  # see `labels_and_probabilities`
     positive: str = 'covid',  # class of the first reading
@@ -168,7 +169,8 @@ def draw_patients(
     n: int = 1000,  # resampled cohorts R
     seed: int = 0,  # seed of the draw
 ) -> np.ndarray:  # `(R,N)`, how often each scan was drawn
-    "Weights of bootstrap cohorts in which patients are drawn whole; independent of the order of the rows"
+    """Weights of bootstrap cohorts in which patients are drawn whole; independent of the order of
+    the rows"""
     ids, of = np.unique(np.asarray(groups).astype(str), return_inverse=True)
     P, rng = len(ids), np.random.default_rng(seed)
     drawn = rng.integers(P, size=(n, P)) + P * np.arange(n)[:, None]
@@ -241,7 +243,7 @@ def _whose(predictions, by):
         'predictions', f'column {by!r} is missing or has gaps', 'Name the patient of every scan.'
     )
 
-
+# %% ../../nbs/10_evaluate/01_metrics.ipynb #6a51b8c9
 def bootstrap(
     predictions: pd.DataFrame,  # one row per scan
     statistic,  # `f(predictions, weights)->(R,)`, or `f(predictions)->float`
@@ -250,7 +252,8 @@ def bootstrap(
     seed: int = 0,  # seed of the draw
     level: float = 0.95,  # mass of the interval
 ) -> Interval:  # `(value, low, high)`, with `.reason`
-    "Percentile interval of a statistic over resampled patients; raises `PredictionError` without the column"
+    """Percentile interval of a statistic over resampled patients; raises `PredictionError` without
+    the column"""
     w, rows = draw_patients(_whose(predictions, by), n, seed), np.arange(len(predictions))
     if (
         sum(
@@ -330,7 +333,8 @@ def roc_band(
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #9629809e
 def _curve(predictions, positive, classes, n, seed, what):
-    "Truth, score and weights of the resampled cohorts; raises `PredictionError` where there is no curve"
+    """Truth, score and weights of the resampled cohorts; raises `PredictionError` where there is no
+    curve"""
     y, prob, classes = labels_and_probabilities(predictions, classes)
     k = classes.index(positive) if positive in classes else -1
     if k < 0 or not 0 < (y == k).sum() < len(y):
@@ -341,7 +345,7 @@ def _curve(predictions, positive, classes, n, seed, what):
         )
     return y == k, prob[:, k], draw_patients(_whose(predictions, 'patient_id'), n, seed)
 
-
+# %% ../../nbs/10_evaluate/01_metrics.ipynb #9d75b528
 def _axes(positive, x, y):
     fig = Picture(figsize=(4.2, 4), layout='constrained')
     ax = fig.add_subplot()
@@ -356,7 +360,7 @@ def _axes(positive, x, y):
     )
     return fig, ax
 
-
+# %% ../../nbs/10_evaluate/01_metrics.ipynb #3f824092
 def roc_figure(
     predictions: pd.DataFrame,  # see `labels_and_probabilities`, with `patient_id`
     positive: str = 'covid',  # class against the rest
@@ -364,7 +368,8 @@ def roc_figure(
     n: int = 1000,  # resampled cohorts
     seed: int = 0,  # seed of the draw
 ) -> Picture:  # with alt text
-    "ROC curve of one class against the rest with its band over patients; raises `PredictionError` where there is none"
+    """ROC curve of one class against the rest with its band over patients; raises `PredictionError`
+    where there is none"""
     truth, score, w = _curve(predictions, positive, classes, n, seed, 'ROC curve')
     from sklearn.metrics import roc_curve  # takes a second to import
 
@@ -387,7 +392,8 @@ def roc_figure(
     ax.legend(frameon=False, loc='lower right', fontsize=8)
     return set_alt_text(
         fig,
-        f'ROC curve of {positive} against the rest for {len(truth)} scans: AUC {a.value:.3f}, interval {a.low:.3f} to {a.high:.3f}.',
+        f'ROC curve of {positive} against the rest for {len(truth)} scans: AUC {a.value:.3f}, '
+        f'interval {a.low:.3f} to {a.high:.3f}.',
     )
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #71120428
@@ -403,14 +409,15 @@ def average_precision(
     with np.errstate(invalid='ignore', divide='ignore'):
         return (np.diff(t, prepend=0, axis=1) * np.nan_to_num(t / (t + f))).sum(1) / t[:, -1]
 
-
+# %% ../../nbs/10_evaluate/01_metrics.ipynb #d8d80b8d
 def pr_band(
     truth,  # bool `(N,)`
     score,  # `(N,)`
     weights,  # `(R,N)`, see `draw_patients`
     grid,  # recalls to read at, `(G,)` in (0,1], rising
 ) -> np.ndarray:  # `(2,G)`, 2.5th and 97.5th percentile of the precision
-    "Pointwise band of a precision-recall curve over resampled cohorts, read where each recall is first reached"
+    """Pointwise band of a precision-recall curve over resampled cohorts, read where each recall is
+    first reached"""
     with np.errstate(invalid='ignore'):
         curves = [
             (t / (t + f))[np.searchsorted(t, np.asarray(grid) * t[-1] - 1e-9)]
@@ -427,7 +434,8 @@ def pr_figure(
     n: int = 1000,  # resampled cohorts
     seed: int = 0,  # seed of the draw
 ) -> Picture:  # with alt text
-    "Precision-recall curve of one class against the rest with its band over patients; raises `PredictionError` where there is none"
+    """Precision-recall curve of one class against the rest with its band over patients; raises
+    `PredictionError` where there is none"""
     truth, score, w = _curve(predictions, positive, classes, n, seed, 'precision-recall curve')
     a, grid, share = (
         interval(average_precision(truth, score)[0], average_precision(truth, score, w)),
@@ -453,7 +461,9 @@ def pr_figure(
     ax.legend(frameon=False, loc='lower left', fontsize=8)
     return set_alt_text(
         fig,
-        f'Precision-recall curve of {positive} against the rest for {len(truth)} scans, {share:.0%} of them positive: average precision {a.value:.3f}, interval {a.low:.3f} to {a.high:.3f}.',
+        f'Precision-recall curve of {positive} against the rest for {len(truth)} scans, '
+        f'{share:.0%} of them positive: average precision {a.value:.3f}, interval {a.low:.3f} to '
+        f'{a.high:.3f}.',
     )
 
 # %% ../../nbs/10_evaluate/01_metrics.ipynb #e404cdd2
@@ -497,7 +507,9 @@ def mask_scores(
     found,  # bool `(D,H,W)`
     true,  # bool, the same shape
     spacing=(1.0, 1.0, 1.0),  # of the voxels, mm `(z,y,x)`
-) -> dict:  # `dice` in [0,1]; `surface`, `hd95` and `hausdorff` in mm; nan where a mask is empty, Dice only where both are
+    # `dice` in [0,1]; `surface`, `hd95` and `hausdorff` in mm; nan where a mask is empty, Dice only
+    # where both are
+) -> dict:
     "Overlap of two masks and the distance of their surfaces (@eq-surface); raises `GeometryError`"
     a, b = (np.asarray(m) > 0 for m in (found, true))
     if a.shape != b.shape:

@@ -28,7 +28,8 @@ def wilson(
     n: int,  # trials, one per patient
     level: float = 0.95,  # mass of the interval, (0,1)
 ) -> Interval:  # share in [0,1] with its interval; nan for n = 0
-    "Interval of a share (Wilson 1927, @eq-wilson); raises `PredictionError` for counts that cannot be"
+    """Interval of a share (Wilson 1927, @eq-wilson); raises `PredictionError` for counts that
+    cannot be"""
     if not 0 <= k <= n or k != int(k) or n != int(n):
         raise PredictionError('counts', f'{k} of {n}', 'Give whole numbers, 0 ≤ k ≤ n.')
     if not n:
@@ -54,7 +55,7 @@ def patient_codes(
         raise PredictionError('patients', 'have gaps', 'Name the patient of every scan.')
     return np.unique(np.asarray(groups).astype(str), return_inverse=True)[1]
 
-
+# %% ../../nbs/10_evaluate/02_statistics.ipynb #15188fcd
 def _checked(truth, scores, groups=None):
     "Truth bool `(N,)`, scores `(S,N)` and patient `(N,)` as 0 … P-1; raises `PredictionError`"
     truth, scores = np.asarray(truth), np.atleast_2d(np.asarray(scores, float))
@@ -110,7 +111,8 @@ def delong(
     scores,  # `(N,)` or `(S,N)`, one row per network, higher is more positive
     groups=None,  # patient of each scan, `(N,)`; None: every scan is a patient of its own
 ) -> Areas:  # AUCs `(S,)` and their covariance `(S,S)`
-    "AUCs of networks on the same scans (DeLong et al. 1988, @eq-delong; with patients Obuchowski 1997, @eq-obuchowski)"
+    """AUCs of networks on the same scans (DeLong et al. 1988, @eq-delong; with patients Obuchowski
+    1997, @eq-obuchowski)"""
     truth, scores, of = _checked(truth, scores, groups)
     v, P = _placements(truth, scores), of.max() + 1
     area, parts = v[:, truth].mean(1), []
@@ -130,7 +132,8 @@ def auc_interval(
     score,  # `(N,)`, higher is more positive
     groups=None,  # patient of each scan, `(N,)`; None: every scan is a patient of its own
     level: float = 0.95,  # mass of the interval, (0,1)
-    logit: bool = True,  # symmetric on the logit scale; False: plain value ± z·error, cut off at 0 and 1
+    # symmetric on the logit scale; False: plain value ± z·error, cut off at 0 and 1
+    logit: bool = True,
 ) -> Interval:  # AUC with its interval, in [0,1]; `.reason` where it is shaky
     "Normal interval of one AUC from DeLong's variance; with `groups` over patients"
     areas = delong(truth, score, groups)
@@ -148,7 +151,8 @@ def auc_interval(
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #e3b21335
 class Comparison(namedtuple('Comparison', 'difference low high statistic p')):
-    "First minus second with its interval, the test statistic and its two-sided p; `.reason` where there is none"
+    """First minus second with its interval, the test statistic and its two-sided p; `.reason` where
+    there is none"""
 
     reason = ''
 
@@ -168,7 +172,7 @@ def _normal(difference, variance, level) -> Comparison:
         return out
     return Comparison(d, d - z * se, d + z * se, d / se, float(2 * norm.sf(abs(d / se))))
 
-
+# %% ../../nbs/10_evaluate/02_statistics.ipynb #a177c3b2
 def compare_aucs(
     truth,  # bool `(N,)`, positive or not
     first,  # score of the first network, `(N,)`
@@ -189,7 +193,8 @@ def compare_groups(
     patients=None,  # patient of each scan, `(N,)`; None: every scan is a patient of its own
     level: float = 0.95,  # mass of the interval, (0,1)
 ) -> Comparison:  # AUC in the first group minus AUC in the second
-    "Two AUCs of one network on different patients; raises `PredictionError` for a patient on both sides"
+    """Two AUCs of one network on different patients; raises `PredictionError` for a patient on both
+    sides"""
     truth, score, group = np.asarray(truth), np.asarray(score, float), np.asarray(group, bool)
     ids = np.arange(len(truth)) if patients is None else np.asarray(patients).astype(str)
     both = np.intersect1d(ids[group], ids[~group])
@@ -250,7 +255,8 @@ def mean_interval(
     groups=None,  # patient of each, `(N,)`; None: every value is a patient of its own
     level: float = 0.95,  # mass of the interval, (0,1)
 ) -> Interval:  # mean over patients with Student's interval, in the unit of the values
-    "t-based interval of a mean, each patient counted once; raises `PredictionError` for fewer than two"
+    """t-based interval of a mean, each patient counted once; raises `PredictionError` for fewer
+    than two"""
     d = _per_patient(values, groups)
     if len(d) < 2:
         raise PredictionError('values', f'{len(d)} patient(s)', 'An interval needs at least two.')
@@ -277,12 +283,14 @@ def paired_t(
 class Permutation(namedtuple('Permutation', 'difference p swaps')):
     "First minus second, two-sided p, and the swaps tried"
 
-
+# %% ../../nbs/10_evaluate/02_statistics.ipynb #4f60012c
 def paired_permutation(
     first,  # `(N,)`
     second,  # `(N,)` of the same scans, on the same scale
-    statistic=None,  # `f(first, second)->float`, antisymmetric; None: mean over the scans of first − second
-    groups=None,  # patient of each scan, `(N,)`, swapped whole; None: every scan is a patient of its own
+    # `f(first, second)->float`, antisymmetric; None: mean over the scans of first − second
+    statistic=None,
+    # patient of each scan, `(N,)`, swapped whole; None: every scan is a patient of its own
+    groups=None,
     n: int = 4999,  # random swaps R; all 2^P where that is no more
     seed: int = 0,  # seed of the swaps
 ) -> Permutation:  # difference, p (@eq-permutation), swaps tried
@@ -307,12 +315,8 @@ def paired_permutation(
         )
     else:
         here = float(statistic(first, second))
-        there = np.array(
-            [
-                float(statistic(np.where(s, second, first), np.where(s, first, second)))
-                for s in swap[:, of]
-            ]
-        )
+        pairs = ((np.where(s, second, first), np.where(s, first, second)) for s in swap[:, of])
+        there = np.array([float(statistic(*pair)) for pair in pairs])
     as_large = int((abs(there) >= abs(here) * (1 - 1e-9) - 1e-12).sum())
     return Permutation(
         float(here), as_large / 2**P if exact else (1 + as_large) / (1 + n), len(swap)
@@ -335,7 +339,8 @@ def holm(
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #c94dd732
 def _matched(first, second):
-    "The second table in the order of the first; raises `PredictionError` for scans that do not match"
+    """The second table in the order of the first; raises `PredictionError` for scans that do not
+    match"""
     for table in (first, second):
         if 'scan_id' not in table or table.scan_id.duplicated().any():
             raise PredictionError(
@@ -355,24 +360,9 @@ def _matched(first, second):
     return first.reset_index(drop=True), second
 
 # %% ../../nbs/10_evaluate/02_statistics.ipynb #109577ba
-def compare_runs(
-    first: pd.DataFrame,  # predictions: `scan_id patient_id label prob_<class>…`
-    second: pd.DataFrame,  # of another network on the same scans
-    positive: str = 'covid',  # class against the rest
-    n: int = 2000,  # resampled cohorts, and random swaps
-    seed: int = 0,  # seed of both
-) -> pd.DataFrame:  # columns what, first, second, difference, low, high, p, method
-    "Two runs side by side, by every method of this page and by the bootstrap; raises `PredictionError` where they do not match"
-    first, second = _matched(first, second)
-    y, one, classes = labels_and_probabilities(first)
-    _, two, _ = labels_and_probabilities(second, classes)
-    if positive not in classes:
-        raise PredictionError(
-            'predictions', f'no class {positive!r}', f'Use one of {", ".join(classes)}.'
-        )
-    k, who = classes.index(positive), first.patient_id
-    truth, a, b = y == k, one[:, k], two[:, k]
-    areas = delong(truth, [a, b]).auc
+def _area_rows(truth, a, b, first, n, seed) -> list:
+    "Rows of `compare_runs`: the AUC by four methods"
+    who, areas = first.patient_id, delong(truth, [a, b]).auc
 
     def gain(p, w):
         return auc(truth, a, w) - auc(truth, b, w)
@@ -380,32 +370,47 @@ def compare_runs(
     def swap(p, q):
         return auc(truth, p)[0] - auc(truth, q)[0]
 
+    plain, whole = compare_aucs(truth, a, b), compare_aucs(truth, a, b, who)
+    resampled = bootstrap(first, gain, n=n, seed=seed)
+    p = paired_permutation(a, b, swap, who, n, seed).p
+    nan = float('nan')
+    return [
+        (*areas, *plain[:3], plain.p, 'DeLong, scans as patients'),
+        (*areas, *whole[:3], whole.p, 'DeLong over patients'),
+        (*areas, *resampled, nan, 'bootstrap over patients'),
+        (*areas, swap(a, b), nan, nan, p, 'permutation over patients'),
+    ]
+
+# %% ../../nbs/10_evaluate/02_statistics.ipynb #85047f1d
+def _accuracy_rows(right, who, n, seed) -> list:
+    "Rows of `compare_runs`: the accuracy by two methods"
+    shares, m, nan = [r.mean() for r in right], mcnemar(*right), float('nan')
+    p = paired_permutation(*right, None, who, n, seed).p
+    return [
+        (*shares, *m[:3], m.p, 'McNemar, scans as patients'),
+        (*shares, shares[0] - shares[1], nan, nan, p, 'permutation over patients'),
+    ]
+
+# %% ../../nbs/10_evaluate/02_statistics.ipynb #7c840aa5
+def compare_runs(
+    first: pd.DataFrame,  # predictions: `scan_id patient_id label prob_<class>…`
+    second: pd.DataFrame,  # of another network on the same scans
+    positive: str = 'covid',  # class against the rest
+    n: int = 2000,  # resampled cohorts, and random swaps
+    seed: int = 0,  # seed of both
+) -> pd.DataFrame:  # columns what, first, second, difference, low, high, p, method
+    """Two runs side by side, by every method of this page and by the bootstrap; raises
+    `PredictionError` where they do not match"""
+    first, second = _matched(first, second)
+    y, one, classes = labels_and_probabilities(first)
+    _, two, _ = labels_and_probabilities(second, classes)
+    if positive not in classes:
+        raise PredictionError(
+            'predictions', f'no class {positive!r}', f'Use one of {", ".join(classes)}.'
+        )
+    k = classes.index(positive)
     right = [(m.argmax(1) == y).astype(float) for m in (one, two)]
-    nan, shares = float('nan'), [r.mean() for r in right]
-    plain, whole, m = compare_aucs(truth, a, b), compare_aucs(truth, a, b, who), mcnemar(*right)
-    swapped = [
-        paired_permutation(*pair, f, who, n, seed).p for pair, f in (((a, b), swap), (right, None))
-    ]
-    rows = [
-        (f'AUC {positive}', *areas, *plain[:3], plain.p, 'DeLong, scans as patients'),
-        (f'AUC {positive}', *areas, *whole[:3], whole.p, 'DeLong over patients'),
-        (
-            f'AUC {positive}',
-            *areas,
-            *bootstrap(first, gain, n=n, seed=seed),
-            nan,
-            'bootstrap over patients',
-        ),
-        (f'AUC {positive}', *areas, swap(a, b), nan, nan, swapped[0], 'permutation over patients'),
-        ('accuracy', *shares, *m[:3], m.p, 'McNemar, scans as patients'),
-        (
-            'accuracy',
-            *shares,
-            shares[0] - shares[1],
-            nan,
-            nan,
-            swapped[1],
-            'permutation over patients',
-        ),
-    ]
+    areas = _area_rows(y == k, one[:, k], two[:, k], first, n, seed)
+    shares = _accuracy_rows(right, first.patient_id, n, seed)
+    rows = [(f'AUC {positive}', *r) for r in areas] + [('accuracy', *r) for r in shares]
     return pd.DataFrame(rows, columns='what first second difference low high p method'.split())

@@ -26,6 +26,8 @@ from ..preprocess.lungs import lung_mask
 from ..preprocess.resample import PREPS, Prep, prepare_scan
 from ..scan import DataError, Map, NotAChestError, UnitsError
 from ..train.loop import load_run
+
+# %% ../../nbs/09_inference/05_cases.ipynb #22b210d1
 from covid_ct.widgets.cases import (
     CaseError,
     Notes,
@@ -104,7 +106,8 @@ class _CaseLoader:
         }  # no lesions is knowledge too, and keeps the colours
 
     def maps(self, scan, labels: list, lungs, at=None) -> dict:  # name → `Map`
-        "Maps of every network for some classes and, where a voxel is named, its own attention; a scan is prepared once for networks that want it alike"
+        """Maps of every network for some classes and, where a voxel is named, its own attention; a
+        scan is prepared once for networks that want it alike"""
         out, ready = {}, {}
         for name, (model, recipe) in self.networks.items():
             if recipe.prep not in ready:
@@ -128,7 +131,8 @@ class _CaseLoader:
     def __call__(
         self, scan_id: str, whole: bool = True
     ) -> dict:  # what `ReadingRoom` shows: `scan masks maps`, and `fault` where there is no map
-        "A case as the viewer takes it; the `whole` has the map for the truth, if one network was wrong, and the networks' own attention; raises `DataError` where the scan cannot be had"
+        """A case as the viewer takes it; the `whole` has the map for the truth, if one network was
+        wrong, and the networks' own attention; raises `DataError` where the scan cannot be had"""
         row, case = self.row(scan_id), self.table.set_index('scan_id').loc[scan_id]
         labels = (
             [case.predicted, case.label]
@@ -193,7 +197,7 @@ def _look_once(
         outside_lesion=out('lesions'),
     ), thumbnail_of(scan, heat, masks.get('lesions'))
 
-
+# %% ../../nbs/09_inference/05_cases.ipynb #63216b0f
 def _look(
     loader: _CaseLoader,  # loads cases
     folder,  # where the index is kept
@@ -246,7 +250,8 @@ def _look(
 def _load_networks(
     runs: dict,  # name → run folder
 ) -> tuple:  # name → (model, recipe), and what is wrong with the weights: '' if nothing is
-    "The networks of runs; without weights that can be used there are no maps, but still cases to read"
+    """The networks of runs; without weights that can be used there are no maps, but still cases to
+    read"""
     try:
         opened = {n: load_run(f) for n, f in runs.items()}
         return {n: (run.model, run.recipe) for n, run in opened.items()}, ''
@@ -270,7 +275,8 @@ def _name_runs(
 # %% ../../nbs/09_inference/05_cases.ipynb #88ea1472
 def reading_room(
     run,  # run folder, folder of a cross-validation, or a list of them to read together
-    cohort=None,  # cohort CSV or table with the scans; None: `cohort.csv` in the folder, else no pictures
+    # cohort CSV or table with the scans; None: `cohort.csv` in the folder, else no pictures
+    cohort=None,
     root=None,  # folder that its paths start from; None: that of the table
     part: str = 'test',  # 'test' or 'valid'
     by: str = 'reader',  # who writes notes; a pseudonym
@@ -331,7 +337,7 @@ def room_text(
     ]
     return '\n'.join(lines)
 
-
+# %% ../../nbs/09_inference/05_cases.ipynb #518390ed
 def room_json(
     room: ReadingRoom,  # opened
 ) -> str:  # JSON

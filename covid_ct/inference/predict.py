@@ -53,7 +53,7 @@ def _lungs_of(
         return None, (f'not a chest: {e.fault}',)
     return mask, mask_warnings(mask, scan)
 
-
+# %% ../../nbs/09_inference/02_predict.ipynb #791c3db3
 def _facts_of(
     scan,  # `Scan`
     lungs=None,  # from `_lungs_of`; None: they are looked for
@@ -83,7 +83,7 @@ def _series_in(path) -> list:
     rows = series_rows(path) if Path(path).is_dir() else []
     return [dict(index=i, **{k: plain(v) for k, v in r.items()}) for i, r in enumerate(rows)]
 
-
+# %% ../../nbs/09_inference/02_predict.ipynb #ad98adb8
 def inspect(
     path,  # volume file, DICOM folder, folder of slice images
     series=None,  # number, UID or part of the description, where there are several
@@ -181,7 +181,7 @@ def _trained_on(
     "What a run says about its training data"
     return str(config.get('trained_on') or 'data that its run folder does not name')
 
-
+# %% ../../nbs/09_inference/02_predict.ipynb #bbd4dd57
 def predict(
     path,  # as for `inspect`
     run,  # run folder

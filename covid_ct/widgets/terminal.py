@@ -39,7 +39,7 @@ def whole(
 
     return number
 
-
+# %% ../../nbs/12_widgets/08_terminal.ipynb #7e4e7a4e
 def above_zero(
     text: str,  # of an option
 ) -> float:  # above 0, finite
@@ -67,7 +67,7 @@ def writes(
     "Note what a command writes"
     parser.set_defaults(outputs=kinds)
 
-
+# %% ../../nbs/12_widgets/08_terminal.ipynb #2ef03a7b
 def check_outputs(
     args: argparse.Namespace,  # of a parser whose commands called `writes`
 ) -> None:
@@ -92,7 +92,7 @@ def check_outputs(
             raise WriteError(out, f'exists, and is no {kind}', 'Choose another name.')
         check_writable(out, folder=kind == 'folder', parents=kind not in ('page', 'model'))
 
-
+# %% ../../nbs/12_widgets/08_terminal.ipynb #7eff2569
 def _check_mask(out, overwrite):
     "Raise `WriteError` for the name of a mask that has no known ending or is taken"
     if not out.name.lower().endswith(_ENDINGS['mask']):
@@ -123,7 +123,7 @@ def as_options(
 
     return _TOLD.sub(said, text)
 
-
+# %% ../../nbs/12_widgets/08_terminal.ipynb #faa91fb6
 def options_of(
     parser: argparse.ArgumentParser,  # with commands
     command: str,  # one of them
@@ -157,7 +157,7 @@ _PLAIN = dict(zip('▁▂▃▄▅▆▇█', '.:-=+*#@', strict=False)) | {
     'ä': 'ae',
 }
 
-
+# %% ../../nbs/12_widgets/08_terminal.ipynb #094d867c
 def _plain(error):
     "Error handler of codecs: characters that an encoding lacks, in ASCII"
     if not isinstance(error, UnicodeEncodeError):
