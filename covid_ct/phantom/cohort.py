@@ -102,7 +102,7 @@ def _words(cell) -> tuple:
     "Names in a cell of the table, which a file may have made empty"
     return tuple(cell.split()) if isinstance(cell, str) else ()
 
-
+# %% ../../nbs/01_phantom/06_cohort.ipynb #816602fd
 def phantom_of(
     row,  # a row of `phantom_cohort`, Series or dict
     shape: tuple = (96, 96, 96),  # voxels `(D,H,W)`

@@ -31,6 +31,8 @@ from tqdm.auto import tqdm
 
 from ..cohort.adapters import open_cohort
 from ..cohort.table import MASK_COLUMNS as MASK_COLUMNS
+
+# %% ../../nbs/05_preprocess/03_cache.ipynb #b9a4ca9c
 from ..cohort.table import READING_COLUMNS, load_mask, load_row
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #59a00b9b
