@@ -99,7 +99,9 @@ def _inspect(a):
 def _lungs(a):
     from covid_ct.audit.one_scan import slice_warnings
     from covid_ct.io.read import read, write_mask
-    from covid_ct.preprocess.lungs import hu_warnings, lung_mask, lung_volume_l, mask_warnings
+    from covid_ct.preprocess.body import hu_warnings
+    from covid_ct.preprocess.lung_warnings import mask_warnings
+    from covid_ct.preprocess.lungs import lung_mask, lung_volume_l
 
     scan = read(a.path, series=a.series, **_how(a))
     mask = lung_mask(scan)
@@ -361,7 +363,8 @@ _CHECKS = (
 def _explain(a):
     from covid_ct.explain.cam import explain
     from covid_ct.io.read import read, write_map
-    from covid_ct.preprocess.lungs import lung_mask, lung_region
+    from covid_ct.preprocess.lung_warnings import lung_region
+    from covid_ct.preprocess.lungs import lung_mask
     from covid_ct.preprocess.resample import prepare_scan
 
     model, recipe, prep = _classifier(a.run_folder)

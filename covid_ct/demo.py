@@ -30,7 +30,8 @@ from .explain.cam import baseline_maps, explain
 from .inference.cases import reading_room
 from .phantom.cohort import phantom_cohort, write_phantom_cohort
 from .preprocess.cache import own_lungs
-from .preprocess.lungs import lung_mask, lung_region
+from .preprocess.lung_warnings import lung_region
+from .preprocess.lungs import lung_mask
 from .preprocess.resample import PREPS, prepare_scan
 from .scan import CohortError
 from .train.loop import load_run

@@ -27,6 +27,8 @@ from covid_ct.audit.findings import (
     mask_facts,
     scan_facts,
 )
+
+# %% ../../nbs/04_audit/04_audit.ipynb #6c2fd6df
 from covid_ct.audit.shortcuts import (
     baseline_figure,
     describe_shortcuts,
@@ -140,7 +142,7 @@ def _summarise(
         out['spacing_z'] = facts.groupby('label').spacing_z.median().round(2)
     return out
 
-
+# %% ../../nbs/04_audit/04_audit.ipynb #4241834b
 def _rates(audit, check) -> str:
     "How often each class has a finding, over the scans for which it was looked for"
     f = audit.facts
@@ -158,7 +160,7 @@ def _rates(audit, check) -> str:
     )
     return ', '.join(f'{k} {hit.get(k, 0)} of {m} ({hit.get(k, 0) / m:.1%})' for k, m in n.items())
 
-
+# %% ../../nbs/04_audit/04_audit.ipynb #52941903
 def _verdict_text(
     audit: Audit,  # finished
 ) -> list:  # sentences
@@ -190,7 +192,7 @@ def _verdict_text(
 # %% ../../nbs/04_audit/04_audit.ipynb #d622432e
 _COLOURS = ('#007ea7', '#b07d00', '#b5179e', '#5b7390')  # of classes, in the order of their names
 
-
+# %% ../../nbs/04_audit/04_audit.ipynb #56f3fb8b
 def _slices_figure(
     facts: pd.DataFrame,  # one row a scan, with `label n_slice`
 ) -> Picture:  # with alt text
@@ -221,7 +223,7 @@ def _slices_figure(
         + '.',
     )
 
-
+# %% ../../nbs/04_audit/04_audit.ipynb #495bd9a2
 def _faults_figure(
     audit: Audit,  # with findings
 ) -> Picture:  # with alt text
@@ -240,10 +242,11 @@ def _faults_figure(
     top = share.stack().idxmax()
     return set_alt_text(
         fig,
-        f'Share of scans with each finding, by class; the largest is {top[0]} in {top[1]}, {share.loc[top]:.0%}.',
+        f'Share of scans with each finding, by class; the largest is {top[0]} in {top[1]}, '
+        f'{share.loc[top]:.0%}.',
     )
 
-
+# %% ../../nbs/04_audit/04_audit.ipynb #5c69aa83
 def _figures_of(
     audit: Audit,  # finished
 ) -> (
@@ -272,10 +275,13 @@ def _contact_sheet(
             words = html.escape(f'{i}: {what}')
             src = base64.b64encode(audit.thumbs[i]).decode()
             cards.append(
-                f'<figure style="margin:0"><img alt="{words}, axial, coronal and sagittal cut" style="width:100%" src="data:image/webp;base64,{src}"><figcaption>{words}</figcaption></figure>'
+                f'<figure style="margin:0"><img alt="{words}, axial, coronal and sagittal cut" '
+                f'style="width:100%" '
+                f'src="data:image/webp;base64,{src}"><figcaption>{words}</figcaption></figure>'
             )
     return (
-        f'<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));gap:.8rem">{"".join(cards)}</div>'
+        '<div style="display:grid;grid-template-columns:repeat(auto-fill,minmax(15rem,1fr));'
+        f'gap:.8rem">{"".join(cards)}</div>'
         if cards
         else ''
     )
@@ -355,11 +361,8 @@ def audit(
     cohort = cohort.reset_index(drop=True)
     root = root if root is not None else cohort.attrs.get('root', '.')
     if load is None and ('path' not in cohort or cohort.path.isna().all()):
-        facts = (
-            cohort.assign(masked=cohort['already_masked'])
-            if 'already_masked' in cohort
-            else cohort.copy()
-        )
+        known = 'already_masked' in cohort
+        facts = cohort.assign(masked=cohort['already_masked']) if known else cohort.copy()
         return _finish(facts, (), (), {}, None, n)
     rows = cohort.to_dict('records')
     work = joblib.Parallel(jobs, return_as='generator')(
@@ -367,17 +370,14 @@ def audit(
     )
     found = list(tqdm(work, desc='audit', total=len(rows), disable=not progress))
     facts = pd.DataFrame([x[0] for x in found])
-    extra = [
-        c
-        for c in cohort
-        if c not in facts and c in ('centre', 'scanner', 'zip_file', *FINDING_TEXTS)
-    ]
+    told = ('centre', 'scanner', 'zip_file', *FINDING_TEXTS)
+    extra = [c for c in cohort if c not in facts and c in told]
     again = {str(r['scan_id']): r for r in rows}
-    reload = (
-        (lambda i: load(again[str(i)]))
-        if load
-        else (lambda i: load_row(again[str(i)], root, allow_unknown_geometry=True))
-    )
+    options = {} if load else dict(root=root, allow_unknown_geometry=True)
+
+    def reload(scan_id):
+        return (load or load_row)(again[str(scan_id)], **options)
+
     return _finish(
         facts.join(cohort[extra]),
         [x[1] for x in found],
@@ -387,17 +387,19 @@ def audit(
         n,
     )
 
-
+# %% ../../nbs/04_audit/04_audit.ipynb #f3b3c443
 def _finish(facts, names, prints, thumbs, load, n) -> Audit:
     findings = list_findings(facts, find_pairs(facts, names, prints) if len(names) else ())
     notes = []
     if 'units' in facts and facts.units.notna().any() and not (facts.units == 'HU').any():
         notes.append(
-            'No scan is in HU: CT numbers, spacing in millimetres and orientation are lost; say so with every result.'
+            'No scan is in HU: CT numbers, spacing in millimetres and orientation are lost; say '
+            'so with every result.'
         )
     elif 'orientation' in facts and (facts.orientation == 'unknown').any():
         notes.append(
-            f'{(facts.orientation == "unknown").sum()} scans have no geometry: no millimetres, no known direction.'
+            f'{(facts.orientation == "unknown").sum()} scans have no geometry: no millimetres, '
+            f'no known direction.'
         )
     bad = set(findings.scan_id.astype(str))
     return Audit(

@@ -21,10 +21,13 @@ from ..evaluate.metrics import energy_in
 from ..explain.cam import attention_maps, explain
 from ..plot import find_centre
 from ..preprocess.cache import own_lungs
-from ..preprocess.lungs import lung_mask, lung_region
+from ..preprocess.lung_warnings import lung_region
+from ..preprocess.lungs import lung_mask
 from ..preprocess.resample import PREPS, Prep, prepare_scan
 from ..scan import DataError, Map, NotAChestError, UnitsError
 from ..train.loop import load_run
+
+# %% ../../nbs/09_inference/05_cases.ipynb #22b210d1
 from covid_ct.widgets.cases import (
     CaseError,
     Notes,
@@ -103,7 +106,8 @@ class _CaseLoader:
         }  # no lesions is knowledge too, and keeps the colours
 
     def maps(self, scan, labels: list, lungs, at=None) -> dict:  # name → `Map`
-        "Maps of every network for some classes and, where a voxel is named, its own attention; a scan is prepared once for networks that want it alike"
+        """Maps of every network for some classes and, where a voxel is named, its own attention; a
+        scan is prepared once for networks that want it alike"""
         out, ready = {}, {}
         for name, (model, recipe) in self.networks.items():
             if recipe.prep not in ready:
@@ -127,7 +131,8 @@ class _CaseLoader:
     def __call__(
         self, scan_id: str, whole: bool = True
     ) -> dict:  # what `ReadingRoom` shows: `scan masks maps`, and `fault` where there is no map
-        "A case as the viewer takes it; the `whole` has the map for the truth, if one network was wrong, and the networks' own attention; raises `DataError` where the scan cannot be had"
+        """A case as the viewer takes it; the `whole` has the map for the truth, if one network was
+        wrong, and the networks' own attention; raises `DataError` where the scan cannot be had"""
         row, case = self.row(scan_id), self.table.set_index('scan_id').loc[scan_id]
         labels = (
             [case.predicted, case.label]
@@ -192,60 +197,53 @@ def _look_once(
         outside_lesion=out('lesions'),
     ), thumbnail_of(scan, heat, masks.get('lesions'))
 
+# %% ../../nbs/09_inference/05_cases.ipynb #63216b0f
+def _known(loader, folder) -> tuple:  # rows of measures, and their thumbnails
+    "Cases that were seen already and whose answers and maps are still those of the networks"
+    about, thumbs = read_index(folder)
+    if about is None:
+        return [], []
+    answers = loader.table.set_index('scan_id').predicted
 
+    def stale(a):
+        changed = a.scan_id in answers.index and answers[a.scan_id] != a.answer
+        return changed or a.scan_id in answers.index and loader.networks and not a.maps
+
+    keep = [k for k, a in enumerate(about.itertuples()) if not stale(a)]
+    return [about.iloc[k].to_dict() for k in keep], [np.array(thumbs[k]) for k in keep]
+
+# %% ../../nbs/09_inference/05_cases.ipynb #1887f820
 def _look(
     loader: _CaseLoader,  # loads cases
     folder,  # where the index is kept
     progress: bool = True,  # show a bar
-) -> (
-    tuple
-):  # table of measures, thumbnails `(N,72,72,3)`, and scan id → why a case could not be seen
-    "Look at every case that was not seen yet; goes on where it was stopped"
-    about, thumbs = read_index(folder)
-    answers = loader.table.set_index('scan_id').predicted
-
-    def stale(a):
-        return a.scan_id in answers.index and (
-            answers[a.scan_id] != a.answer or (loader.networks and not a.maps)
-        )
-
-    keep = (
-        [] if about is None else [k for k, a in enumerate(about.itertuples()) if not stale(a)]
-    )  # also those of the run's other part
-    rows, pictures, faults = (
-        [about.iloc[k].to_dict() for k in keep],
-        [np.array(thumbs[k]) for k in keep],
-        {},
-    )
-
-    def store():
-        return write_index(folder, pd.DataFrame(rows), np.stack(pictures)) if rows else None
-
-    todo = [i for i in answers.index if i not in {r['scan_id'] for r in rows}]
+) -> tuple:
+    """Look at every case that was not seen yet; goes on where it was stopped. Returns the table of
+    measures, thumbnails `(N,72,72,3)`, and scan id → why a case could not be seen"""
+    rows, pictures = _known(loader, folder)  # also those of the run's other part
+    faults, seen = {}, {r['scan_id'] for r in rows}
+    wanted = loader.table.set_index('scan_id').index
+    todo = [i for i in wanted if i not in seen]
     for k, i in enumerate(tqdm(todo, desc='cases', disable=not (progress and todo)), 1):
         try:
             row, picture = _look_once(loader, i)
+            rows.append(row)
+            pictures.append(picture)
         except DataError as e:
             faults[i] = e.fault
-            continue
-        rows.append(row)
-        pictures.append(picture)
-        if k % 50 == 0:
-            store()
-    if todo:
-        store()
-    here = [k for k, r in enumerate(rows) if r['scan_id'] in answers.index]
-    return (
-        (pd.DataFrame([rows[k] for k in here]), np.stack([pictures[k] for k in here]), faults)
-        if here
-        else (None, None, faults)
-    )
+        if rows and (k % 50 == 0 or k == len(todo)):
+            write_index(folder, pd.DataFrame(rows), np.stack(pictures))
+    here = [k for k, r in enumerate(rows) if r['scan_id'] in wanted]
+    if not here:
+        return None, None, faults
+    return pd.DataFrame([rows[k] for k in here]), np.stack([pictures[k] for k in here]), faults
 
 # %% ../../nbs/09_inference/05_cases.ipynb #ca0bdaba
 def _load_networks(
     runs: dict,  # name → run folder
 ) -> tuple:  # name → (model, recipe), and what is wrong with the weights: '' if nothing is
-    "The networks of runs; without weights that can be used there are no maps, but still cases to read"
+    """The networks of runs; without weights that can be used there are no maps, but still cases to
+    read"""
     try:
         opened = {n: load_run(f) for n, f in runs.items()}
         return {n: (run.model, run.recipe) for n, run in opened.items()}, ''
@@ -267,9 +265,19 @@ def _name_runs(
     )
 
 # %% ../../nbs/09_inference/05_cases.ipynb #88ea1472
+def _cohort_of(folder, cohort, root) -> pd.DataFrame | None:
+    "The table that was given, or the one in the run's folder; None where there is none"
+    if isinstance(cohort, pd.DataFrame):
+        return cohort
+    kept = folder / 'cohort.csv'
+    if cohort is None and not kept.is_file():
+        return None
+    return read_cohort(kept if cohort is None else cohort, root)
+
+# %% ../../nbs/09_inference/05_cases.ipynb #e37eb4c9
 def reading_room(
     run,  # run folder, folder of a cross-validation, or a list of them to read together
-    cohort=None,  # cohort CSV or table with the scans; None: `cohort.csv` in the folder, else no pictures
+    cohort=None,  # CSV or table with the scans; None: `cohort.csv` in the folder, if it is there
     root=None,  # folder that its paths start from; None: that of the table
     part: str = 'test',  # 'test' or 'valid'
     by: str = 'reader',  # who writes notes; a pseudonym
@@ -290,11 +298,9 @@ def reading_room(
             title=f'{kept.parent.name}, {part} set',
         )
 
-    if cohort is None and (kept.parent / 'cohort.csv').is_file():
-        cohort = kept.parent / 'cohort.csv'
+    cohort = _cohort_of(kept.parent, cohort, root)
     if cohort is None:
         return dress(*read_index(kept))
-    cohort = cohort if isinstance(cohort, pd.DataFrame) else read_cohort(cohort, root)
     if not set(table.scan_id) & set(cohort.scan_id):
         raise CaseError(
             kept.parent,
@@ -330,7 +336,7 @@ def room_text(
     ]
     return '\n'.join(lines)
 
-
+# %% ../../nbs/09_inference/05_cases.ipynb #518390ed
 def room_json(
     room: ReadingRoom,  # opened
 ) -> str:  # JSON

@@ -25,7 +25,8 @@ from tqdm.auto import tqdm
 import covid_ct
 from ..batches.slices import SLICE_CLASSES
 from ..models.unet import UNet
-from ..preprocess.lungs import hu_warnings, lung_mask
+from ..preprocess.body import hu_warnings
+from ..preprocess.lungs import lung_mask
 from ..scan import DataError, GeometryError, NotAChestError, Scan, evaluating
 
 # %% ../../nbs/09_inference/06_lesions.ipynb #1e510004

@@ -15,8 +15,7 @@ from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError
 from torch import nn
 
-from ..io.labels import LOBES, convert_lobes
-from ..io.read import read_mask
+from ..io.labels import LOBES
 from ..models.unet import UNet
 from ..phantom.chest import PHANTOM_MASKS, Phantom
 from ..preprocess.lungs import dice, lung_mask, two_sides
@@ -31,7 +30,7 @@ class LobeError(DataError):
 def _who(scan):
     return scan.source or scan.scan_id or 'scan'
 
-
+# %% ../../nbs/09_inference/04_lobes.ipynb #8f52ddf0
 def _coarse_lungs(
     scan: Scan,  # a chest in HU
     lungs=None,  # bool `(D,H,W)` if there is a mask already; None: `lung_mask`
@@ -160,7 +159,7 @@ def _fissure(
 def _far(m, to, spacing):
     return ndimage.distance_transform_edt(~to, sampling=spacing)[m].mean()  # mm
 
-
+# %% ../../nbs/09_inference/04_lobes.ipynb #0cf121cc
 def _fissure_error(
     found: np.ndarray,  # `(D,H,W)` lobes
     true: np.ndarray,  # same
@@ -175,7 +174,7 @@ def _fissure_error(
         )
     return out
 
-
+# %% ../../nbs/09_inference/04_lobes.ipynb #733be0d3
 def lobe_scores(
     found: np.ndarray,  # `(D,H,W)` lobes
     true: np.ndarray,  # same
@@ -199,7 +198,7 @@ def lobe_net(
     "3-D U-Net for non-lung and five lobes (Wang et al. 2020, V-A)"
     return UNet(3, 1, 1 + len(LOBES), widths)
 
-
+# %% ../../nbs/09_inference/04_lobes.ipynb #0d296856
 class LobeBatches:
     "Phantoms as batches for the training loop, bent anew in every epoch"
 
@@ -267,7 +266,8 @@ def vote_lobes(
     prob: np.ndarray,  # `(6,d,h,w)`, of non-lung and the lobes, on the grid of `prepared`
     prepared: Prepared,  # of `lobe_input`
     lungs: np.ndarray,  # bool `(D,H,W)` on the scan
-    reach: float = 0.9,  # probability of lung from which a voxel outside the mask counts too; above 1: never
+    # probability of lung from which a voxel outside the mask counts too; above 1: never
+    reach: float = 0.9,
 ) -> np.ndarray:  # `(D,H,W)` uint8
     "Lobes on the scan from probabilities on the network's grid"
     best, lung, lobes = (np.zeros(lungs.shape, kind) for kind in ('f4', 'f4', 'u1'))
@@ -280,7 +280,7 @@ def vote_lobes(
         lobes[ahead], best[ahead] = k, full[ahead]
     return lobes * (lungs | (lung > reach))
 
-
+# %% ../../nbs/09_inference/04_lobes.ipynb #f9df20d2
 def segment_lobes(
     model: nn.Module,  # of `lobe_net`, trained
     scan: Scan,  # a chest in HU
@@ -297,27 +297,13 @@ def segment_lobes(
     return vote_lobes(prob, x, mask, reach)
 
 # %% ../../nbs/09_inference/04_lobes.ipynb #fdd181ca
-def _outside_lobes(
-    path,  # volume file with labels
-    scan: Scan,  # the scan it must lie on
-    convention: str,  # row of `covid_ct.io.labels.LOBE_CONVENTIONS`
-) -> np.ndarray:  # `(D,H,W)` uint8, 1 … 5 in the order of `LOBES`
-    "Lobes from a file; raises `GeometryError` for another grid, `VoxelError` for labels of another convention, `LobeError` if a lobe is missing"
-    lobes = convert_lobes(read_mask(path, scan), convention, path)
-    lost = [n for k, n in enumerate(LOBES, 1) if not (lobes == k).any()]
-    if lost:
-        raise LobeError(
-            path, f'has no {lost[0]} lobe', 'Check the convention, or measure this scan by lung.'
-        )
-    return lobes
-
-
 def refined_crop(
     scan: Scan,  # in HU
     lobes: np.ndarray,  # `(D,H,W)`, 0 outside
     prep: Prep = _REFINED,  # size and window of the classifier
 ) -> Prepared:  # voxels in [0,1], `(96,96,96)`
-    "The lungs as the lobes bound them, for the classifier (Wang et al. 2020, III-B); raises `LobeError` for an empty map"
+    """The lungs as the lobes bound them, for the classifier (Wang et al. 2020, III-B); raises
+    `LobeError` for an empty map"""
     if not np.any(lobes):
         raise LobeError(_who(scan), 'its map of lobes is empty', 'There is nothing to crop to.')
     return prepare_scan(scan, prep, np.asarray(lobes) > 0)

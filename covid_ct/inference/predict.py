@@ -14,13 +14,9 @@ import numpy as np
 from ..audit.one_scan import slice_warnings
 from ..io.dicom import series_rows
 from ..io.read import read, scan_label
-from covid_ct.preprocess.lungs import (
-    hu_warnings,
-    lung_mask,
-    lung_region,
-    lung_volume_l,
-    mask_warnings,
-)
+from ..preprocess.body import hu_warnings
+from ..preprocess.lung_warnings import lung_region, mask_warnings
+from ..preprocess.lungs import lung_mask, lung_volume_l
 from ..scan import DataError, NotAChestError
 
 if TYPE_CHECKING:
@@ -64,7 +60,7 @@ def _warnings_of(scan) -> list:
     by_values = hu_warnings(scan) if scan.units == 'HU' else ()
     return [*scan.remarks, *slice_warnings(scan), *by_values]
 
-
+# %% ../../nbs/09_inference/02_predict.ipynb #791c3db3
 def _facts_of(
     scan,  # `Scan`
     lungs=None,  # from `_lungs_of`; None: they are looked for
@@ -94,7 +90,7 @@ def _series_in(path) -> list:
     rows = series_rows(path) if Path(path).is_dir() else []
     return [dict(index=i, **{k: plain(v) for k, v in r.items()}) for i, r in enumerate(rows)]
 
-
+# %% ../../nbs/09_inference/02_predict.ipynb #ad98adb8
 def inspect(
     path,  # volume file, DICOM folder, folder of slice images, zip file with one of them
     series=None,  # number, UID or part of the description, where there are several
@@ -194,7 +190,7 @@ def _trained_on(
     "What a run says about its training data"
     return str(config.get('trained_on') or 'data that its run folder does not name')
 
-
+# %% ../../nbs/09_inference/02_predict.ipynb #bbd4dd57
 def predict(
     path,  # as for `inspect`
     run,  # run folder

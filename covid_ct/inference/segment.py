@@ -17,7 +17,8 @@ from ..batches.slices import SLICE_CLASSES
 from ..evaluate.burden import SIDES, burden_report, burden_table, severity
 from .lesions import LesionResult, lesion_mask
 from ..io.labels import LESIONS, LOBES, lesion_labels
-from ..preprocess.lungs import lung_mask, mask_warnings, two_sides
+from ..preprocess.lung_warnings import mask_warnings
+from ..preprocess.lungs import lung_mask, two_sides
 from ..preprocess.resample import Prep, prepare_scan
 from ..scan import GeometryError, NotAChestError, Scan, evaluating
 

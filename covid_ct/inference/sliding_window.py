@@ -41,7 +41,7 @@ _BLENDS = {  # name: weight at t in (−1,1), from the first to the last voxel o
     'gaussian': lambda t: np.exp(-8 * t * t),
 }  # standard deviation: an eighth of the window
 
-
+# %% ../../nbs/09_inference/01_sliding_window.ipynb #9fe8a83e
 def _window_starts(
     n: int,  # voxels of the axis
     window: int,  # voxels of a window
@@ -72,7 +72,8 @@ def _blend_weights(
     align: int = 1,  # as in `_window_starts`
     margin: int = 0,  # voxels at the rim of a window that do not count, except where the image ends
 ) -> list:  # `(first, last+1, weights)` of each window, float64; they sum to 1 at every voxel
-    "Windows along an axis with their weights (@eq-blend); raises `GeometryError` where a voxel is left over"
+    """Windows along an axis with their weights (@eq-blend); raises `GeometryError` where a voxel is
+    left over"""
     if kind not in _BLENDS:
         raise GeometryError(
             'window', f'unknown blend {kind!r}', f'Use one of {", ".join(_BLENDS)}.'
@@ -143,7 +144,7 @@ def class_probabilities(
     "The probability of each class"
     return logits.softmax(0)
 
-
+# %% ../../nbs/09_inference/01_sliding_window.ipynb #1779ae14
 def _sliding_bytes(
     model: nn.Module,  # gives logits `(B,K,*S)`
     shape,  # of the volume, `(C,*S)`
@@ -179,7 +180,8 @@ def sliding_window(
     finish=_unchanged,  # what to keep of a slab of logits `(K,*S)`, as `likeliest_class`
     limit: int = None,  # bytes that may be taken
 ) -> torch.Tensor:  # `finish` of the whole volume; logits `(K,*S)` by default
-    "Segment a volume of any size; raises `GeometryError` if more than `limit` bytes would be needed"
+    """Segment a volume of any size; raises `GeometryError` if more than `limit` bytes would be
+    needed"""
     need = _sliding_bytes(model, volume.shape, window, finish)['total'] if limit is not None else 0
     if limit is not None and need > limit:
         raise GeometryError(
@@ -218,7 +220,7 @@ def segment_masks(
         for name, ks in (_PARTS if parts is None else parts).items()
     }
 
-
+# %% ../../nbs/09_inference/01_sliding_window.ipynb #e3ed2c2b
 def segmentation_target(
     prepared,  # has `forward`, which brings a mask from the scan to network space
     lungs: np.ndarray,  # bool `(D,H,W)` on the grid of the scan

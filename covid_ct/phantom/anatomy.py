@@ -20,10 +20,11 @@ FOV = (310.0, 384.0, 384.0)  # mm `(z,y,x)` of a patient of size 1
 def random_stream(
     *key,  # integers that name the use
 ) -> np.random.Generator:  # the same numbers on every platform
-    "An own stream of random numbers for every use, so that adding an organ does not move the others"
+    """An own stream of random numbers for every use, so that adding an organ does not move the
+    others"""
     return np.random.Generator(np.random.PCG64([int(k) % 2**32 for k in key]))
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #c8ac1b84
 @dataclass(eq=False)
 class Chest:
     "The sheet we draw on: places in mm, CT numbers, and what earlier beats left for later ones"
@@ -51,7 +52,7 @@ class Chest:
             at={n: a[k] for n, a in self.at.items() if getattr(a, 'shape', 0) == self.hu.shape},
         )
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #4b3fc395
 def new_chest(
     shape,  # voxels `(D,H,W)`
     patient: int = 0,  # seed of the anatomy
@@ -113,7 +114,7 @@ def paint(
     c.hu += w * (np.float32(hu) - c.hu)
     return w
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #a0dc3acc
 def ball(
     c: Chest,  # sheet
     centre,  # mm `(z,y,x)`
@@ -130,7 +131,7 @@ def ball(
         - 1
     ) * np.float32(min(radii))
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #4abe89f7
 def draw_tube(
     c: Chest,  # sheet, changed in place
     points,  # chain of places `(z,y,x)` in mm
@@ -175,7 +176,7 @@ def _profile(
     "A smooth curve through a few measures"
     return np.interp(at, np.arange(-300.0, 301.0), _curve(points)).astype('f4')
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #3e778edd
 def chest_wall(
     z,  # height in mm, broadcastable with the others
     y,  # mm to the back
@@ -213,7 +214,7 @@ def chest_wall(
     R = np.sqrt(x * x + (y - cy) ** 2) + np.float32(1e-3)
     return np.maximum(R * (1 - 1 / np.sqrt(q + np.float32(1e-6))), z - 117), (y - cy) / R
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #b5dd2d23
 def diaphragm(
     y,  # mm to the back, broadcastable with the others
     x,  # mm to the patient's left
@@ -248,7 +249,7 @@ _ARM = (
     (105, 160),
 )  # height and distance from the middle, mm
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #4472c550
 def _hanging_arms(
     c: Chest,  # sheet or a part of it
 ) -> np.ndarray:  # mm, negative inside
@@ -259,7 +260,7 @@ def _hanging_arms(
         np.sqrt((np.abs(c.x) - out) ** 2 + (c.y - 16) ** 2 + np.maximum(c.z - 108, 0) ** 2) - radius
     )
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #e165beac
 def _draw_body(
     c: Chest,  # empty sheet
     rng,  # stream of this patient
@@ -341,7 +342,7 @@ def mediastinum_width(
         y, (-110, 5), (-75, 6), (-50, 16), (-20, 27), (15, 26), (40, 19), (60, 24), (100, 33)
     ) * _profile(z, (-120, 0.9), (0, 0.95), (60, 1), (120, 1.15))
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #fdd5aa5b
 def _draw_cavity(
     c: Chest,  # sheet with the body
 ) -> None:
@@ -359,7 +360,7 @@ def _draw_cavity(
     paint(v, 34, stomach)
     paint(v, -940, stomach + 5, y + 30)
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #12b26ab8
 def heart_distance(
     c,  # anything with `z`, `y`, `x` in mm and `body`
 ) -> np.ndarray:  # mm
@@ -411,7 +412,7 @@ TUBES = (  # HU, radii in mm, points (z,y,x) in mm
     ),
 )  # oesophagus
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #6d918213
 def _draw_mediastinum(
     c: Chest,  # sheet with the cavity
 ) -> None:
@@ -453,7 +454,7 @@ def _draw_ribs(
     hu = np.where(r > -2, 620 * c.body['bone'], 300) * hard + 105 * (1 - hard)
     v.hu[k] += coverage(v, r) * (hu.astype('f4') - v.hu[k])
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #5516cd40
 def _draw_spine(
     c: Chest,  # sheet with the body
 ) -> None:
@@ -538,7 +539,7 @@ def fissures(
     oblique = z - y - (np.float32(10) * (x > 0) - 11 - 0.0022 * (np.abs(x) - 70) ** 2)
     return oblique, z - (6 + 0.06 * y - 0.0016 * (np.abs(x) - 60) ** 2)
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #a69f827e
 def lobe_at(
     z,  # height in mm, broadcastable with the others
     y,  # mm to the back
@@ -550,7 +551,7 @@ def lobe_at(
         x < 0, np.where(oblique > 0, np.where(horizontal > 0, 3, 4), 5), np.where(oblique > 0, 1, 2)
     ).astype('u1')
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #4b728719
 def _draw_airways(
     c: Chest,  # sheet with the mediastinum; gets the masks `lungs`, `lobes`, `airways`
 ) -> None:
@@ -585,7 +586,7 @@ SEGMENTS = np.array(
     )
 )  # mm, left side
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #cfc639e5
 def pleura_distance(
     c,  # anything with `body`
     z,  # height in mm, broadcastable with the others
@@ -601,7 +602,7 @@ def pleura_distance(
         ]
     )
 
-
+# %% ../../nbs/01_phantom/01_anatomy.ipynb #5237fba6
 def grow_tree(
     c: Chest,  # sheet of the patient
     rng,  # stream of the tree

@@ -31,6 +31,8 @@ from covid_ct.phantom.anatomy import (
     random_stream,
     spread_tubes,
 )
+
+# %% ../../nbs/01_phantom/04_chest.ipynb #24770a37
 from .states import check_states, draw_states, view_of
 from ..scan import DataError, Scan
 
@@ -68,7 +70,7 @@ def draw_tissue(
         else:
             draw_tube(c, [p, p + 0.1], rng.uniform(1.5, 3.5), 20)
 
-
+# %% ../../nbs/01_phantom/04_chest.ipynb #0ad44cf4
 def _scatter(
     c,  # sheet of the patient
     rng,  # stream
@@ -134,7 +136,7 @@ def _landscape(
         )
     return p + grain
 
-
+# %% ../../nbs/01_phantom/04_chest.ipynb #91ec76c8
 def _above(
     p: np.ndarray,  # landscape
     lungs: np.ndarray,  # bool
@@ -160,7 +162,7 @@ def _mesh(
     )
     return np.clip(1 - np.abs(g) / 0.6, 0, 1)
 
-
+# %% ../../nbs/01_phantom/04_chest.ipynb #09402f01
 def draw_lesions(
     c: Chest,  # sheet with `lungs`; gets `lesions`
     rng,  # stream of the disease
@@ -202,7 +204,7 @@ def draw_lesions(
         solid * (rng.uniform(-10, 45) + 15 * noise_field(c, rng, 9) - 900 * air - c.hu)
     ).astype('f4')
 
-
+# %% ../../nbs/01_phantom/04_chest.ipynb #27946226
 def draw_effusion(
     c: Chest,  # sheet with `lungs` and `lesions`
     rng,  # stream of the disease
@@ -231,7 +233,8 @@ def scan_chest(
     c: Chest,  # finished sheet
     rng,  # stream of this scan
     kernel: str,  # 'soft' or 'sharp'
-    noise: float,  # standard deviation in HU with the soft kernel; 1.8 times as much with the sharp one
+    # standard deviation in HU with the soft kernel; 1.8 times as much with the sharp one
+    noise: float,
     table: bool,  # draw the table
 ) -> np.ndarray:  # `(D,H,W)` float32 HU
     "What the machine adds: table, kernel and noise"
@@ -270,7 +273,7 @@ def draw_ratio(
         np.clip(m * math.exp(s * rng.standard_normal()), 1e-4 if law == 'ouyang' else 0.006, 0.6)
     )
 
-
+# %% ../../nbs/01_phantom/04_chest.ipynb #fca24833
 def check_names(
     names,  # names to look up
     table,  # what is allowed
@@ -295,7 +298,7 @@ PHANTOM_MASKS = (
     'bronchi',
 )
 
-
+# %% ../../nbs/01_phantom/04_chest.ipynb #d86bfa9b
 @dataclass(frozen=True, eq=False)
 class Phantom:
     "A chest whose truth is known: the scan, and masks on its grid"
@@ -328,7 +331,7 @@ class Phantom:
     def __repr__(self) -> str:
         return f'Phantom({self.label}, infection ratio {self.infection_ratio:.3f}, {self.scan})'
 
-
+# %% ../../nbs/01_phantom/04_chest.ipynb #bfee3189
 def _slices(order):
     "A fault that deals the slices anew: `order(n, rng)` gives their indices"
 
@@ -342,7 +345,7 @@ def _slices(order):
 
     return fault
 
-
+# %% ../../nbs/01_phantom/04_chest.ipynb #1b2f6086
 SWITCHES = {  # name: function of a phantom and a stream
     'masked': lambda p, rng: replace(
         p, scan=p.scan.replace(voxels=np.where(p.lungs, p.scan.voxels, -1024).astype('i2'))
@@ -360,13 +363,54 @@ SWITCHES = {  # name: function of a phantom and a stream
 }
 
 # %% ../../nbs/01_phantom/04_chest.ipynb #75c7a3b7
+def _grid_of(shape, size, slice_mm) -> tuple:  # voxels to draw `(D,H,W)`, drawn slices per slice
+    "The grid that is drawn, so that its slices can be averaged to thick ones"
+    d, h, w = map(int, shape)
+    if min(d, h, w) < 16:
+        raise DataError(
+            'make_phantom',
+            f'shape {(d, h, w)} is too small for a chest',
+            'Use at least 16 voxels along each axis.',
+        )
+    if not slice_mm:
+        return (d, h, w), 1
+    n = max(4, round(FOV[0] * size / slice_mm))
+    k = -(-d // n)
+    return (n * k, h, w), k
+
+# %% ../../nbs/01_phantom/04_chest.ipynb #d8ae273e
+def _draw_disease(c, rng, label, ratio, tissue) -> None:
+    "Tissue, lesions and sometimes an effusion; changes the chest in place"
+    draw_tissue(c, tissue)
+    draw_lesions(c, rng, label, ratio)
+    c.hu += c.at['tree'] * np.maximum(45 - c.hu, 0)
+    if label != 'healthy' and rng.random() < {'cap': 0.3, 'covid': 0.06}.get(label, 0):
+        draw_effusion(c, rng, c.at.get('side', 1), rng.uniform(4, 26))
+
+# %% ../../nbs/01_phantom/04_chest.ipynb #911beb7a
+def _as_scan(hu, c, size, patient, seed, label) -> Scan:
+    "The numbers of a scanner as a `Scan` that is centred at the origin"
+    hu = np.clip(np.round(hu), -1024, 3071).astype('i2')
+    hu.flags.writeable = False
+    spacing = tuple(f * size / n for f, n in zip(c.body['view'], hu.shape, strict=False))
+    return Scan(
+        hu,
+        spacing,
+        tuple(-(n - 1) / 2 * s for n, s in zip(hu.shape, spacing, strict=False)),
+        patient_id=f'P{patient}',
+        scan_id=f'P{patient}-{seed}',
+        source=f'phantom {label} {seed}',
+    )
+
+# %% ../../nbs/01_phantom/04_chest.ipynb #dc6a23f6
 def make_phantom(
     label: str = 'covid',  # one of `PHANTOM_LABELS`
     seed: int = 0,  # of this scan: disease, breath, noise
     shape=(96, 96, 96),  # voxels `(D,H,W)`; the spacing follows from the patient's size
     *,
     patient=None,  # seed of the anatomy; `None` takes `seed`
-    severity=None,  # infected share of the lungs in [0,1]; `None` draws it from the law of the class
+    # infected share of the lungs in [0,1]; `None` draws it from the law of the class
+    severity=None,
     law: str = 'visible',  # a row of `RATIOS`
     kernel: str = 'soft',  # 'soft' or 'sharp'
     noise: float = 20.0,  # HU, with the soft kernel
@@ -381,43 +425,18 @@ def make_phantom(
     check_names(switches, SWITCHES, 'make_phantom')
     check_states(states, 'make_phantom')
     patient = seed if patient is None else patient
-    size, k, (d, h, w) = new_chest((1, 1, 1), patient).body['size'], 1, map(int, shape)
-    if min(d, h, w) < 16:
-        raise DataError(
-            'make_phantom',
-            f'shape {(d, h, w)} is too small for a chest',
-            'Use at least 16 voxels along each axis.',
-        )
-    if slice_mm:
-        n = max(4, round(FOV[0] * size / slice_mm))
-        k = -(-d // n)
-        d = n * k
-    c = draw_anatomy((d, h, w), patient, **view_of(states))
+    size = new_chest((1, 1, 1), patient).body['size']
+    grid, k = _grid_of(shape, size, slice_mm)
+    c = draw_anatomy(grid, patient, **view_of(states))
     rng = random_stream(seed, 4, PHANTOM_LABELS.index(label))
-    ratio = draw_ratio(
-        label, rng, law
-    )  # drawn in any case, so that `severity` changes nothing but the level
-    if severity is not None:
-        ratio = float(severity)
-    draw_tissue(c, random_stream(seed, 5))
-    draw_lesions(c, rng, label, ratio)
-    c.hu += c.at['tree'] * np.maximum(45 - c.hu, 0)
-    if label != 'healthy' and rng.random() < {'cap': 0.3, 'covid': 0.06}.get(label, 0):
-        draw_effusion(c, rng, c.at.get('side', 1), rng.uniform(4, 26))
+    drawn = draw_ratio(label, rng, law)  # in any case: `severity` changes the level and no more
+    ratio = drawn if severity is None else float(severity)
+    _draw_disease(c, rng, label, ratio, random_stream(seed, 5))
     draw_states(c, states, seed)
-    hu = scan_chest(c, random_stream(seed, 6), kernel, noise, table).reshape(-1, k, h, w).mean(1)
-    hu = np.clip(np.round(hu), -1024, 3071).astype('i2')
-    hu.flags.writeable = False
+    hu = scan_chest(c, random_stream(seed, 6), kernel, noise, table)
+    hu = hu.reshape(-1, k, *grid[1:]).mean(1)
     c.at['vessels'] = (c.at['tree'] > 0.5) & c.at['lungs']
-    spacing = tuple(f * size / n for f, n in zip(c.body['view'], hu.shape, strict=False))
-    scan = Scan(
-        hu,
-        spacing,
-        tuple(-(n - 1) / 2 * s for n, s in zip(hu.shape, spacing, strict=False)),
-        patient_id=f'P{patient}',
-        scan_id=f'P{patient}-{seed}',
-        source=f'phantom {label} {seed}',
-    )
+    scan = _as_scan(hu, c, size, patient, seed, label)
     p = Phantom(scan, **{n: c.at[n][k // 2 :: k] for n in PHANTOM_MASKS}, label=label)
     for i, name in enumerate(switches):
         p = SWITCHES[name](p, random_stream(seed, 7, i))

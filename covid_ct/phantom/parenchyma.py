@@ -137,7 +137,7 @@ def _places(
             break
     return np.array(chosen).reshape(-1, 3)
 
-
+# %% ../../nbs/01_phantom/02_parenchyma.ipynb #86dd5fce
 def _in_mask(
     c: Chest,  # chest
     p: np.ndarray,  # `(n,3)` mm

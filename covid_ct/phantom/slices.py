@@ -28,7 +28,7 @@ def phantom_chest(
     hu = scan_chest(c, random_stream(seed, 6), 'soft', 20.0, True)
     return np.clip(hu.round(), -1024, 3071).astype('i2'), lesion_classes(c.at['lesions'])
 
-
+# %% ../../nbs/01_phantom/05_slices.ipynb #16bcc108
 def phantom_slices(
     n: int,  # slices
     size: int = 64,  # pixels of a side

@@ -30,6 +30,8 @@ from covid_ct.phantom.parenchyma import (
     inject_contrast,
     widen_bronchi,
 )
+
+# %% ../../nbs/01_phantom/03_states.ipynb #7f03ecfd
 from ..scan import DataError
 
 # %% ../../nbs/01_phantom/03_states.ipynb #b2030007
@@ -86,7 +88,7 @@ def _draw_free_air(
     line = lungs & c.at['lungs'] & (depth < c.edge)
     c.hu[line] = np.maximum(c.hu[line], -480)
 
-
+# %% ../../nbs/01_phantom/03_states.ipynb #28807c79
 def _release(
     c: Chest,  # chest
     w: np.ndarray,  # share of each voxel that is free air
@@ -122,7 +124,7 @@ def _raise_diaphragm(
     "The diaphragm of one side stands 45 to 70 mm higher; the belly follows"
     _lift_diaphragm(c, rng, _pick_side(c, rng), rng.uniform(45, 70))
 
-
+# %% ../../nbs/01_phantom/03_states.ipynb #d23a8047
 def _lift_diaphragm(
     c: Chest,  # chest
     rng,  # stream of the state
@@ -179,7 +181,7 @@ def _remove_lung(
 # %% ../../nbs/01_phantom/03_states.ipynb #b2030018
 _MOVED = ('lungs', 'lobes', 'lesions', 'airways', 'free_air', 'effusion', 'bronchi')
 
-
+# %% ../../nbs/01_phantom/03_states.ipynb #688d8b77
 def _shift_mediastinum(
     c: Chest,  # chest with all states, changed in place
     mm: float,  # to the left
@@ -214,7 +216,7 @@ class _State:
     view: float = 1.0  # width and depth of the field of view over the usual ones
     patient: bool = False  # belongs to the patient, so a second scan shows it again
 
-
+# %% ../../nbs/01_phantom/03_states.ipynb #74b7d335
 STATES = {  # in the order of drawing
     'raised_diaphragm': _State(
         'one half of the diaphragm stands high', 'the lung above it', _raise_diaphragm, patient=True
@@ -260,7 +262,7 @@ def check_states(
             'Use one of the two.',
         )
 
-
+# %% ../../nbs/01_phantom/03_states.ipynb #14f38c98
 def view_of(
     states,  # names of `STATES`
 ) -> dict:  # keywords of `draw_anatomy`
@@ -272,7 +274,7 @@ def view_of(
         arms='down' if 'arms' in states else 'raised',
     )
 
-
+# %% ../../nbs/01_phantom/03_states.ipynb #2039609d
 def draw_states(
     c: Chest,  # chest with tissue and lesions, changed in place
     states,  # names of `STATES`

@@ -26,20 +26,21 @@ from pathlib import Path
 import joblib
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ..cohort.adapters import open_cohort
 from ..cohort.table import MASK_COLUMNS as MASK_COLUMNS
+
+# %% ../../nbs/05_preprocess/03_cache.ipynb #b9a4ca9c
 from ..cohort.table import READING_COLUMNS, load_mask, load_row
+
+# %% ../../nbs/05_preprocess/03_cache.ipynb #59a00b9b
 from ..io.read import files_of
-from .lungs import lung_mask, lung_region
+from .lung_warnings import lung_region
+from .lungs import lung_mask
 from .resample import PREPS, Prep, prepare_scan
 from ..scan import CohortError, DataError, VoxelError, write_atomic
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # Windows
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #4ea6ad98
 def _pack(
@@ -88,11 +89,12 @@ _UNUSED = {
     ('covid_ct.cohort.table', 'covid_ct.phantom.chest')
 }  # to write phantoms, never to read a row
 
-
+# %% ../../nbs/05_preprocess/03_cache.ipynb #90f685cc
 def _sources(
     name: str,  # module that is loaded, as `covid_ct.preprocess.resample`
 ) -> dict:  # module → hash of its code
-    "The code that a module stands on: itself and, of its own package and of ours, all that it imports from"
+    """The code that a module stands on: itself and, of its own package and of ours, all that it
+    imports from"""
     found, todo, ours = {}, [name], prepare_scan.__module__.split('.')[0]
     while todo:
         name = todo.pop()
@@ -130,7 +132,7 @@ def given(
     "Whether a cell of a table holds a path"
     return isinstance(x, (str, os.PathLike)) and bool(str(x).strip())
 
-
+# %% ../../nbs/05_preprocess/03_cache.ipynb #ae1a7a0c
 def _files(path) -> list:
     "Pairs of a name below the path and the file, for each file that reading opens"
     top = Path(path) if Path(path).is_dir() else Path(path).parent
@@ -165,7 +167,7 @@ def _cache_folder(
     code = map(_called, (prepare_scan, load, lungs))
     return Path(out) / _digest(_FORMAT, sorted(asdict(prep).items()), *code)
 
-
+# %% ../../nbs/05_preprocess/03_cache.ipynb #11de1996
 def _prepared_name(
     row,  # of a cohort, its paths as they can be opened
 ) -> str:  # id and hash
@@ -189,7 +191,7 @@ def _changed_at(
     "When the file system last saw a change of the files of a row"
     return _digest([(name, f.stat().st_ctime_ns) for name, f in _opened(row)])
 
-
+# %% ../../nbs/05_preprocess/03_cache.ipynb #93ec4bea
 def _content_of(
     row,  # of a cohort, its paths as they can be opened
 ) -> str:  # hash
@@ -217,61 +219,65 @@ def _describe(prep, load, lungs) -> str:
     )
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #236c5bfd
-def _lock(f) -> bool:
-    "Lock an open file; False where somebody else holds it, or nobody can"
+def _lock(path) -> FileLock | None:
+    "Hold the lock of a stage; None where somebody else holds it, or nobody can"
+    lock = FileLock(path, timeout=0)
     try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (OSError, AttributeError):
-        return False
-    return True
+        lock.acquire()
+    except (Timeout, OSError, NotImplementedError):
+        return None
+    return lock
 
-
+# %% ../../nbs/05_preprocess/03_cache.ipynb #6f123696
 def _begin_stage(folder) -> tuple:
-    "A new stage and its open lock file; one that is swept before it is locked is made again"
+    "A new stage and its lock; one that is swept before it is locked is made again"
     for _ in range(3):
         name = uuid.uuid4().hex[:12]
         new = Path(folder) / f'.new-{name}'
         new.mkdir(parents=True)
-        f = open(new / 'lock', 'w')
-        _lock(f)
+        lock = _lock(new / 'lock')
         try:
             stage = new.rename(Path(folder) / f'.part-{name}')
         except FileNotFoundError:
-            f.close()
             continue
-        _lock(f)  # again: `_sweep` may have held it while it looked
-        return stage, f
+        return stage, lock or _lock(stage / 'lock')  # `_sweep` may have held it while it looked
     raise CohortError(folder, 'loses its new files', 'Is another program cleaning this folder?')
 
-
+# %% ../../nbs/05_preprocess/03_cache.ipynb #18f05610
 @contextmanager
 def _staged(
     folder,  # where the results will lie
 ):
     "A hidden folder to write in, locked while it is in use and gone afterwards"
-    stage, f = _begin_stage(folder)
-    with f:
-        try:
-            yield stage
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
+    stage, lock = _begin_stage(folder)
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        if lock:
+            lock.release()
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #99bb51a9
+def _is_dead(stage, age) -> bool:
+    "Whether nobody works in a stage: it is old, or its lock is free"
+    try:
+        if time.time() - stage.stat().st_mtime > age:
+            return True
+    except FileNotFoundError:
+        return False  # its owner has just finished
+    if not (stage / 'lock').exists() or not (lock := _lock(stage / 'lock')):
+        return False
+    lock.release()
+    return True
+
+
 def _sweep(
     folder,  # of prepared scans
     age: float = 86400,  # seconds after which a stage is dead whoever locks it
 ) -> int:  # stages removed
     "Remove what killed processes have left, and nothing that is in use"
-    dead = []
-    for d in (d for d in Path(folder).glob('.*') if d.name.startswith(('.part-', '.new-'))):
-        try:
-            if time.time() - d.stat().st_mtime > age:
-                dead.append(d)
-            else:
-                with open(d / 'lock') as f:
-                    dead += [d] * _lock(f)
-        except FileNotFoundError:
-            continue  # its owner has just finished
+    hidden = [d for d in Path(folder).glob('.*') if d.name.startswith(('.part-', '.new-'))]
+    dead = [d for d in hidden if _is_dead(d, age)]
     for d in dead:
         shutil.rmtree(d, ignore_errors=True)
     return len(dead)
@@ -309,7 +315,7 @@ def has_mask(
         f'Fill the column, or leave {m!r} out of masks= (on the command line --masks).',
     )
 
-
+# %% ../../nbs/05_preprocess/03_cache.ipynb #1f4c6449
 def own_lungs(
     row,  # of a cohort, its paths as they can be opened
     scan,  # `Scan` that the mask must lie on
@@ -325,7 +331,7 @@ def own_lungs(
     file = Path(root or '.') / row['lung_mask']
     raise VoxelError(file, 'this lung mask is empty: no voxel of it is set', remedy)
 
-
+# %% ../../nbs/05_preprocess/03_cache.ipynb #cf8578ab
 def _mask(m, row, loaded, scan, lungs) -> np.ndarray:
     "One mask on the grid of the scan: of its file, of a phantom, or found"
     if m == 'lung' and (own := own_lungs(row, scan)) is not None:
@@ -336,7 +342,7 @@ def _mask(m, row, loaded, scan, lungs) -> np.ndarray:
         return np.asarray(dict(lung=loaded.lungs, infection=loaded.infection)[m])
     return lungs(scan) if m == 'lung' else np.zeros(scan.shape, bool)
 
-
+# %% ../../nbs/05_preprocess/03_cache.ipynb #1126e7ac
 def prepare_row(
     row,  # of a cohort, its paths as they can be opened
     prep,  # row of preprocessing
@@ -370,7 +376,7 @@ def prepare_row(
         whose = 'built-in' if found else 'own'
     return arrays, dict(lungs=whose, units=scan.units, remarks=[*scan.remarks, *ready.remarks])
 
-
+# %% ../../nbs/05_preprocess/03_cache.ipynb #ae2dfb58
 def _make_arrays(
     row,  # of a cohort, its paths as they can be opened
     prep,  # row of preprocessing
@@ -494,7 +500,7 @@ def prep_of_recipe(
         )
     return prep
 
-
+# %% ../../nbs/05_preprocess/03_cache.ipynb #b4b0e926
 def reading_row(
     cohort: pd.DataFrame,  # table of scans
     i: int,  # number of the row
@@ -554,7 +560,7 @@ def _fault(e, row) -> str:
     masks = [row[c] for c in MASK_COLUMNS if given(row.get(c)) and str(row[c]) == source]
     return f'{Path(masks[0]).name}: {fault}' if masks else fault
 
-
+# %% ../../nbs/05_preprocess/03_cache.ipynb #2bb6096d
 def _told(cache, rows) -> pd.DataFrame:
     "Table of the scans that are there, a row each: whose lungs were used, unit, remarks"
     notes = [(str(r['scan_id']), cache.about(r)) for r in rows]
@@ -574,7 +580,7 @@ def _counts(values) -> str:
     "How often each value occurs, in words"
     return ' and '.join(f'{n} {k}' for k, n in values.value_counts().sort_index().items())
 
-
+# %% ../../nbs/05_preprocess/03_cache.ipynb #bddac37e
 @dataclass(frozen=True, eq=False)
 class Preparation:
     "What came of preparing a cohort"
@@ -603,7 +609,8 @@ def _room(folder, todo, total, prep, masks, tell) -> None:
     "Show what will be written; raise `DataError` where the disk has no room for it"
     need, free = cache_size(todo, prep, masks), shutil.disk_usage(folder).free
     tell(
-        f'{len(todo)} of {total} scans to prepare: {need / 1e9:.3g} GB to write, {free / 1e9:.3g} GB free'
+        f'{len(todo)} of {total} scans to prepare: {need / 1e9:.3g} GB to write, '
+        f'{free / 1e9:.3g} GB free'
     )
     if need > free:
         raise DataError(
@@ -611,6 +618,24 @@ def _room(folder, todo, total, prep, masks, tell) -> None:
             f'{need / 1e9:.3g} GB to write and {free / 1e9:.3g} GB free',
             'Make room, or choose a smaller Prep.',
         )
+
+# %% ../../nbs/05_preprocess/03_cache.ipynb #064c9ac7
+def _attempt_all(cache, todo, masks, jobs, progress) -> list:
+    "Reasons of the scans that failed; raises `DataError` where a process or the disk is lost"
+    work = joblib.Parallel(jobs, return_as='generator_unordered')(
+        joblib.delayed(_attempt)(cache, r, masks) for r in todo
+    )
+    bar = tqdm(work, 'preparing', len(todo), unit='scan', disable=not progress)
+    try:
+        return [e for e in bar if e]
+    except BrokenProcessPool as e:
+        fault = f'a process was lost ({str(e).split(". ")[0]})'
+        remedy = 'If memory was short, call again with fewer jobs: what is finished is kept.'
+        raise DataError(cache.folder, fault, remedy) from e
+    except OSError as e:
+        fault = f'cannot be written ({e.strerror or e})'
+        remedy = 'Make room and call again: what is finished is kept.'
+        raise DataError(cache.folder, fault, remedy) from e
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #01e3c0af
 def prepare(
@@ -623,7 +648,8 @@ def prepare(
     root=None,  # folder that paths in the table start from; None: the one that `check_cohort` noted
     **source,  # `load` and `lungs`, as in `Cache`
 ) -> Preparation:  # counts, a table of failures, and one of the scans with whose lung mask was used
-    "Prepare every scan once, with what is there already left alone; raises `CohortError` for the table, `DataError` for the disk"
+    """Prepare every scan once, with what is there already left alone; raises `CohortError` for the
+    table, `DataError` for the disk"""
     cohort = cohort if isinstance(cohort, pd.DataFrame) else open_cohort(cohort)
     check_table(cohort, masks)
     cache = Cache(out, prep_of_recipe(recipe), **source)
@@ -634,25 +660,7 @@ def prepare(
     rows = [reading_row(cohort, i, root) for i in range(len(cohort))]
     todo = [r for r in rows if cache.stored(r, masks) is None]
     _room(cache.folder, todo, len(rows), cache.prep, masks, print if progress else str)
-    work = joblib.Parallel(jobs, return_as='generator_unordered')(
-        joblib.delayed(_attempt)(cache, r, masks) for r in todo
-    )
-    try:
-        failed = [
-            e for e in tqdm(work, 'preparing', len(todo), unit='scan', disable=not progress) if e
-        ]
-    except BrokenProcessPool as e:
-        raise DataError(
-            cache.folder,
-            f'a process was lost ({str(e).split(". ")[0]})',
-            'If memory was short, call again with fewer jobs: what is finished is kept.',
-        ) from e
-    except OSError as e:
-        raise DataError(
-            cache.folder,
-            f'cannot be written ({e.strerror or e})',
-            'Make room and call again: what is finished is kept.',
-        ) from e
+    failed = _attempt_all(cache, todo, masks, jobs, progress)
     failures = pd.DataFrame(failed, columns=_COLUMNS).sort_values('scan_id', ignore_index=True)
     scans, tried = _told(cache, rows), cohort.scan_id.astype(str)
     _note(cache.folder, 'failures.csv', failures, tried)

@@ -18,7 +18,8 @@ from ..scan import GeometryError, Grid, NotAChestError, Scan, UnitsError
 # %% ../../nbs/05_preprocess/01_resample.ipynb #5f5dff00
 def sub_grid(
     grid: Grid,  # grid that the box lies in
-    box,  # `(3,2)`: first and last face of the box in voxels of `grid`; the outermost are -½ and n-½
+    # `(3,2)`: first and last face of the box in voxels of `grid`; the outermost are -½ and n-½
+    box,
     shape: tuple,  # `(D,H,W)` of the result
 ) -> Grid:  # the box, cut into `shape` voxels
     "Grid of a box cut into equal voxels: the box keeps its extent in mm"
@@ -59,7 +60,8 @@ def _axis_weights(
     start: float,  # centre of the first new voxel, in voxels of the scan
     step: float,  # size of a new voxel, in voxels of the scan
     m: int,  # new voxels
-    kind: str = 'linear',  # 'linear' (exact on ramps), 'hold' (never outside the range), 'area' or 'nearest'
+    # 'linear' (exact on ramps), 'hold' (never outside the range), 'area' or 'nearest'
+    kind: str = 'linear',
 ) -> np.ndarray:  # `(m,n)`; rows sum to 1, or to 0 where the centre is outside the scan
     "Weights of one axis"
     c, i = (start + step * np.arange(m))[:, None], np.arange(n)[None]
@@ -105,7 +107,7 @@ def _blocks(
             )
     return out
 
-
+# %% ../../nbs/05_preprocess/01_resample.ipynb #e56d431c
 def _thread_count() -> (
     int
 ):  # as `OMP_NUM_THREADS` says, else one for each core that this process may use
@@ -114,7 +116,8 @@ def _thread_count() -> (
 
 # %% ../../nbs/05_preprocess/01_resample.ipynb #b40b6262
 def _slab(v, part, rows, columns, out) -> None:
-    "Some slices of the result: sums of slices of `v`, a few rows at a time, each sum then reduced in its rows and its columns"
+    """Some slices of the result: sums of slices of `v`, a few rows at a time, each sum then reduced
+    in its rows and its columns"""
     j, k, b = part
     n = max(1, _FEW_PRODUCTS // (b.size * v.shape[2]))
     sums, x = (
@@ -170,7 +173,8 @@ def resample(
     kind: str = 'linear',  # as in `_axis_weights`
     fill: float = 0.0,  # value outside the scan
 ) -> np.ndarray:  # `to.shape`, float32 (float64 stays)
-    "Bring voxels onto a parallel grid in one antialiased step; raises `GeometryError` for turned grids"
+    """Bring voxels onto a parallel grid in one antialiased step; raises `GeometryError` for turned
+    grids"""
     if np.shape(voxels) != tuple(grid.shape):
         raise GeometryError(
             'resample',
@@ -253,6 +257,7 @@ PREPS = {
     ),  # ours: seconds on two cores
 }
 
+# %% ../../nbs/05_preprocess/01_resample.ipynb #3798d73d
 _USED_BY = {  # row of `PREPS` → recipe that uses it
     'darnet': 'darnet/paper',
     'darnet_lungs': 'darnet/fixed',
@@ -277,7 +282,7 @@ def _rows_for(units) -> str:
     found = [f'{r} (preprocessing {k})' for k, r in _USED_BY.items() if units in PREPS[k].takes]
     return ', '.join(found)
 
-
+# %% ../../nbs/05_preprocess/01_resample.ipynb #11bd1742
 def _window_of(
     scan: Scan,  # any
     prep: Prep,  # row that is to prepare it
@@ -326,7 +331,7 @@ def _lungs_box(
         ]
     )
 
-
+# %% ../../nbs/05_preprocess/01_resample.ipynb #fef3f0ba
 def _needed(
     lungs,  # mask, or None
     what: str,  # what asks for it
@@ -336,7 +341,7 @@ def _needed(
         raise ValueError(f"{what} needs lungs=, a mask or a function of the scan such as lung_mask")
     return lungs
 
-
+# %% ../../nbs/05_preprocess/01_resample.ipynb #8cef6269
 def _crop_box(
     scan: Scan,  # the scan to cut
     prep: Prep,  # how
@@ -425,9 +430,11 @@ class Prepared:
 def prepare_scan(
     scan: Scan,  # in a unit that the row takes
     prep: Prep,  # a row of `PREPS`, or your own
-    lungs=None,  # bool `(D,H,W)`, or a function of the scan that makes it; asked only where the row needs it
+    # bool `(D,H,W)`, or a function of the scan that makes it; asked only where the row needs it
+    lungs=None,
 ) -> Prepared:  # voxels in [0,1] and both grids
-    "Crop, resample and window a scan in one step; raises `UnitsError`, `GeometryError` or `NotAChestError`"
+    """Crop, resample and window a scan in one step; raises `UnitsError`, `GeometryError` or
+    `NotAChestError`"""
     lo, hi = _window_of(scan, prep)
     whose = ('built-in' if callable(lungs) else 'own') if prep.needs_lungs else 'none'
     if callable(lungs):

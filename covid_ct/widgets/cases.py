@@ -73,7 +73,7 @@ def read_predictions(
         t = t[t.part == part].reset_index(drop=True)
     return _check_predictions(t, path)
 
-
+# %% ../../nbs/12_widgets/05_cases.ipynb #4c752b85
 def _check_predictions(
     t: pd.DataFrame,  # predictions
     source='predictions',  # what to name in the error
@@ -157,7 +157,7 @@ def case_table(
         out = out.join(about[[c for c in _MEASURES if c in about]])
     return out.reset_index()
 
-
+# %% ../../nbs/12_widgets/05_cases.ipynb #8c6bdfa4
 _MEASURES = (
     'infection_ratio',
     'outside_lung',
@@ -232,7 +232,7 @@ def roc_points(
 # %% ../../nbs/12_widgets/05_cases.ipynb #c3ee343c
 _SIDE = (72, 72)  # pixels of a thumbnail
 
-
+# %% ../../nbs/12_widgets/05_cases.ipynb #e9887421
 def thumbnail_of(
     scan: Scan,  # volume
     heat=None,  # `Map` on its grid
@@ -296,7 +296,7 @@ def write_index(
     write_atomic(folder / 'index.csv', about.to_csv(index=False))
     return folder
 
-
+# %% ../../nbs/12_widgets/05_cases.ipynb #cc4c4266
 def read_index(
     folder,  # `cases` below the run
 ) -> tuple:  # table and thumbnails, or `(None, None)` where nothing was kept
@@ -340,7 +340,7 @@ class NoteConflict(CaseError):
         )
         self.theirs = theirs
 
-
+# %% ../../nbs/12_widgets/05_cases.ipynb #f558ce7f
 @contextmanager
 def _alone(path, wait: float = 5.0):
     "Hold `path` by a lock file beside it; one left by a crash is removed after half a minute"

@@ -157,7 +157,7 @@ class Gallery(W.VBox):
             'text/html': self.frame(),
         }, meta
 
-
+# %% ../../nbs/12_widgets/06_gallery.ipynb #9e2116b5
 def _gallery_frame(
     cards: list,  # from `cards_of`
     page: str,  # from `gallery_page`
@@ -180,7 +180,7 @@ def _thumbnail(card) -> str:
     image = f'<img alt="{alt}" style="width:100%" src="{card["thumb"]}">'
     return f'<figure style="margin:0;width:12rem">{image}</figure>'
 
-
+# %% ../../nbs/12_widgets/06_gallery.ipynb #94365d22
 def gallery(
     audit,  # an `Audit`, or anything with `findings`, `load` and `thumbs`
     most: int = 6,  # scans that saved pages carry as small volumes

@@ -58,7 +58,7 @@ def fill_template(
     "A page from its template"
     return _templates().get_template(name).render(values)
 
-
+# %% ../../nbs/12_widgets/01_html.ipynb #dcb01d3d
 def _block(name, **values) -> str:
     "One block of a report, from its macro"
     blocks = _templates().get_template('report_blocks.html').module

@@ -63,7 +63,7 @@ def view_side_by_side(
     )
     return set_alt_text(finish_figure(fig, scan, window, masks, None, title), alt)
 
-
+# %% ../../nbs/12_widgets/04_overlay.ipynb #aa60d2fc
 def _share_scale(fig, axes):
     "One colour bar for all maps"
     bar = fig.colorbar(axes[0, 1].images[1], ax=axes, fraction=0.02, pad=0.01, ticks=[0, 0.5, 1])

@@ -93,7 +93,7 @@ def tile_slices(
     full[:d] = v
     return full.reshape(rows, cols, h, w).swapaxes(1, 2).reshape(rows * h, cols * w), cols
 
-
+# %% ../../nbs/12_widgets/02_pack.ipynb #6d29f6c4
 def _untile(
     mosaic: np.ndarray,  # as `tile_slices` makes it
     cols: int,  # its columns of tiles
@@ -253,7 +253,7 @@ def html_page(
     data = dict(state=state, header=header, buffers=[base64.b64encode(b).decode() for b in buffers])
     return fill_template('viewer.html', title=title, data=script_json(data), script=viewer_module())
 
-
+# %% ../../nbs/12_widgets/02_pack.ipynb #839548d0
 def live_frame(
     still: str,  # HTML that shows while the page is not alive
     page: str,  # a whole page

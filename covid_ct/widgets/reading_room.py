@@ -27,6 +27,8 @@ from covid_ct.widgets.cases import (
     thumbnail_sheets,
 )
 from .html import fill_template
+
+# %% ../../nbs/12_widgets/07_reading_room.ipynb #2bd7fe8b
 from covid_ct.widgets.pack import (
     VIEWER_SCRIPT,
     fit_shape,
@@ -51,7 +53,7 @@ _COLUMNS = (  # key, heading, what it means, digits; a column without a value is
 )
 _RULES = Rules()
 
-
+# %% ../../nbs/12_widgets/07_reading_room.ipynb #c6d4a6da
 def _case_rows(
     t: pd.DataFrame,  # from `case_table`
     rules: Rules = _RULES,  # of the filters
@@ -86,7 +88,7 @@ def _case_rows(
         for i, r in enumerate(t.to_dict('records'))
     ]
 
-
+# %% ../../nbs/12_widgets/07_reading_room.ipynb #c9780b61
 def _columns_of(
     t: pd.DataFrame,  # from `case_table`
 ) -> list:  # dicts for the front end
@@ -310,7 +312,7 @@ def _volumes_of(
         out[i], used = m, used + size
     return out, used
 
-
+# %% ../../nbs/12_widgets/07_reading_room.ipynb #bb53cbd3
 def _room_page(
     room: ReadingRoom,  # to write
     most: int = 8,  # cases that carry a small copy of their scan
@@ -351,7 +353,7 @@ def _room_page(
         script=_module(),
     )
 
-
+# %% ../../nbs/12_widgets/07_reading_room.ipynb #ee481162
 def _room_frame(
     room: ReadingRoom,  # to write
     **kwargs,  # of `_room_page`

@@ -39,7 +39,7 @@ def whole(
 
     return number
 
-
+# %% ../../nbs/12_widgets/08_terminal.ipynb #7e4e7a4e
 def above_zero(
     text: str,  # of an option
 ) -> float:  # above 0, finite
@@ -132,7 +132,7 @@ def as_options(
 
     return _TOLD.sub(said, text)
 
-
+# %% ../../nbs/12_widgets/08_terminal.ipynb #faa91fb6
 def options_of(
     parser: argparse.ArgumentParser,  # with commands
     command: str,  # one of them
@@ -166,7 +166,7 @@ _PLAIN = dict(zip('▁▂▃▄▅▆▇█', '.:-=+*#@', strict=False)) | {
     'ä': 'ae',
 }
 
-
+# %% ../../nbs/12_widgets/08_terminal.ipynb #094d867c
 def _plain(error):
     "Error handler of codecs: characters that an encoding lacks, in ASCII"
     if not isinstance(error, UnicodeEncodeError):

@@ -28,6 +28,8 @@ from covid_ct.scan import (
     check_same_grid,
     write_atomic,
 )
+
+# %% ../../nbs/12_widgets/03_viewer.ipynb #2a66eb0a
 from covid_ct.widgets.pack import (
     RANGES,
     VIEWER_SCRIPT,
@@ -147,7 +149,7 @@ def named_maps(
         check_same_grid(scan, m, f'map {n}')
     return out
 
-
+# %% ../../nbs/12_widgets/03_viewer.ipynb #9c1efcd9
 def _by_name(maps):
     "Method and class name a map; the layer is added where that is not enough"
     plain = [f'{m.method} {m.label}'.strip() or 'map' for m in maps]
@@ -411,7 +413,7 @@ def state_of(
         | {k: list(getattr(shrink_grid(grid, shape), k)) for k in ('shape', 'spacing', 'origin')}
     )
 
-
+# %% ../../nbs/12_widgets/03_viewer.ipynb #a3d07c9d
 def _page_of(
     view,  # a `VolumeViewer`
     title=None,  # of the browser's tab; `None` takes the viewer's

@@ -15,7 +15,6 @@ from covid_ct.inference.lobes import (
     _convex_hull,
     _fissure,
     _fissure_error,
-    _outside_lobes,
     bend_anatomy,
     lobe_input,
     lobe_net,
@@ -25,10 +24,9 @@ from covid_ct.inference.lobes import (
     vote_lobes,
 )
 from covid_ct.io.labels import LOBES
-from covid_ct.io.read import write_mask
 from covid_ct.phantom.chest import PHANTOM_MASKS, make_phantom
 from covid_ct.preprocess.resample import Prep
-from covid_ct.scan import DataError, GeometryError, NotAChestError, UnitsError, VoxelError
+from covid_ct.scan import DataError, GeometryError, NotAChestError, UnitsError
 
 SMALL = Prep(size=(24, 18, 24), crop="lungs", margin=5.0, window=(-1250.0, 250.0))
 
@@ -326,31 +324,7 @@ def test_batches(phantom):
         LobeBatches([])
 
 
-# ---- from elsewhere
-def test_outside_lobes(phantom, tmp_path):
-    luna, total = np.array([0, 7, 8, 4, 5, 6], "u1"), np.array([0, 10, 11, 12, 13, 14], "u1")
-    for table, name in (
-        (luna, "luna16"),
-        (total, "totalsegmentator"),
-        (np.arange(6, dtype="u1"), "1-5"),
-    ):
-        path = tmp_path / f"{name}.nii.gz"
-        write_mask(table[phantom.lobes], phantom.scan, path)
-        assert (_outside_lobes(path, phantom.scan, name) == phantom.lobes).all()
-    path = tmp_path / "luna16.nii.gz"
-    with pytest.raises(VoxelError, match="luna16"):
-        _outside_lobes(path, phantom.scan, "1-5")
-    with pytest.raises(VoxelError, match="mine"):
-        _outside_lobes(path, phantom.scan, "mine")
-    with pytest.raises(LobeError, match="right middle"):
-        write_mask(
-            np.where(phantom.lobes == 4, 3, phantom.lobes), phantom.scan, tmp_path / "x.nii.gz"
-        )
-        _outside_lobes(tmp_path / "x.nii.gz", phantom.scan, "1-5")
-    with pytest.raises(GeometryError):
-        _outside_lobes(path, phantom.scan.replace(spacing=(1.0, 1.0, 1.0)), "luna16")
-
-
+# ---- crop
 def test_refined_crop(phantom):
     c = refined_crop(phantom.scan, phantom.lobes)
     at = np.argwhere(c.forward(phantom.lungs))

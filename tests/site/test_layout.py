@@ -46,7 +46,7 @@ ORDER = {  # within a subpackage, only from what comes before
     "io": "archive labels header_grid volume dicom_header slice_groups dicom read",
     "cohort": "datasets table adapters splits",
     "audit": "voxels one_scan findings shortcuts audit",
-    "preprocess": "resample lungs cache",
+    "preprocess": "resample body lungs lung_warnings cache",
     "batches": "augment samplers slices loaders",
     "papers": "published records darnet dual_sampling raunet prior_attention "
     "runs tables figures checklist report plan reproduce",
