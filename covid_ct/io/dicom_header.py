@@ -288,6 +288,9 @@ def find_damage(
     ]
     if min(n) < 1 or n[3] not in (8, 16, 32):
         return f'promises {n[2]} images of {n[0]} × {n[1]} pixels of {n[3]} bits'
+    stored, high = int(d.get('BitsStored') or n[3]), int(d.get('HighBit') or 0)
+    if not (1 <= stored <= n[3] and 0 <= high < n[3]):
+        return f'promises {stored} bits of a pixel, the highest number {high}, in {n[3]}'
     need = n[0] * n[1] * n[2] * n[3] // 8
     if syntax in _BARE:
         return (
