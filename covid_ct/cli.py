@@ -9,7 +9,10 @@ __all__ = ['parser', 'main']
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 from .scan import DataError
@@ -236,11 +239,12 @@ def _audit(a):
 
 def _prepare(a):
     from covid_ct.preprocess.cache import prepare
-    from covid_ct.train.recipes import recipe
 
     system, _, name = a.recipe.partition('/')
     prep, masks = system, a.masks
     if name:
+        from covid_ct.train.recipes import recipe
+
         chosen = recipe(system, name)
         prep, masks = chosen.prep, a.masks or chosen.masks
     done = prepare(_cohort(a), prep, a.out, masks, a.jobs, progress=not a.json)
@@ -1013,16 +1017,40 @@ def _run(argv):
     return 2
 
 # %% ../nbs/14_cli.ipynb #17a36c51
+class _Terminated(KeyboardInterrupt):
+    "SIGTERM: ends a command as Ctrl-C does, and with it the processes that it started"
+
+
+@contextmanager
+def _ended_by_sigterm():
+    "Inside, SIGTERM raises `_Terminated`; training has a handler of its own, which keeps its state"
+
+    def stop(number, frame):
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+# %% ../nbs/14_cli.ipynb #19479b64
 def main(
     argv: list | None = None,  # arguments, those of the command line by default
-) -> int:  # 0 done, 1 done with findings, 2 bad input, 130 Ctrl-C, 141 nobody reads the output
+) -> int:  # 0 done, 1 with findings, 2 bad input, 130 Ctrl-C, 141 no reader, 143 SIGTERM
     "Run one command"
     plain_streams()
     try:
         try:
-            return _run(argv)
+            with _ended_by_sigterm():
+                return _run(argv)
         finally:
             sys.stdout.flush()
+    except _Terminated:
+        return 143
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # as `covid-ct models | head -1`

@@ -2,9 +2,11 @@
 
     python tests/fuzz.py --minutes 10            a long run; failing files are kept in --keep
     python tests/fuzz.py --cases 300 --seed 7    a bounded one
+    python tests/fuzz.py --seed 7 --replay 42    one case again
 
-Each file is read in a child process with little memory and little time, so that a crash, a hang
-or a flood is a finding and not the end."""
+Each family of readers has a child process with little memory and little time, so that a crash, a
+hang or a flood is a finding and not the end. Half of the cases are bytes gone wrong, half are the
+faults of public bug reports: fields, tags, names and links."""
 
 import argparse
 import contextlib
@@ -202,9 +204,151 @@ def bend_inside(b, rng):
     return gzip.compress(bend(gzip.decompress(b), rng), 1)
 
 
+VALUES = (
+    "", "0", "-1", "16", "99999999999999999999", "nan", "inf", "1e300", "0 0 0", "none none none",
+    "(1,0,0) (1,0,0) (0,0,1)", "(1,0.1,0) (0,1,0) (0,0,1)", "(0,0) (1)", "1 0 0", "-0.7 0.8 2.5",
+    "0,7 0,8 2,5", "True", "LIST", "x%03d.raw", "../x.raw", "/dev/zero", "none.raw", "MET_OTHER",
+    "block", "bzip2", "hex", "RAS", "scanner-xyz", "MET_FLOAT", "double", "1 1 1 1 1 1 1 1 1",
+)  # fmt: skip
+FIELDS = {  # byte of a NIfTI header → its type and odd values
+    40: ("<h", (0, 1, 2, 4, 7, 8, -3)),
+    42: ("<h", (0, 1, -14, 30000)),
+    70: ("<h", (0, 1, 2, 128, 1536, 2304)),
+    76: ("<f", (-1, 0, np.nan)),
+    80: ("<f", (-0.7, 0, 1, 7, np.nan, np.inf, 1e30)),
+    88: ("<f", (-2.5, 0, 1, 2.6, 25, 1e-30)),
+    108: ("<f", (0, 340, 1e9, -352, np.nan)),
+    112: ("<f", (0, 1e38, -1e38, np.nan, 1e-30)),
+    116: ("<f", (1e38, np.inf)),
+    123: ("<b", (0, 1, 3, 8)),
+    252: ("<h", (0, 1, 2, -1)),
+    254: ("<h", (0, 1, 3, -1)),
+    256: ("<f", (0.5, 1, 2, np.nan)),
+    268: ("<f", (1e30, np.nan)),
+    280: ("<f", (0, 1, -1, 0.71, np.nan)),
+    284: ("<f", (0.001, 0.02, 0.5)),
+    344: ("<i", (0, 3222382)),
+}
+TAGS = {
+    "PixelSpacing": ("0,8\\0,7", "0\\0", "-1\\1", "1", "nan\\1", "1e300\\1", ""),
+    "ImagePositionPatient": ("0\\0", "0\\0\\1e300", "0\\0\\0", "a\\b\\c"),
+    "ImageOrientationPatient": ("1\\0\\0\\1\\0\\0", "0\\0\\0\\0\\0\\0", "1\\0\\0\\0\\0.97\\-0.26"),
+    "RescaleSlope": ("1e300", "0", "-1", "1e30", "0,5", "nan"),
+    "RescaleIntercept": ("1e300", "-1024,0", "", "-99999"),
+    "AcquisitionNumber": ("1", "2", "3", "-1", "x"),
+    "SeriesInstanceUID": ("1.2.3", "1.2.4", "", "x" * 64),
+    "Modality": ("", "MR", "CT"),
+    "ImageType": ("ORIGINAL", "ORIGINAL\\PRIMARY\\LOCALIZER"),
+    "NumberOfFrames": ("0", "2", "99999999"),
+    "RescaleType": ("US", "HU", "OD"),
+    "PixelAspectRatio": ("1\\2", "0\\0", "1"),
+    "GantryDetectorTilt": ("15", "x", "1e9"),
+}
+NUMBERS = {
+    0x00280010: (0, 1, 65535),  # rows
+    0x00280011: (0, 1, 65535),
+    0x00280002: (0, 3, 65535),  # samples
+    0x00280100: (1, 8, 12, 32, 64, 65535),  # bits
+    0x00280101: (0, 1, 12, 17, 65535),
+    0x00280102: (0, 7, 15, 65535),
+    0x00280103: (0, 1, 2),
+    0x00280120: (0, 24, 63536, 65535),  # padding
+    0x00280121: (0, 24, 63536, 65535),
+}  # fmt: skip
+
+
+def pick(rng, values):
+    return values[int(rng.integers(len(values)))]
+
+
+def bend_text(b, rng):
+    "A text header with a line that has another value, is gone, or comes twice"
+    end = b.find(b"\n\n") if b.startswith(b"NRRD") else b.find(b"\n", b.find(b"ElementDataFile"))
+    lines, rest = b[: max(0, end)].split(b"\n"), b[max(0, end) :]
+    k = int(rng.integers(1, max(2, len(lines))))
+    if k >= len(lines):
+        return b
+    how = rng.random()
+    if how < 0.15:
+        del lines[k]
+    elif how < 0.25:
+        lines.insert(k, lines[k])
+    else:
+        mark = b": " if b.startswith(b"NRRD") else b" = "
+        lines[k] = lines[k].partition(mark.strip())[0].strip() + mark + pick(rng, VALUES).encode()
+    return b"\n".join(lines) + rest
+
+
+def bend_fields(b, rng):
+    "A NIfTI header with odd values in some of its fields"
+    packed = b[:2] == b"\x1f\x8b"
+    b = bytearray(gzip.decompress(b) if packed else b)
+    for at in rng.permutation(list(FIELDS))[: int(rng.integers(1, 4))]:
+        kind, values = FIELDS[int(at)]
+        raw = struct.pack(kind, pick(rng, values))
+        b[at : at + len(raw)] = raw
+    return gzip.compress(bytes(b), 1) if packed != (rng.random() < 0.1) else bytes(b)
+
+
+def bend_tags(files, rng):
+    "Slices with odd values of one tag, in one, some or all of them"
+    import pydicom
+
+    some = rng.random(len(files)) < pick(rng, (0.2, 0.5, 1.1))
+    keyword = pick(rng, list(TAGS))
+    number = pick(rng, list(NUMBERS))
+    text = rng.random() < 0.6
+    value = pick(rng, TAGS[keyword] if text else NUMBERS[number])
+    for p in [p for p, hit in zip(files, some, strict=True) if hit]:
+        raw = p.read_bytes()
+        tag = pydicom.datadict.tag_for_keyword(keyword) if text else number
+        head = struct.pack("<HH", tag >> 16, tag & 0xFFFF)
+        at = raw.find(head, 132)
+        if at < 0:
+            continue
+        size = struct.unpack_from("<H", raw, at + 6)[0]
+        new = value.encode() + b" " * (len(value) % 2) if text else struct.pack("<H", value)
+        raw = raw[: at + 6] + struct.pack("<H", len(new)) + new + raw[at + 8 + size :]
+        p.write_bytes(raw)
+
+
+def bend_folder(files, rng):
+    "Names of any bytes, links that lead nowhere or in a circle"
+    p = pick(rng, files)
+    how = int(rng.integers(4))
+    if how == 0:
+        os.rename(p, os.path.join(os.fsencode(p.parent), b"\xe9\xff" + os.fsencode(p.name)))
+    elif how == 1:
+        p.unlink()
+        p.symlink_to(p.parent / "nowhere")
+    elif how == 2:
+        (p.parent / "up").symlink_to(p.parent)
+    else:
+        shutil.copy(p, p.with_name("again" + p.name))
+
+
+def known_fault(kind, files, path, rng):
+    "One fault of the list of public bug reports, in a good copy"
+    if rng.random() < 0.1:
+        bend_folder(files, rng)
+    elif kind.startswith("nii"):
+        path.write_bytes(bend_fields(path.read_bytes(), rng))
+    elif path.is_file():
+        path.write_bytes(bend_text(path.read_bytes(), rng))
+    elif kind in ("dicom", "rle", "jpeg", "jpeg2000", "enhanced"):
+        bend_tags(files, rng)
+    else:
+        bend_folder(files, rng)
+
+
 def damaged(kind, source, out, rng):
     "A damaged copy of a good input; returns the path to read"
     shutil.rmtree(out, ignore_errors=True)
+    if rng.random() < 0.5:
+        shutil.copytree(source if source.is_dir() else source.parent, out)
+        path = out if source.is_dir() else out / source.name
+        known_fault(kind, sorted(out.iterdir()), path, rng)
+        return path
     if source.is_dir():
         shutil.copytree(source, out)
         files = sorted(out.iterdir())
@@ -406,31 +550,59 @@ class Reader:
         self.process.join()
 
 
-def run(seed=0, cases=None, minutes=None, keep=None, kinds=KINDS):
+def keep_case(bad, keep, kind, seed, i, text):
+    "The files of a failure, and a line with its seed in `seeds.csv`"
+    shutil.copytree(bad, keep / f"{seed}_{i}", symlinks=True, dirs_exist_ok=True)
+    with open(keep / "seeds.csv", "a") as f:
+        f.write(f"{kind},{seed},{i},{text.strip().splitlines()[-1][:80]!r}\n")
+
+
+def family(kind):
+    "Which reader a kind belongs to; each has a process of its own"
+    kind = kind.removeprefix("packed.")
+    if kind.startswith("nii"):
+        return "nifti"
+    return {"mha": "meta", "mhd": "meta", "nrrd": "nrrd", "nhdr": "nrrd"}.get(
+        kind, "pictures" if kind in ("png", "jpg", "tif") else "dicom"
+    )
+
+
+class Readers(dict):
+    "A `Reader` for each family, started when it is first needed"
+
+    def __missing__(self, name):
+        self[name] = Reader()
+        return self[name]
+
+    def close(self):
+        for reader in self.values():
+            reader.close()
+
+
+def run(seed=0, cases=None, minutes=None, keep=None, kinds=KINDS, only=None):
     "Damage and read until the time or the number is used up; returns counts and the failures"
     counts, failures, end = (
         {k: dict(read=0, refused=0) for k in kinds},
         [],
         time.time() + 60 * (minutes or 1e6),
     )
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Reader()) as reader:
-        good, i = seeds(Path(folder) / "good"), 0
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(Readers()) as readers:
+        good, i = seeds(Path(folder) / "good"), only or 0
         for kind in kinds:
-            if (text := reader(good[kind], 60)) != "read":
+            if (text := readers[family(kind)](good[kind], 60)) != "read":
                 failures.append((kind, "the good file", text))
+        cases = only + 1 if only is not None else cases
         while time.time() < end and (cases is None or i < cases):
             kind = kinds[i % len(kinds)]
             rng = np.random.default_rng([seed, i])
             path = damaged(kind, good[kind], Path(folder) / "bad", rng)
-            text = reader(path)
+            text = readers[family(kind)](path)
             if text in counts[kind]:
                 counts[kind][text] += 1
             else:
                 failures.append((kind, [seed, i], text))
                 if keep:
-                    shutil.copytree(
-                        Path(folder) / "bad", Path(keep) / f"{seed}_{i}", dirs_exist_ok=True
-                    )
+                    keep_case(Path(folder) / "bad", Path(keep), kind, seed, i, text)
             i += 1
     return counts, failures
 
@@ -445,11 +617,12 @@ def main():
     ap.add_argument(
         "--keep", type=Path, default=Path("_bench/fuzz"), help="folder for the files that failed"
     )
+    ap.add_argument("--replay", type=int, help="number of one case of --seed, as in seeds.csv")
     ap.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     a = ap.parse_args()
-    if not (a.minutes or a.cases):
+    if not (a.minutes or a.cases or a.replay is not None):
         a.minutes = 5
-    counts, failures = run(a.seed, a.cases, a.minutes, a.keep, a.kinds)
+    counts, failures = run(a.seed, a.cases, a.minutes, a.keep, a.kinds, a.replay)
     print(json.dumps(dict(seed=a.seed, counts=counts, failures=len(failures)), indent=1))
     for kind, which, text in failures:
         print(f"\n{kind} {which}\n{text}")

@@ -20,12 +20,6 @@ from covid_ct.audit.voxels import (
 from ..scan import Scan
 
 # %% ../../nbs/04_audit/01b_one_scan.ipynb #ea9fe7a4
-def _repeats(v) -> int:
-    "Slices that repeat another one, those of one value left out"
-    picture = [k for k, s in enumerate(v) if s[0, 0] != s[-1, -1] or s.min() != s.max()]
-    return repeated_slices(slice_hashes(v[picture])) if picture else 0
-
-
 def _order_warnings(v, units) -> list:
     "What the anatomy says about order and gaps"
     greys, empty = small_greys(v, units)
@@ -53,7 +47,7 @@ def slice_warnings(
     v = scan.voxels
     if len(v) < 2:
         return []
-    repeats = _repeats(v)
+    repeats = repeated_slices(slice_hashes(v))
     if repeats:
         return [f'{repeats} of {len(v)} slices occur more than once: volumes are too large']
     return _order_warnings(v, scan.units)

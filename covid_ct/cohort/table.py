@@ -87,6 +87,11 @@ def _below(path, root) -> str:
     )
 
 # %% ../../nbs/03_cohort/02_table.ipynb #63d4d577
+def _runs_in_a_spreadsheet(text: str) -> bool:
+    "Whether a cell begins like a formula and is no number"
+    return bool(re.match(r'[=+@\t\r]|-(?!\d+(\.\d+)?$)', text))
+
+
 def _check_rows(df, root, labels, needed) -> None:
     "Raise `CohortError` for the first row that breaks the schema"
     for i, r in enumerate(df.to_dict('records')):
@@ -97,6 +102,10 @@ def _check_rows(df, root, labels, needed) -> None:
         for c in needed:
             if _blank(r[c]):
                 raise bad(f'{c} is empty', 'Fill it in, or drop the row.')
+        for c in needed:
+            if _runs_in_a_spreadsheet(r[c]):
+                fault = f'{c} {r[c][:40]!r} begins like a formula, which a spreadsheet would run'
+                raise bad(fault, 'Rename it.')
         if r['label'] not in labels:
             raise bad(
                 f'unknown label {r["label"]!r}',

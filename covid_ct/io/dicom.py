@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pydicom
 import SimpleITK as sitk
 
 from covid_ct.io.dicom_header import (
@@ -47,10 +46,13 @@ from ..scan import DataError, GeometryError, Grid, ReadError, Scan, UnitsError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pydicom
 
 # %% ../../nbs/02_io/05_dicom.ipynb #68b7f8ad
-def _slice_file(scan, k, uid) -> pydicom.FileDataset:
+def _slice_file(scan, k, uid) -> 'pydicom.FileDataset':
     "One axial slice with a header that has what a reader needs and nothing about a person"
+    import pydicom
+
     meta = pydicom.dataset.FileMetaDataset()
     meta.TransferSyntaxUID, meta.MediaStorageSOPClassUID = (
         pydicom.uid.ExplicitVRLittleEndian,

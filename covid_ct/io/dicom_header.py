@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pydicom
 
 # %% ../../nbs/02_io/04_dicom_header.ipynb #98b8579f
 CT_IMAGE_CLASS = '1.2.840.10008.5.1.4.1.1.2'  # class of a CT image; the enhanced ones begin with it
@@ -61,11 +60,11 @@ def code_word(
 
 def _uid(text) -> str:
     "A number of the standard, with its name; any other may be made of a date and a name"
-    return (
-        pydicom.uid.UID(text).name
-        if re.fullmatch(r'1\.2\.840\.10008(\.\d+){1,9}', text)
-        else 'private'
-    )
+    if not re.fullmatch(r'1\.2\.840\.10008(\.\d+){1,9}', text):
+        return 'private'
+    import pydicom
+
+    return pydicom.uid.UID(text).name
 
 # %% ../../nbs/02_io/04_dicom_header.ipynb #e374b61c
 @dataclass
@@ -289,6 +288,9 @@ def find_damage(
     ]
     if min(n) < 1 or n[3] not in (8, 16, 32):
         return f'promises {n[2]} images of {n[0]} × {n[1]} pixels of {n[3]} bits'
+    stored, high = int(d.get('BitsStored') or n[3]), int(d.get('HighBit') or 0)
+    if not (1 <= stored <= n[3] and 0 <= high < n[3]):
+        return f'promises {stored} bits of a pixel, the highest number {high}, in {n[3]}'
     need = n[0] * n[1] * n[2] * n[3] // 8
     if syntax in _BARE:
         return (
@@ -304,11 +306,35 @@ def find_damage(
         else ''
     )
 
-# %% ../../nbs/02_io/04_dicom_header.ipynb #a91995a4
+# %% ../../nbs/02_io/04_dicom_header.ipynb #d3673871
+_DICTIONARY = '''
+00080008 CS ImageType; 00080016 UI SOPClassUID; 00080018 UI SOPInstanceUID;
+00080032 TM AcquisitionTime; 00080050 SH AccessionNumber; 00080060 CS Modality;
+00080080 LO InstitutionName; 00080081 ST InstitutionAddress; 00080090 PN ReferringPhysicianName;
+00081010 SH StationName; 0008103E LO SeriesDescription; 00081048 PN PhysiciansOfRecord;
+00081050 PN PerformingPhysicianName; 00081070 PN OperatorsName; 00100010 PN PatientName;
+00100020 LO PatientID; 00100030 DA PatientBirthDate; 00101000 LO OtherPatientIDs;
+00101001 PN OtherPatientNames; 00101040 LO PatientAddress; 00181120 DS GantryDetectorTilt;
+00181210 SH ConvolutionKernel; 0020000D UI StudyInstanceUID; 0020000E UI SeriesInstanceUID;
+00200011 IS SeriesNumber; 00200012 IS AcquisitionNumber; 00200032 DS ImagePositionPatient;
+00200037 DS ImageOrientationPatient; 00200052 UI FrameOfReferenceUID;
+00200100 IS TemporalPositionIdentifier; 00280002 US SamplesPerPixel;
+00280004 CS PhotometricInterpretation; 00280008 IS NumberOfFrames; 00280010 US Rows;
+00280011 US Columns; 00280030 DS PixelSpacing; 00280034 IS PixelAspectRatio;
+00280100 US BitsAllocated; 00280101 US BitsStored; 00280102 US HighBit;
+00280103 US PixelRepresentation; 00280120 US PixelPaddingValue;
+00280121 US PixelPaddingRangeLimit; 00281052 DS RescaleIntercept; 00281053 DS RescaleSlope;
+00281054 LO RescaleType; 00282110 CS LossyImageCompression; 00283000 SQ ModalityLUTSequence;
+00321032 PN RequestingPhysician; 52009229 SQ SharedFunctionalGroupsSequence;
+52009230 SQ PerFrameFunctionalGroupsSequence;
+'''  # tag, kind, keyword; pydicom's dictionary takes 0.2 s to load
 _WANTED = {
-    pydicom.datadict.tag_for_keyword(k): (k, pydicom.datadict.dictionary_VR(k))
-    for k in (*_TAGS, *PERSON_TAGS)
+    int(tag, 16): (key, kind)
+    for tag, kind, key in (row.split() for row in _DICTIONARY.split(';') if row.strip())
 }
+_KIND_OF = {key: kind for key, kind in _WANTED.values()}
+
+# %% ../../nbs/02_io/04_dicom_header.ipynb #a91995a4
 _WIDE = {
     x.encode() for x in 'OB OD OF OL OV OW SQ SV UC UN UR UT UV'.split()
 }  # types with a length of four bytes
@@ -356,7 +382,7 @@ def _number(text, kind):
 
 def _value(raw, kind):
     "Plain Python value of the bytes of one element"
-    if kind in ('US', 'US or SS'):
+    if kind == 'US':
         return struct.unpack('<H', raw)[0] if raw else None
     if kind == 'SQ':
         raise ValueError('sequence')
@@ -430,7 +456,7 @@ def _meta_end(h) -> int:
 # %% ../../nbs/02_io/04_dicom_header.ipynb #4bd0ceee
 def _take(d, p, key) -> None:
     "Copy a tag from a pydicom data set, by our own rules where pydicom refuses its text"
-    value, kind = getattr(p.get_item(key), 'value', None), pydicom.datadict.dictionary_VR(key)
+    value, kind = getattr(p.get_item(key), 'value', None), _KIND_OF[key]
     if isinstance(value, bytes) and kind in ('DS', 'IS'):
         _put(d, key, kind, value)
     else:
@@ -439,6 +465,8 @@ def _take(d, p, key) -> None:
 
 def _slow(f, sure) -> Header:
     "Header by pydicom; None for what is not DICOM"
+    import pydicom
+
     p = pydicom.dcmread(
         f, stop_before_pixels=True, specific_tags=[*_TAGS, *PERSON_TAGS], force=not sure
     )

@@ -36,7 +36,8 @@ def _sizes(mm) -> str:
 def _usable(place) -> bool:
     "Whether steps and origin are numbers and no step is 0"
     whole = np.isfinite(place.steps).all() and np.isfinite(place.origin).all()
-    return bool(whole and (place.sizes > 0).all())
+    with np.errstate(all='ignore'):
+        return bool(whole and np.isfinite(place.sizes).all() and (place.sizes > 0).all())
 
 # %% ../../nbs/02_io/02b_header_grid.ipynb #eb601ee5
 MAX_LEAN = 0.1  # voxels that a corner may lie off the nearest rigid grid
@@ -125,8 +126,8 @@ def nifti_places(
     with np.errstate(all='ignore'):
         turn = _quaternion(*q[:3]) * [1, 1, -1 if numbers[0] < 0 else 1]
         by_q = _TO_LPS[:, None] * turn * np.abs(pixdim)
-    qform = Place(by_q, _TO_LPS * q[3:] * unit)
-    sform = Place(_TO_LPS[:, None] * s[:, :3] * unit, _TO_LPS * s[:, 3] * unit)
+        qform = Place(by_q, _TO_LPS * q[3:] * unit)
+        sform = Place(_TO_LPS[:, None] * s[:, :3] * unit, _TO_LPS * s[:, 3] * unit)
     codes = np.frombuffer(h, e + 'i2', 2, 252).tolist()
     return NiftiPlaces(pixdim, qform, sform, tuple(codes))
 
@@ -219,11 +220,11 @@ def meta_place(
     R = _floats(matrix, n * n).reshape(n, n)[:3, :3].T if matrix else np.eye(3)
     at = _first(head, 'Offset', 'Position', 'Origin')
     o = _floats(at, n)[:3] if at else np.zeros(3)
-    mm = np.where(np.isfinite(mm), mm, np.nan)
     if (mm <= 0).any():
         doubt = 'a voxel size in the header is not above 0'
         mm = np.ones(3)
-    return Place(R * mm, o, doubt=doubt)
+    with np.errstate(all='ignore'):
+        return Place(R * mm, o, doubt=doubt)
 
 # %% ../../nbs/02_io/02b_header_grid.ipynb #a6b1448a
 _SPACES = {
@@ -254,4 +255,5 @@ def nrrd_place(
         steps, doubt = np.diag(mm), doubt or 'the header has no space directions'
     at = head.get('space origin', '').strip('() ')
     o = _floats(at, 3) if at else np.zeros(3)
-    return Place(signs * steps, signs[:, 0] * o, doubt=doubt)
+    with np.errstate(all='ignore'):
+        return Place(signs * steps, signs[:, 0] * o, doubt=doubt)

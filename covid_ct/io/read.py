@@ -512,11 +512,24 @@ def check_not_source(
         raise WriteError(path, fault, 'Choose another name.')
 
 
+def _check_whole(file) -> None:
+    "Raise `WriteError` for a cut file: on a full disk ITK writes half a NIfTI without an error"
+    try:
+        s, _ = volume_header(file)
+        if s.packed:
+            fill_voxels(s, np.empty(s.shape, s.kind))
+    except ReadError as e:
+        raise WriteError(file, f'was not written whole: it {e.fault}', 'Make room.') from e
+    except GeometryError:
+        return  # a single slice
+
+
 def _write_image(image, path, end) -> None:
     "Write an image, whole or not at all"
 
     def save(file):
         sitk.WriteImage(image, str(file), end != '.nii')
+        _check_whole(file)
 
     if has_plain_name(path) and path.name.endswith(end):
         write_atomic(path, save)

@@ -30,7 +30,7 @@ def find_padding(
         return None
     mask = (v >= s.padding[0]) & (v <= s.padding[1])
     corners = np.count_nonzero(mask[:: max(1, len(v) - 1), :: max(1, v.shape[1] - 1)])
-    if hu[1] > _TISSUE[0] and hu[0] < _TISSUE[1] and corners < 2:
+    if hu[1] >= _TISSUE[0] and hu[0] < _TISSUE[1] and corners < 2:
         return None
     return mask if mask.any() else None
 

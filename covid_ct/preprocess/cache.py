@@ -9,6 +9,7 @@ __all__ = ['PREPARED_MASKS', 'unpack', 'cache_size', 'given', 'has_mask', 'own_l
 # %% ../../nbs/05_preprocess/03_cache.ipynb #1c170cae
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -284,11 +285,10 @@ def _sweep(
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #504a4e91
 def _save(path, array) -> None:
-    def save(tmp):
-        with open(tmp, 'wb') as f:
-            np.save(f, array, allow_pickle=False)
+    raw = io.BytesIO()  # numpy's own file handle does not notice a full disk when it is closed
+    np.save(raw, array, allow_pickle=False)
 
-    write_atomic(path, save)
+    write_atomic(path, raw.getbuffer())
 
 
 def _read(path, kind, shape) -> np.ndarray | None:

@@ -91,6 +91,13 @@ def test_a_huge_slope_is_a_typed_error(tmp_path):
             read(write_series(SCAN, tmp_path / slope, put(RescaleSlope=slope)))
 
 
+@pytest.mark.parametrize('tags', [dict(BitsStored=65535), dict(BitsStored=17), dict(HighBit=16)])
+def test_bits_that_do_not_fit_are_a_typed_error(tmp_path, tags):
+    "Found by the fuzzer: 2 to the power of 65,535 is no float"
+    with pytest.raises(ReadError, match='bits of a pixel'):
+        read(write_series(SCAN, tmp_path / 'x', put(**tags)))
+
+
 def test_decimal_commas_are_read(tmp_path):
     folder = write_series(SCAN, tmp_path / 'x')
     for p in folder.iterdir():
