@@ -78,7 +78,7 @@ WEIGHTS = Path(covid_ct.__file__).parent / 'weights'  # travels in the wheel
 
 def _read_weights(folder):
     "Bytes of the weights, and the card; raises `LesionError`"
-    path, card = Path(folder) / 'lesions.safetensors', folder / 'lesions.json'
+    path, card = (Path(folder) / f'lesions.{end}' for end in ('safetensors', 'json'))
     for p in (path, card):
         if not p.is_file():
             raise LesionError(
@@ -137,7 +137,7 @@ def lung_aspect(
     shapes = [(c1 - c0 + 1) / (r1 - r0 + 1) for r0, r1, c0, c1 in filter(None, boxes)]
     return float(np.median(shapes)) if shapes else 1.0
 
-
+# %% ../../nbs/09_inference/06_lesions.ipynb #eb2491e5
 def lung_square(
     inside: np.ndarray,  # bool `(H,W)`: lung
     stretch: float = 1.0,  # rows are made so much taller before the square is cut
@@ -171,7 +171,7 @@ def cut_square(
     grid = _sampling_grid((size, size), (row, col), step, picture.shape[-2:])
     return F.grid_sample(picture[None], grid, mode, align_corners=False)[0]
 
-
+# %% ../../nbs/09_inference/06_lesions.ipynb #0da2ca71
 def paste_square(
     values: torch.Tensor,  # `(C,size,size)` float
     square: tuple,  # as for `cut_square`
@@ -193,7 +193,7 @@ def _greys(scan, window):
     top = 255 if scan.units == 'uint8' else 1
     return scan.voxels.astype('f4') / top
 
-
+# %% ../../nbs/09_inference/06_lesions.ipynb #bb24e824
 def lesion_pictures(
     scan: Scan,  # in HU, or greys that are cut to the lungs
     lungs: np.ndarray,  # bool `(D,H,W)`
@@ -224,7 +224,7 @@ def lesion_prob(
     progress: bool = False,  # show a bar
 ) -> torch.Tensor:  # `(N,K,H,W)`, sums to 1 over the classes
     "Probability of each class, the mean over four mirror images"
-    parts = pictures.split(batch)
+    parts = pictures.split(batch) if len(pictures) else ()
     found = []
     with evaluating(model):
         for x in tqdm(parts, desc='lesions', unit='batch', disable=not progress):
@@ -232,7 +232,7 @@ def lesion_prob(
             found.append(torch.stack(views).mean(0))
     return torch.cat(found) if found else torch.zeros(0, len(SLICE_CLASSES), *pictures.shape[2:])
 
-
+# %% ../../nbs/09_inference/06_lesions.ipynb #835255f7
 @dataclass(frozen=True, eq=False)
 class LesionResult:
     "Lesions of a scan, on its own grid"
@@ -282,7 +282,7 @@ def _input_warnings(scan, squares, size):
         )
     return out
 
-
+# %% ../../nbs/09_inference/06_lesions.ipynb #e188ba1f
 def _lungs_of(scan, lungs):
     "Where to look, and sentences about it"
     if lungs is not None:
@@ -318,9 +318,10 @@ def lesion_mask(
     for z, square, p in zip(
         at, squares, lesion_prob(network, pictures, progress=progress), strict=True
     ):
-        lesions = paste_square(p[1:], square, scan.shape[1:]).numpy() * where[z]
+        lesions = paste_square(p[1:], square, scan.shape[1:]).numpy() * lungs[z]
         any_lesion[z] = lesions.sum(0)
-        labels[z] = np.where(lesions.sum(0) > 0.5, 1 + lesions.argmax(0), 0)
+        found = (lesions.sum(0) > card['threshold']) & where[z]
+        labels[z] = np.where(found, 1 + lesions.argmax(0), 0)
     return LesionResult(
         labels, seen + _input_warnings(scan, squares, size), card, lungs, any_lesion
     )

@@ -604,7 +604,15 @@ RECIPES |= {(r.system, r.name): r for r in (_prior, _prior_tiny)}
 
 # %% ../../nbs/08_train/03_recipes.ipynb #1e530002
 _FOLDS = 'ours: chosen on folds of the MedSeg slices 1 to 60'
+_LESION_SOURCES = {k: _FOLDS for k in sourced_fields()} | dict(
+    classes='MedSeg 100',
+    model='none: LesionNet of inference.lesions',
+    augment='none: random_views of inference.lesion_training',
+    epochs='ours: four passes over the slices each',
+    keep='ours: not used, the last weights are taken',
+)
 
+# %% ../../nbs/08_train/03_recipes.ipynb #1e530003
 _lesions = Recipe(
     'lesions',
     'real',
@@ -623,14 +631,7 @@ _lesions = Recipe(
     loss_kwargs=dict(dice=0.5, lesion=0.5),
     precision='bf16',
     slice_size=192,
-    sources={k: _FOLDS for k in sourced_fields()}
-    | dict(
-        classes='MedSeg 100',
-        model='none: LesionNet of inference.lesions',
-        augment='none: random_views of inference.lesion_training',
-        epochs='ours: four passes over the slices each',
-        keep='ours: not used, the last weights are taken',
-    ),
+    sources=_LESION_SOURCES,
 )
 
 RECIPES |= {('lesions', 'real'): _lesions}
