@@ -9,6 +9,7 @@ import SimpleITK as sitk
 import torch
 
 from covid_ct.cli import main
+from covid_ct.inference.lesions import shipped_lesion_model
 from covid_ct.io.dicom import write_series
 from covid_ct.io.read import write_mask, write_scan
 from covid_ct.phantom.chest import make_phantom
@@ -163,7 +164,9 @@ def test_burden(capsys, chest, tmp_path):
 @pytest.fixture
 def toy_weights(monkeypatch):
     "A threshold in place of the shipped network"
-    card = dict(size=64, window=(-1350.0, 150.0), aspect=1.1, version="toy", sha256="ef" * 32)
+    card = shipped_lesion_model()[1] | dict(
+        size=64, window=(-1350.0, 150.0), threshold=0.5, version="toy", sha256="ef" * 32
+    )
 
     def threshold(x):
         zero = torch.zeros_like(x)
@@ -225,7 +228,7 @@ def test_burden_needs_nothing_but_a_scan(capsys, chest, toy_weights, tmp_path):
     beside = json.loads((tmp_path / "a.json").read_text("utf-8"))
     assert beside["segments"][0]["volume_ml"] == pytest.approx(whole["involved_ml"], abs=1e-2)
     page = (tmp_path / "p.html").read_text("utf-8")
-    assert "weights toy" in page and "iframe" in page and "not for clinical use" in page
+    assert "weights version toy" in page and "iframe" in page and "not for clinical use" in page
     code, out, err = run(capsys, *argv)
     assert code == 0 and "Morozov et al. 2020" in out and "needs five lobes" in out
 

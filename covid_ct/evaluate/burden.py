@@ -240,7 +240,7 @@ def _weights_note(card: dict) -> str:
     "One sentence on the weights that outlined the lesions"
     version, checksum = card.get('version', 'without a version'), str(card.get('sha256', ''))[:12]
     return (
-        f'The lesions were outlined by a network, weights {version}'
+        f'The lesions were outlined by a network, weights version {version}'
         + (f' (SHA-256 {checksum}…)' if checksum else '')
         + '. They are an estimate: look at them before using a number of this page.'
     )
@@ -251,11 +251,10 @@ def _severity_facts(table: pd.DataFrame) -> dict:
     whole, told = table.loc['both lungs'], severity(table)
     score = 'needs five lobes' if told['score'] is None else f'{told["score"]} of 25'
     return {
-        'involved': f'{whole.involved_percent:.1f} %',
-        'involved volume': f'{whole.involved_ml:.0f} mL',
-        'lung volume': f'{whole.volume_ml / 1000:.2f} L',
+        'of the lung involved': f'{whole.involved_percent:.1f} %',
+        'involved, of lung': f'{whole.involved_ml:.0f} mL of {whole.volume_ml / 1000:.2f} L',
         'CT severity score': score,
-        'grade': told['grade'],
+        'grade, CT-0 to CT-4': told['grade'],
     }
 
 # %% ../../nbs/10_evaluate/04_burden.ipynb #b0de000b
@@ -274,7 +273,7 @@ def burden_report(
     masks, fig = _lesion_masks(lesions, kinds), burden_figure(t)
     r = HtmlReport(
         f'Infection burden of {scan.scan_id or "a scan"}',
-        'Volumes from two masks. For teaching and research, not for clinical use.',
+        'Volumes of lungs and lesions. For teaching and research, not for clinical use.',
     )
     r.facts(_severity_facts(t))
     for sentence in (*([_weights_note(card)] if card else []), *notes):

@@ -83,7 +83,8 @@ def test_subjects_without_class_folders(home):
             d.rename(home / d.name)
         (home / group).rmdir()
     df = open_cohort(home)
-    assert df.label.value_counts().to_dict() == dict(covid=2, cap=1) and df.infected_slices.sum() == 9
+    assert df.label.value_counts().to_dict() == dict(covid=2, cap=1)
+    assert df.infected_slices.sum() == 9
 
 
 def test_a_subject_that_nobody_labelled(home):

@@ -8,6 +8,7 @@ from torch import nn
 
 from covid_ct.batches.slices import read_pair
 from covid_ct.cohort.adapters import open_cohort
+from covid_ct.inference.lesions import shipped_lesion_model
 from covid_ct.inference.segment import (
     _neighbour_dissimilarity,
     _require_volume,
@@ -77,7 +78,9 @@ def test_scan_and_back():
         class_volumes_ml(got, p.scan.replace(geometry_known=False))
 
 
-CARD = dict(size=96, window=(-1350.0, 150.0), aspect=1.1, version="toy", sha256="cd" * 32)
+CARD = shipped_lesion_model()[1] | dict(
+    size=96, window=(-1350.0, 150.0), threshold=0.5, version="toy", sha256="cd" * 32
+)
 
 
 class Marked(nn.Module):
@@ -142,7 +145,9 @@ def test_what_is_given_is_not_looked_for(ill, tmp_path, monkeypatch):
 def test_the_report_names_the_weights(ill, tmp_path):
     burden(ill.scan, model=(Marked(), CARD), report=tmp_path / "r.html", progress=False)
     page = (tmp_path / "r.html").read_text("utf-8")
-    assert "weights toy" in page and CARD["sha256"][:12] in page and "needs five lobes" in page
+    assert (
+        "weights version toy" in page and CARD["sha256"][:12] in page and "needs five lobes" in page
+    )
 
 
 def test_no_chest_is_said_or_refused():
