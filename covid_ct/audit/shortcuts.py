@@ -63,7 +63,7 @@ def guess_labels(
 ) -> (
     pd.DataFrame
 ):  # `patient_id label prob_<class>…`, each row answered by a forest that did not see its patient
-    """Guess the label from facts alone; raises `CohortError` with fewer than two classes of `folds`
+    """Guess the label from facts alone. Raises `CohortError` with fewer than two classes of `folds`
     patients"""
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import GroupKFold

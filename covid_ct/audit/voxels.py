@@ -162,7 +162,7 @@ def _enclosed(
 def slice_direction(
     greys: np.ndarray,  # `(D,h,w)` of telling slices
     empty: np.ndarray,  # bool `(D,h,w)`
-    # −1 … 1: above 0.25 slices run from the feet to the head, below −0.25 the other way; nan without
+    # −1 … 1: above 0.25 slices run from the feet to the head, below −0.25 the other way, nan without
     # lungs
 ) -> float:
     "Which way the slices run, from the shape of the lungs"

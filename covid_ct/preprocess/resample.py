@@ -18,7 +18,7 @@ from ..scan import GeometryError, Grid, NotAChestError, Scan, UnitsError
 # %% ../../nbs/05_preprocess/01_resample.ipynb #5f5dff00
 def sub_grid(
     grid: Grid,  # grid that the box lies in
-    # `(3,2)`: first and last face of the box in voxels of `grid`; the outermost are -½ and n-½
+    # `(3,2)`: first and last face of the box in voxels of `grid`, the outermost are -½ and n-½
     box,
     shape: tuple,  # `(D,H,W)` of the result
 ) -> Grid:  # the box, cut into `shape` voxels
@@ -173,7 +173,7 @@ def resample(
     kind: str = 'linear',  # as in `_axis_weights`
     fill: float = 0.0,  # value outside the scan
 ) -> np.ndarray:  # `to.shape`, float32 (float64 stays)
-    """Bring voxels onto a parallel grid in one antialiased step; raises `GeometryError` for turned
+    """Bring voxels onto a parallel grid in one antialiased step. Raises `GeometryError` for turned
     grids"""
     if np.shape(voxels) != tuple(grid.shape):
         raise GeometryError(
@@ -430,10 +430,10 @@ class Prepared:
 def prepare_scan(
     scan: Scan,  # in a unit that the row takes
     prep: Prep,  # a row of `PREPS`, or your own
-    # bool `(D,H,W)`, or a function of the scan that makes it; asked only where the row needs it
+    # bool `(D,H,W)`, or a function of the scan that makes it, asked only where the row needs it
     lungs=None,
 ) -> Prepared:  # voxels in [0,1] and both grids
-    """Crop, resample and window a scan in one step; raises `UnitsError`, `GeometryError` or
+    """Crop, resample and window a scan in one step. Raises `UnitsError`, `GeometryError` or
     `NotAChestError`"""
     lo, hi = _window_of(scan, prep)
     whose = ('built-in' if callable(lungs) else 'own') if prep.needs_lungs else 'none'
