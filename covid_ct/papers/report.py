@@ -333,6 +333,9 @@ def _said(runs, tables):
             '**Results on phantoms.** They show that the machinery works; they reproduce nothing '
             "and have no difference from the paper's numbers."
         )
+    other = [d for r in runs for d in r.protocol.get('departures', ())]
+    if other:
+        out.append(f'Not the paper\'s protocol: {"; ".join(dict.fromkeys(other))}.')
     scales = sorted({r.protocol['scale'] for r in runs if r.protocol} - {'paper'})
     if scales:
         out.append(

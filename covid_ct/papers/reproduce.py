@@ -43,7 +43,7 @@ from ..phantom.layouts import write_layout
 from ..preprocess.cache import given, prepare, unpack
 from ..preprocess.resample import PREPS
 from ..train.run_folder import RunFolder, open_run
-from ..train.study import train_fold
+from ..train.study import make_sampler, train_fold
 
 # %% ../../nbs/papers/10_reproduce.ipynb #c327233b
 _LAW = dict(table='ouyang')  # phantoms of the size-balanced paper follow its infection ratios
@@ -181,6 +181,14 @@ def _prepare(plan, workers):
         )
         where = done.folder / 'failures.csv'
         raise ProtocolError(where, fault, first.remedy or 'Mend or drop these scans.')
+
+# %% ../../nbs/papers/10_reproduce.ipynb #292f8f66
+def _check_samplers(plan):
+    "Raise `CohortError` for a training set that its batches cannot be drawn from"
+    for job in plan.jobs:
+        if job.recipe.task == 'classify':
+            rows = rows_of_job(plan.cohort, job)
+            make_sampler(rows[(rows.fold >= 0) & (rows.fold != job.fold)], job.recipe)
 
 # %% ../../nbs/papers/10_reproduce.ipynb #fd2b02fd
 def is_done(
@@ -349,6 +357,7 @@ def reproduce(
     plan.out.mkdir(parents=True, exist_ok=True)
     if 'infection_ratio' in plan.paper.needs:
         plan = replace(plan, cohort=with_ratios(plan.cohort))
+    _check_samplers(plan)
     bar = _Bar(len(plan.jobs) + 3, progress)
     with bar.step('audit'):
         _audit_page(plan, workers)
