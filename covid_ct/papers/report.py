@@ -334,9 +334,9 @@ def _said(runs, tables):
             "and have no difference from the paper's numbers."
         )
     other = [d for r in runs for d in r.protocol.get('departures', ())]
-    if other:
-        out.append(f'Not the paper\'s protocol: {"; ".join(dict.fromkeys(other))}.')
     scales = sorted({r.protocol['scale'] for r in runs if r.protocol} - {'paper'})
+    if other and not scales:
+        out.append(f'Not the paper\'s protocol: {"; ".join(dict.fromkeys(other))}.')
     if scales:
         out.append(
             f'**{scales[0].capitalize()} scale.** The steps and roles of the paper at another size.'
@@ -345,7 +345,7 @@ def _said(runs, tables):
         {
             f"{r.recipe['system']}/{r.recipe['name']}: {', '.join(r.changed)}"
             for r in runs
-            if r.changed
+            if r.changed and not scales
         }
     )
     if other:
