@@ -38,6 +38,7 @@ from covid_ct.papers.plan import (
 )
 from .records import Paper, paper_of
 from .report import write_report
+from ..phantom.anatomy import random_stream
 from ..phantom.cohort import phantom_cohort, write_phantom_cohort
 from ..phantom.layouts import write_layout
 from ..preprocess.cache import given, prepare, unpack
@@ -47,6 +48,15 @@ from ..train.study import make_sampler, train_fold
 
 # %% ../../nbs/papers/10_reproduce.ipynb #c327233b
 _LAW = dict(table='ouyang')  # phantoms of the size-balanced paper follow its infection ratios
+
+# %% ../../nbs/papers/10_reproduce.ipynb #c7890e4c
+def _with_persons(rows):
+    "Age and sex drawn for every phantom, so that a table of patients can be filled"
+    rng = random_stream(*sorted(rows.patient))
+    drawn = pd.DataFrame(index=pd.unique(rows.patient_id))
+    drawn['age'] = rng.integers(20, 90, len(drawn))
+    drawn['sex'] = rng.choice(['F', 'M'], len(drawn))
+    return rows.join(drawn, on='patient_id')
 
 # %% ../../nbs/papers/10_reproduce.ipynb #3d50b0a1
 def write_phantoms(
@@ -58,7 +68,7 @@ def write_phantoms(
 ) -> Path:  # what `open_cohort` is given
     "Phantoms on disk as the data of a paper lie there"
     labels, law = tuple(paper.classes), _LAW.get(paper.phantoms, 'visible')
-    rows = phantom_cohort(patients, seed, labels, second_scan=0.1, law=law)
+    rows = _with_persons(phantom_cohort(patients, seed, labels, second_scan=0.1, law=law))
     if paper.phantoms not in ('table', 'roles'):
         if not Path(out).exists():
             write_layout(rows, out, paper.phantoms, shape)
@@ -252,7 +262,7 @@ def chosen_cases(
     at = {min(len(order) - 1, int(len(order) * q)): name for q, name in names}
     found = order.iloc[list(at)].copy()
     known = [f' {b:.3f}' if b == b else '' for b in found.burden]
-    found['words'] = [f'{k}, {how}{b}' for k, b in zip(at.values(), known, strict=True)]
+    found['words'] = [f'{k}\n{how}{b}' for k, b in zip(at.values(), known, strict=True)]
     return found
 
 # %% ../../nbs/papers/10_reproduce.ipynb #c39a86b8
