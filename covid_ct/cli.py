@@ -499,7 +499,9 @@ def _by_group(found, cohort, by, positive):
 def _study(a):
     from covid_ct.train.studies import read_study, run_study
 
-    table = run_study(read_study(Path(a.path)), a.out, a.jobs, not a.json)
+    table = run_study(
+        read_study(Path(a.path)), a.out, a.jobs, not a.json, workers=a.workers, **_cache(a)
+    )
     if a.json:
         print(table.reset_index().to_json(orient='records', indent=1))
     else:
@@ -752,6 +754,7 @@ def _of_cohorts(add):
     )
     _folder_out(p, 'folder', required=True)
     _jobs(p, 1)
+    _stored(p)
     p = add('fetch', _fetch, 'download a public set where its source allows it', None)
     p.add_argument('name', help='as ct_seg or medseg100')
     _folder_out(p, 'folder for it')

@@ -157,7 +157,8 @@ def map_panels(
         _map_panel(line[0], plane, None, case['title'])
         for ax, (name, model) in zip(line[1:], models.items(), strict=True):
             heat = _map_of(model, case['image'], case['label'])
-            _map_panel(ax, plane, heat[case['z']], name)
+            flat = '' if heat.max() > heat.min() else '\nflat: one feature voxel'
+            _map_panel(ax, plane, heat[case['z']], name + flat)
     names, titles = ', '.join(models), '; '.join(c['title'] for c in cases)
     return set_alt_text(fig, f'Maps of {names} on {rows} scans: {titles}.')
 

@@ -23,7 +23,8 @@ from ..io.read import file_ending
 from ..io.volume import IO_OF_ENDING, volume_header
 from ..models.cost import predicted_costs
 from .records import Paper, Variant
-from ..preprocess.cache import cache_size, given
+from ..preprocess.cache import cache_size, given, own_lungs
+from ..preprocess.lungs import lung_mask
 from ..preprocess.resample import PREPS
 from ..scan import DataError, GeometryError, UnitsError
 from ..train.losses import build_loss
@@ -157,10 +158,10 @@ def _check_roles(paper, cohort):
 # %% ../../nbs/papers/9a_plan.ipynb #1cd4a7b4
 def _check_columns(paper, cohort, recipe):
     "Raise `ProtocolError` for masks or ratios that are needed and nowhere named"
-    masks = [f'{m}_mask' for m in recipe.masks]
+    masks = [f'{m}_mask' for m in recipe.masks if m != 'lung']  # lungs can be found
     masks += ['infection_mask'] if recipe.task == 'segment' else []
     if 'infection_ratio' in paper.needs and 'infection_ratio' not in cohort:
-        masks += ['lung_mask', 'infection_mask']
+        masks += ['infection_mask']
     for m in dict.fromkeys(masks):
         named = cohort[m].map(given) if m in cohort else pd.Series(False, cohort.index)
         lost = cohort[~named & (cohort.label != 'healthy')]
@@ -217,6 +218,17 @@ def check_protocol(
         _check_units(cohort, PREPS[recipes[0].prep])
 
 # %% ../../nbs/papers/9a_plan.ipynb #f388c55d
+def _ratio_of(row, root):
+    "Infected over lung voxels of a scan; its lungs by the built-in method where no mask is named"
+    if row['label'] == 'healthy' and not given(row.get('infection_mask')):
+        return 0.0
+    scan = load_row(row, root)
+    own = own_lungs(row, scan, root)
+    lung = lung_mask(scan) if own is None else own
+    ill = load_mask(row, 'infection_mask', root, scan) > 0
+    return float((ill & lung).sum() / max(1, lung.sum()))
+
+
 def with_ratios(
     cohort: pd.DataFrame,  # with `lung_mask` and `infection_mask`
 ) -> pd.DataFrame:  # with `infection_ratio`
@@ -227,11 +239,7 @@ def with_ratios(
         if known == known:
             out.append(float(known))
             continue
-        lung, ill = (load_mask(row, m, root) > 0 for m in ('lung_mask', 'infection_mask'))
-        if not lung.any():
-            source = f'scan {row["scan_id"]}'
-            raise ProtocolError(source, 'has an empty lung_mask', 'Draw the lungs.')
-        out.append(float((ill & lung).sum() / lung.sum()))
+        out.append(_ratio_of(row, root))
     new = cohort.assign(infection_ratio=out)
     new.attrs.update(cohort.attrs)
     return new

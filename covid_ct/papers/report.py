@@ -333,7 +333,10 @@ def _said(runs, tables):
             '**Results on phantoms.** They show that the machinery works; they reproduce nothing '
             "and have no difference from the paper's numbers."
         )
+    other = [d for r in runs for d in r.protocol.get('departures', ())]
     scales = sorted({r.protocol['scale'] for r in runs if r.protocol} - {'paper'})
+    if other and not scales:
+        out.append(f'Not the paper\'s protocol: {"; ".join(dict.fromkeys(other))}.')
     if scales:
         out.append(
             f'**{scales[0].capitalize()} scale.** The steps and roles of the paper at another size.'
@@ -342,7 +345,7 @@ def _said(runs, tables):
         {
             f"{r.recipe['system']}/{r.recipe['name']}: {', '.join(r.changed)}"
             for r in runs
-            if r.changed
+            if r.changed and not scales
         }
     )
     if other:

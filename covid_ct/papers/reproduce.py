@@ -38,15 +38,25 @@ from covid_ct.papers.plan import (
 )
 from .records import Paper, paper_of
 from .report import write_report
+from ..phantom.anatomy import random_stream
 from ..phantom.cohort import phantom_cohort, write_phantom_cohort
 from ..phantom.layouts import write_layout
 from ..preprocess.cache import given, prepare, unpack
 from ..preprocess.resample import PREPS
 from ..train.run_folder import RunFolder, open_run
-from ..train.study import train_fold
+from ..train.study import make_sampler, train_fold
 
 # %% ../../nbs/papers/10_reproduce.ipynb #c327233b
 _LAW = dict(table='ouyang')  # phantoms of the size-balanced paper follow its infection ratios
+
+# %% ../../nbs/papers/10_reproduce.ipynb #c7890e4c
+def _with_persons(rows):
+    "Age and sex drawn for every phantom, so that a table of patients can be filled"
+    rng = random_stream(*sorted(rows.patient))
+    drawn = pd.DataFrame(index=pd.unique(rows.patient_id))
+    drawn['age'] = rng.integers(20, 90, len(drawn))
+    drawn['sex'] = rng.choice(['F', 'M'], len(drawn))
+    return rows.join(drawn, on='patient_id')
 
 # %% ../../nbs/papers/10_reproduce.ipynb #3d50b0a1
 def write_phantoms(
@@ -58,7 +68,7 @@ def write_phantoms(
 ) -> Path:  # what `open_cohort` is given
     "Phantoms on disk as the data of a paper lie there"
     labels, law = tuple(paper.classes), _LAW.get(paper.phantoms, 'visible')
-    rows = phantom_cohort(patients, seed, labels, second_scan=0.1, law=law)
+    rows = _with_persons(phantom_cohort(patients, seed, labels, second_scan=0.1, law=law))
     if paper.phantoms not in ('table', 'roles'):
         if not Path(out).exists():
             write_layout(rows, out, paper.phantoms, shape)
@@ -182,6 +192,14 @@ def _prepare(plan, workers):
         where = done.folder / 'failures.csv'
         raise ProtocolError(where, fault, first.remedy or 'Mend or drop these scans.')
 
+# %% ../../nbs/papers/10_reproduce.ipynb #292f8f66
+def _check_samplers(plan):
+    "Raise `CohortError` for a training set that its batches cannot be drawn from"
+    for job in plan.jobs:
+        if job.recipe.task == 'classify':
+            rows = rows_of_job(plan.cohort, job)
+            make_sampler(rows[(rows.fold >= 0) & (rows.fold != job.fold)], job.recipe)
+
 # %% ../../nbs/papers/10_reproduce.ipynb #fd2b02fd
 def is_done(
     job: Job,  # of a plan
@@ -244,7 +262,7 @@ def chosen_cases(
     at = {min(len(order) - 1, int(len(order) * q)): name for q, name in names}
     found = order.iloc[list(at)].copy()
     known = [f' {b:.3f}' if b == b else '' for b in found.burden]
-    found['words'] = [f'{k}, {how}{b}' for k, b in zip(at.values(), known, strict=True)]
+    found['words'] = [f'{k}\n{how}{b}' for k, b in zip(at.values(), known, strict=True)]
     return found
 
 # %% ../../nbs/papers/10_reproduce.ipynb #c39a86b8
@@ -266,11 +284,11 @@ def _maps(plan):
     shown = []
     for i, words in enumerate(cases.words):
         image = torch.from_numpy(unpack(data.arrays(i)['image']))[None, None]
-        z = int(image[0, 0].std((1, 2)).argmax())
+        z = image.shape[2] // 2
         label = recipe.classes.index('covid')
         shown.append(dict(title=words, image=image, label=label, z=z))
     figure = map_panels(_networks(plan), shown)
-    caption = 'COVID-19 scans of the test set chosen by rule; slice of the largest contrast.'
+    caption = 'COVID-19 scans of the test set chosen by rule, middle slice.'
     return [('Maps on a mild, a moderate and a severe case', figure, caption)]
 
 # %% ../../nbs/papers/10_reproduce.ipynb #026e0a34
@@ -349,6 +367,7 @@ def reproduce(
     plan.out.mkdir(parents=True, exist_ok=True)
     if 'infection_ratio' in plan.paper.needs:
         plan = replace(plan, cohort=with_ratios(plan.cohort))
+    _check_samplers(plan)
     bar = _Bar(len(plan.jobs) + 3, progress)
     with bar.step('audit'):
         _audit_page(plan, workers)

@@ -186,10 +186,12 @@ def _protocol_caveats(paper, runs):
     "How runs depart from the protocol of the paper, by what `reproduce` noted of them"
     if any(not r.protocol for r in runs):
         return ['no difference, not run by reproduce: roles and folds are not the paper\'s']
-    out = [f'{r.protocol["scale"]} scale' for r in runs if r.protocol['scale'] != 'paper']
+    scales = {r.protocol['scale'] for r in runs} - {'paper'}
+    if scales:
+        return [f'{s} scale' for s in sorted(scales)]
     other = [d for r in runs for d in r.protocol['departures']]
     other += _missing(paper, runs)
-    return list(dict.fromkeys([*out, *(f'no difference, {d}' for d in other)]))
+    return [f'no difference, {d}' for d in dict.fromkeys(other)]
 
 # %% ../../nbs/papers/7_tables.ipynb #5200545b
 def _caveats(runs, names, factual=False, paper=None):
@@ -205,7 +207,7 @@ def _caveats(runs, names, factual=False, paper=None):
         out = []  # the size of a network, whatever it learned from
     other = [r for r in mine if r.changed and (not factual or 'model_kwargs' in r.changed)]
     other = sorted({r.recipe['name'] for r in other})
-    if other:
+    if other and not any(o.endswith(' scale') for o in out):
         out.append(f'no difference, not the paper\'s recipe: {"; ".join(other)}')
     return out, not out
 

@@ -169,6 +169,7 @@ def _run_one(
     fold: int,  # that validates
     folds: int,  # of how many
     out,  # folder of the study
+    **kwargs,  # for `train`, as `cache` and `workers`
 ) -> Path:  # folder of the run
     "Train and test one combination, or go on where it was stopped; a finished one is left as it is"
     r, at = _recipe_of(e, seed), combination_folder(e, seed, fold, out)
@@ -178,7 +179,7 @@ def _run_one(
     about = dict(trained_on=f'{named}, study {Path(out).name}')
     cohort, kw = _phantoms_of(e) if e.phantoms else (open_cohort(e.cohort), {})
     cohort = with_folds(cohort, r, folds=folds)
-    run = train(cohort, r, at, fold, progress=False, about=about, **kw)
+    run = train(cohort, r, at, fold, progress=False, about=about, **kw, **kwargs)
     if run.interrupted:
         raise KeyboardInterrupt
     run.write_test()
@@ -224,6 +225,7 @@ def run_study(
     out,  # folder
     jobs: int = 1,  # processes
     progress: bool = True,  # show a bar
+    **kwargs,  # for `train`, as `cache` and `workers`
 ) -> pd.DataFrame:  # of `_study_table`
     "Carry out or resume a study; raises `StudyError` for another plan, or naming what failed"
     out = Path(out)
@@ -235,7 +237,7 @@ def run_study(
 
     def one(e, s, k):
         try:
-            _run_one(e, s, k, study.folds, out)
+            _run_one(e, s, k, study.folds, out, **kwargs)
         except DataError as error:
             return f'{e.name}, seed {s}, fold {k}: {error}'
 

@@ -74,8 +74,9 @@ def test_toy_from_its_layout_stopped_and_taken_up(tmp_path, monkeypatch, capsys,
             for r in t.itertuples()
         ]
     ]
-    groups = mine.part.str.contains("0.0")  # of infection ratios, which few phantoms fill
-    assert len(mine) and mine.ours[~groups & (mine.metric != "AUC")].notna().mean() > 0.9
+    empty = mine.note.str.contains("undefined here|no scan with a ratio|one class only")
+    assert len(mine) and (mine.ours.notna() | empty).all(), mine[mine.ours.isna() & ~empty].note
+    assert mine.note[mine.metric != "parameters"].str.contains("toy scale").mean() > 0.9
     assert page.count("<img") >= (1 if paper == "raunet" else 3)
 
 
