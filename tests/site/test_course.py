@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -390,7 +391,9 @@ def test_lessons_travel_in_the_wheel(tmp_path):
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(wheel) as z:
         inside = sorted(n for n in z.namelist() if n.endswith(".ipynb"))
+        example = {n for n in z.namelist() if n.startswith("covid_ct/static/example/")}
         z.extractall(tmp_path / "installed")
+    assert {Path(n).name for n in example} >= {"config.json", "features.csv", "best.safetensors"}
     names = sorted(p.name for p in (ROOT / "nbs" / "lessons").glob("[0-9]*.ipynb"))
     assert inside == [f"covid_ct/lessons/{n}" for n in names]
     code = "import covid_ct; print(covid_ct.__file__); from covid_ct.course import copy_course; \
