@@ -306,9 +306,14 @@ def _elsewhere(
     "A link to a page that is not copied: to the public site, or the module that the page makes"
     if site:
         return f'[{text}]({site.rstrip("/")}/{_numbers_off(path)}.html{anchor})'
+    import covid_ct
+
+    home = Path(covid_ct.__file__).parent
     module = '.'.join(re.sub(r'^\d+[a-z]?_', '', part) for part in path.split('/'))
-    kept = 'reports.', 'lessons.', 'index'
-    return text if module.startswith(kept) else f'{text} (`covid_ct.{module}`)'
+    for name in (module, f'models.{module.rpartition(".")[2]}'):  # a paper's page makes a model
+        if (home / f'{name.replace(".", "/")}.py').is_file():
+            return f'{text} (`covid_ct.{name}`)'
+    return text
 
 # %% ../nbs/15_course.ipynb #616cd0f8
 def _site(

@@ -33,7 +33,7 @@ def kept(output):
     return True
 
 
-JUDGED = re.compile(r"^(check|scores)\(", re.M)
+JUDGED = re.compile(r"^(?:ct\.)?(check|scores)\(", re.M)
 
 
 def is_answer(path, source):

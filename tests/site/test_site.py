@@ -15,6 +15,8 @@ import readme
 import refs
 import stage
 
+from covid_ct.pipeline import show_pipeline
+
 # moves the axial slice by five and waits for the next frame
 MOVE = """async (el) => {
   const c = el.querySelector("canvas[data-plane=axial]");
@@ -234,6 +236,30 @@ def test_map_names_every_page(root, notebooks):
     missing = [n for n in notebooks if n != "index.ipynb" and n not in named]
     assert not missing, missing
     assert all((root / link).exists() for link in named)
+
+
+def test_the_pipeline_opens_every_subpackage(notebooks):
+    "Its diagram marks the subpackage and is stored as the library draws it"
+    folders = {
+        re.sub(r"^\d+_", "", name.split("/")[1]): name.split("/")[1]
+        for name in notebooks
+        if name.count("/") == 2 and name.split("/")[1] not in ("lessons", "reports")
+    }
+    for package, folder in folders.items():
+        first = min(n for n in notebooks if n.startswith(f"nbs/{folder}/"))
+        cells = [c for c in notebooks[first][:6] if c["cell_type"] == "code"]
+        call = f"show_pipeline('{package}')"
+        outputs = [c["outputs"] for c in cells if call in "".join(c["source"])]
+        assert len(outputs) == 1, first
+        shown = "".join(outputs[0][0]["data"]["text/html"])
+        assert shown == show_pipeline(package)._repr_html_(), f"run {first} again"
+
+
+def test_the_picture_of_the_pipeline_in_the_readme(root):
+    "Draws the same stages"
+    svg = (root / "docs/_static/pipeline.svg").read_text("utf-8")
+    drawn = re.findall(r'<text [^>]*font-weight="bold">(\w+)</text>', svg)
+    assert drawn == re.findall(r'font-weight="bold">(\w+)<', show_pipeline().svg())
 
 
 def test_the_front_page_is_short(notebooks):
