@@ -140,13 +140,12 @@ def trained(scans=32, size=(32, 64, 64), epochs=3):
     import torch
     import torch.nn.functional as F
     from monai.data import CacheDataset, DataLoader
-    from monai.networks.nets import ResNet
     from monai.transforms import Compose, RandAffined, RandFlipd
 
+    from bench.loop import resnet18_pair
     from covid_ct.batches.augment import AUGMENTS
     from covid_ct.batches.loaders import ScanDataset, make_loader
     from covid_ct.batches.samplers import UniformSampler
-    from covid_ct.models.zoo import build
     from covid_ct.phantom.cohort import phantom_cohort, phantom_of
     from covid_ct.preprocess.resample import Prep
     from covid_ct.train.loop import _make_accelerator, _WithOutputs
@@ -162,7 +161,7 @@ def trained(scans=32, size=(32, 64, 64), epochs=3):
         )
         for i in range(scans):
             d[i]  # prepared before the clock starts
-        net = build("darnet-none", classes=3, depth=size[0], width=16)
+        net, peer = resnet18_pair(size[0])
         acc = _make_accelerator("no")
         wrapped, opt = acc.prepare(_WithOutputs(net), torch.optim.Adam(net.parameters(), 1e-3))
         loader, loss = (
@@ -192,18 +191,7 @@ def trained(scans=32, size=(32, 64, 64), epochs=3):
             shuffle=True,
             num_workers=0,
         )
-        peer = ResNet(
-            "basic",
-            [2, 2, 2, 2],
-            [16, 32, 64, 128],
-            spatial_dims=3,
-            n_input_channels=1,
-            conv1_t_size=(3, 7, 7),
-            conv1_t_stride=(1, 2, 2),
-            no_max_pool=True,
-            num_classes=3,
-            shortcut_type="B",
-        ).train()
+        peer.train()
         bare = torch.optim.Adam(peer.parameters(), 1e-3)
 
         def ours(epoch):

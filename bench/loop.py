@@ -164,14 +164,14 @@ def _steps(models, x, y, repeats=5):
     return [statistics.median(s[1:]) for s in seconds]
 
 
-def monai():
-    """The stem of both: 3×7×7, stride 1×2×2, no pooling; four stages of two blocks from 16
-    channels on"""
+def resnet18_pair(depth=32):
+    """DARNet without gates and MONAI's network of the same geometry: 3×7×7 stem of stride 1×2×2,
+    no pooling; four stages of two blocks from 16 channels on"""
     from monai.networks.nets import ResNet
 
     from covid_ct.models.zoo import build
 
-    ours = build("darnet-none", classes=3, depth=32, width=16)
+    ours = build("darnet-none", classes=3, depth=depth, width=16)
     peer = ResNet(
         "basic",
         [2, 2, 2, 2],
@@ -184,6 +184,12 @@ def monai():
         num_classes=3,
         shortcut_type="B",
     )
+    return ours, peer
+
+
+def monai():
+    "A training step of both networks"
+    ours, peer = resnet18_pair()
     b = _batches(1, 2, (32, 64, 64))[0]
     x, y = b["image"], b["label"]
     size = [sum(p.numel() for p in m.parameters()) for m in (ours, peer)]

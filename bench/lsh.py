@@ -12,7 +12,7 @@ such row."""
 
 import math
 import time
-from functools import partial
+from functools import cache
 
 from bench import Case, measured, row, trouble
 
@@ -96,6 +96,12 @@ def crossover(tokens, ours, peer):
     return tokens[0] if gap[0] <= 0 else None
 
 
+@cache
+def pass_of(kind, side):
+    "Time and memory, measured once for all rows that need them"
+    return measured("bench.lsh:passes", kind, side)
+
+
 SAID = {"exact": "all with all", "sdpa": "torch SDPA"}
 
 
@@ -105,7 +111,7 @@ def against(peer, sides):
     for side in sides:
         name = f"lsh: {side}² tokens"
         try:
-            ours, theirs = (measured("bench.lsh:passes", k, side) for k in ("lsh", peer))
+            ours, theirs = (pass_of(k, side) for k in ("lsh", peer))
         except Exception as e:
             yield trouble(f"{name} against {said}", e)
             continue
@@ -121,7 +127,7 @@ def against(peer, sides):
 
 def growth():
     "How memory grows with the tokens"
-    small, large = (measured("bench.lsh:passes", "lsh", side)["mb"] for side in (128, 369))
+    small, large = (pass_of("lsh", side)["mb"] for side in (128, 369))
     yield row(
         "lsh: memory from 128² to 369² tokens (peer: tokens)",
         large / small,
@@ -132,16 +138,18 @@ def growth():
 
 def network():
     "M at full size beside the U-Net"
-    m, unet = (measured("bench.lsh:passes", k, 369) for k in ("raunet", "raunet-unet"))
+    m, unet = (pass_of(k, 369) for k in ("raunet", "raunet-unet"))
     yield row(
         "raunet: M, full size, 369 × 369, time (peer: U-Net)", m["seconds"], unet["seconds"], "s"
     )
     yield row("raunet: M, full size, 369 × 369, memory (peer: U-Net)", m["mb"], unet["mb"], "MB")
 
 
-CASES = [
-    Case("lsh against all with all", partial(against, "exact", SIDES[:3])),
-    Case("lsh against torch SDPA", partial(against, "sdpa", SIDES), 240),
-    Case("lsh: growth of memory", growth),
-    Case("raunet at full size", network, 240),
-]
+def tokens():
+    "One layer beside both peers, and how its memory grows"
+    yield from against("exact", SIDES[:3])
+    yield from against("sdpa", SIDES)
+    yield from growth()
+
+
+CASES = [Case("lsh: one layer", tokens, 240), Case("raunet at full size", network, 240)]

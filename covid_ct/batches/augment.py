@@ -18,7 +18,8 @@ from ..scan import DataError
 # %% ../../nbs/06_batches/01_augment.ipynb #2b751a7b
 @dataclass(frozen=True)
 class Augment:
-    "Ranges that views are drawn from, uniformly; the default tosses the flip and nothing else; raises `DataError` for a range upside down"
+    """Ranges that views are drawn from, uniformly; the default tosses the flip and nothing
+    else; raises `DataError` for a range upside down"""
 
     flip: float = 0.5  # probability of a left-right flip (last axis), [0,1]
     flip_zy: tuple = (0.0, 0.0)  # probabilities of flips head-foot and front-back, [0,1]
@@ -27,7 +28,7 @@ class Augment:
     shift_px: tuple = (0.0, 0.0)  # in-plane shift, network pixels, x and y drawn apart
     zoom: tuple = (1.0, 1.0)  # in-plane magnification
     stretch: bool = False  # True: zoom of x and of y drawn apart
-    among: tuple = ()  # instead of `quarter` and `zoom`: pairs (quarter turns, zoom) to choose one of, each as likely
+    among: tuple = ()  # instead of `quarter` and `zoom`: pairs (quarter turns, zoom), one is drawn
     every: bool = False  # all views of `among` in each epoch, in place of one that is drawn; for slices
     gain: tuple = (1.0, 1.0)  # factor on grey values
     offset: tuple = (0.0, 0.0)  # then added to grey values, in windows ([0,1])
@@ -110,7 +111,7 @@ class _View:
     def __getitem__(self, rows) -> '_View':
         return _View(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
-
+# %% ../../nbs/06_batches/01_augment.ipynb #09520a11
 def identity_view(
     n: int,  # number of scans B
     **changes,  # fields of `_View`, `(B,)` or of the field's own shape; all others change nothing
@@ -173,12 +174,13 @@ def _check_turns(x, view):
             'Use quarter=False or a square network input.',
         )
 
-
+# %% ../../nbs/06_batches/01_augment.ipynb #a24b192b
 def permute(
     x: torch.Tensor,  # `(B,C,D,H,W)`
     view: _View,  # `B` views
 ) -> torch.Tensor:  # the same shape and type; a copy
-    "Flips, then quarter turns, exact to the bit (@eq-group); raises `DataError` for an odd turn of a slice that is not square"
+    """Flips, then quarter turns, exact to the bit (@eq-group); raises `DataError` for an odd
+    turn of a slice that is not square"""
     _check_turns(x, view)
     out = torch.empty_like(x)
     for i, (*flips, k) in enumerate(zip(*view.flip.T.tolist(), view.turns.tolist(), strict=False)):
@@ -229,7 +231,7 @@ def _nearest(grid, H, W):
         inside.flatten(1)[:, None],
     )
 
-
+# %% ../../nbs/06_batches/01_augment.ipynb #d2b9889f
 def warp(
     x: torch.Tensor,  # `(B,C,D,H,W)`: floats are images, bool and integers are masks
     view: _View,  # `B` views
@@ -294,13 +296,14 @@ def _one(x, view):
         y[rows], y[~rows] = warp(x[rows], view[moved]), permute(x[~rows], view[~moved])
     return shade(y, view) if x.is_floating_point() else y
 
-
+# %% ../../nbs/06_batches/01_augment.ipynb #4ecf4ba1
 def apply_view(
-    batch,  # tensor `(B,C,D,H,W)` or `(B,C,H,W)`, or a batch dict: images and masks in it are moved, with a channel axis or without, the rest is passed on
+    batch,  # tensor `(B,C,D,H,W)` or `(B,C,H,W)`, or a batch dict, whose images and masks move
     view: _View,  # `B` views from `draw_view`
     mask: torch.Tensor = None,  # bool or integers, shape of the image, moved like it
 ) -> torch.Tensor | dict | tuple:  # what came in, moved; `(image, mask)` where a mask was given
-    "Move images linearly and masks by nearest voxel, with the same numbers; the same view, the same result"
+    """Move images linearly and masks by nearest voxel, with the same numbers; the same view,
+    the same result"""
     if isinstance(batch, dict):
         axes = batch[
             'image'

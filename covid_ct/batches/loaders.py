@@ -18,6 +18,8 @@ from .augment import apply_view, draw_view, seeded_generator
 from .samplers import CompositionSampler, UniformSampler
 from ..cohort.splits import assert_disjoint
 from ..cohort.table import load_row
+
+# %% ../../nbs/06_batches/04_loaders.ipynb #c595f085
 from covid_ct.preprocess.cache import (
     PREPARED_MASKS,
     Cache,
@@ -56,7 +58,7 @@ class ScanDataset(Dataset):
         cohort: pd.DataFrame,  # one row per scan: `patient_id scan_id label`, and `path` for files
         prep,  # row of `PREPS`, its name, or a recipe that has one
         classes=_CLASSES,  # labels in the order of the network's outputs
-        root=None,  # folder that paths in the table start from; None: the one that `check_cohort` noted
+        root=None,  # folder of the paths in the table; None: the one that `check_cohort` noted
         load=None,  # function from a row to a `Scan` or a `Phantom`; None: read `path`
         cache=None,  # folder for prepared scans; None: prepare every time
         masks=(),  # masks to give along, of `PREPARED_MASKS`
@@ -93,7 +95,8 @@ class ScanDataset(Dataset):
         return self.prepared(i)[0]
 
     def fill(self, jobs: int = 2, progress: bool = True):
-        "Prepare every scan that is not in the cache yet, as `prepare` does; raises `CohortError` without a cache"
+        """Prepare every scan that is not in the cache yet, as `prepare` does; raises
+        `CohortError` without a cache"""
         if not self.cache:
             raise CohortError('dataset', 'has no cache to fill', 'Give cache=, a folder.')
         return prepare(
@@ -109,7 +112,8 @@ class ScanDataset(Dataset):
         )
 
     def stored(self, i: int) -> dict:
-        "Scan number `i` as it is kept: `image` uint16 and masks bool, arrays `(1,D,H,W)`, and the rest of an item"
+        """Scan number `i` as it is kept: `image` uint16 and masks bool, arrays `(1,D,H,W)`, and
+        the rest of an item"""
         row = self.cohort.iloc[i]
         arrays, about = self.prepared(i)
         rest = dict(
@@ -201,7 +205,8 @@ class ProcessShare(Sampler):
             getattr(s, 'set_epoch', lambda e: None)(epoch)
 
     def __iter__(self):
-        "Row numbers `rank`, `rank+world` … of each batch after the first `skip`; a batch with too few gives its first row. `sizes` tells how many each had"
+        """Row numbers `rank`, `rank+world` … of each batch after the first `skip`, or the first row
+        of a batch with too few; `sizes` holds how many each batch had"""
         self.sizes.clear()
         for i, rows in enumerate(self.batches):
             self.sizes.append(len(rows))
@@ -236,6 +241,7 @@ class Loader:
             collate_fn=collate,
             generator=seeded_generator(seed, 'load'),
             persistent_workers=workers > 0,
+            pin_memory=_on_gpu(device),  # only from pinned memory does a copy run beside the GPU
         )
 
     def __len__(self) -> int:
@@ -247,7 +253,8 @@ class Loader:
         self.part.set_epoch(epoch)
 
     def share(self, rank: int, world: int) -> None:
-        "Read the scans of one of `world` processes: every `world`-th of each batch, which then says in `of` how many the batch has"
+        """Read the scans of one of `world` processes: every `world`-th of each batch, which
+        then says in `of` how many the batch has"""
         self.part.rank, self.part.world = rank, world
 
     def skip(self, batches: int) -> None:
@@ -273,12 +280,17 @@ class Loader:
         return prefetch(self._batches(iter(self.loader)))
 
 # %% ../../nbs/06_batches/04_loaders.ipynb #d4299bc7
+def _on_gpu(device):
+    "Whether batches go to a GPU"
+    return device is not None and torch.device(device).type == 'cuda'
+
+
 def _to_device(
     batch: dict,  # from `collate`; an image may still be uint16
     device=None,  # where it should lie; None: where it is
 ) -> dict:  # image float32 in [0,1]
     "Move a batch, and unpack its image on the accelerator if it goes to one"
-    x, fast = batch['image'], device is not None and torch.device(device).type == 'cuda'
+    x, fast = batch['image'], _on_gpu(device)
     if x.dtype == torch.uint16 and not fast:
         batch = {**batch, 'image': torch.from_numpy(unpack(x.numpy()))}
     if device is not None:
@@ -296,7 +308,7 @@ def _to_device(
 def make_loader(
     dataset: ScanDataset,  # what to read
     batch_size: int,  # scans in a batch
-    sampler=None,  # order of the rows, or a `CompositionSampler` of whole batches; None: as in the table
+    sampler=None,  # order of the rows, or a `CompositionSampler`; None: as in the table
     workers: int = 0,  # processes that read
     seed: int = 0,  # seed of the run
     augment=None,  # an `Augment`; for training only

@@ -17,30 +17,18 @@ from ..scan import CohortError
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #b6ad8300
 class _Stream(Sampler):
-    "Rows of an epoch, a function of seed and epoch, dealt to `world` readers; raises `CohortError` for no rows or a reader that is not there"
+    "Rows of an epoch, a function of seed and epoch; raises `CohortError` for no rows"
 
     def __init__(
         self,
-        num_samples: int,  # rows of an epoch, over all readers
+        num_samples: int,  # rows of an epoch
         seed: int = 0,  # seed of the run
-        rank: int = 0,  # which reader this is, 0 … world−1
-        world: int = 1,  # readers that share the stream; 1 where the training loop deals out whole batches
     ):
         if num_samples < 1:
             raise CohortError(
                 'sampler', f'num_samples={num_samples}', 'Draw at least one scan, or leave it out.'
             )
-        if not 0 <= rank < world:
-            raise CohortError(
-                'sampler', f'rank={rank} of world={world}', 'Ranks count from 0 to world−1.'
-            )
-        self.num_samples, self.seed, self.rank, self.world, self.epoch = (
-            int(num_samples),
-            seed,
-            rank,
-            world,
-            0,
-        )
+        self.num_samples, self.seed, self.epoch = int(num_samples), seed, 0
 
     def rows(self, n: int) -> list:
         raise NotImplementedError
@@ -52,10 +40,10 @@ class _Stream(Sampler):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self.world)
+        return self.num_samples
 
     def __iter__(self):
-        yield from self.rows(len(self) * self.world)[self.rank :: self.world]
+        yield from self.rows(len(self))
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #2de18c8f
 def _rows_of(cohort):
@@ -66,20 +54,18 @@ def _rows_of(cohort):
         )
     return getattr(cohort, 'cohort', cohort)
 
-
+# %% ../../nbs/06_batches/02_samplers.ipynb #3403e671
 class UniformSampler(_Stream):
     "Every scan equally often, in random order; raises `CohortError` for an empty cohort"
 
     def __init__(
         self,
         cohort,  # table or data set of N scans; only its length matters
-        num_samples: int = None,  # rows an epoch; N if `None`. More than N: shuffles one behind the other
+        num_samples: int = None,  # rows an epoch; N if `None`; more: another shuffle
         seed: int = 0,  # seed of the run
-        rank: int = 0,  # which reader this is
-        world: int = 1,  # readers that share the stream
     ):
         self.n = len(_rows_of(cohort))
-        super().__init__(self.n if num_samples is None else num_samples, seed, rank, world)
+        super().__init__(self.n if num_samples is None else num_samples, seed)
 
     def rows(self, n: int) -> list:
         "`n` rows, shuffle behind shuffle"
@@ -99,17 +85,15 @@ def draw_rows(
     u = torch.rand(n, generator=generator, dtype=torch.float64).numpy() * upto[-1]
     return np.searchsorted(upto, u, side='right').tolist()
 
-
+# %% ../../nbs/06_batches/02_samplers.ipynb #fa3d9b32
 class WeightedSampler(_Stream):
-    "Rows drawn by weight; raises `CohortError` for weights that are negative, not finite or all zero"
+    "Rows drawn by weight; raises `CohortError` for weights that cannot be chances"
 
     def __init__(
         self,
         weights,  # `(N,)` chance of each row
         num_samples: int = None,  # rows an epoch; N if `None`
         seed: int = 0,  # seed of the run
-        rank: int = 0,  # which reader this is
-        world: int = 1,  # readers that share the stream
     ):
         self.weights = np.asarray(weights, 'f8')
         if not (
@@ -120,9 +104,7 @@ class WeightedSampler(_Stream):
                 'negative, not finite or all zero',
                 'Give every row a chance ≥ 0 and at least one more than 0.',
             )
-        super().__init__(
-            len(self.weights) if num_samples is None else num_samples, seed, rank, world
-        )
+        super().__init__(len(self.weights) if num_samples is None else num_samples, seed)
 
     def rows(self, n: int) -> list:
         return draw_rows(self.weights, n, self.generator())
@@ -135,7 +117,7 @@ class ClassBalancedSampler(WeightedSampler):
         self,
         cohort,  # table with the column `label`, or a data set that has one as `cohort`
         classes=None,  # labels that must all be drawn; those of the cohort if `None`
-        **stream,  # `num_samples`, `seed`, `rank`, `world` of a `_Stream`; N rows unless told
+        **stream,  # `num_samples`, `seed` of a `_Stream`; N rows by default
     ):
         label = pd.Series(list(_rows_of(cohort).label), dtype=object)
         count = label.value_counts().reindex(list(classes or sorted(set(label))), fill_value=0)
@@ -164,15 +146,16 @@ def count_draws(
 # %% ../../nbs/06_batches/02_samplers.ipynb #1e43a702
 SIZE_GROUPS = ('covid_small', 'covid_large', 'cap_small', 'cap_large')
 
-
+# %% ../../nbs/06_batches/02_samplers.ipynb #f6731ead
 def _ratios(rows, classes):
-    "Infection ratios of a table of two classes, float64; raises `CohortError` naming the first row that cannot be used"
+    """Infection ratios of a table of two classes, float64; raises `CohortError` naming the
+    first row that cannot be used"""
     lacking = [c for c in ('label', 'infection_ratio') if c not in rows]
     if lacking:
         raise CohortError(
             'cohort',
             f'has no column {lacking[0]!r}',
-            'Give each scan its infected voxels over its lung voxels, from masks or a segmentation.',
+            'Give each scan infected over lung voxels, from masks or a segmentation.',
         )
     ratio = pd.to_numeric(rows.infection_ratio, errors='coerce')
     for bad, fault, remedy in (
@@ -198,12 +181,13 @@ def _ratios(rows, classes):
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #6fe61e50
 def size_groups(
-    cohort,  # table with `label` and `infection_ratio` in [0,1], or a data set that has one as `cohort`
+    cohort,  # table with `label` and `infection_ratio` in [0,1], or a data set with one
     classes=('covid', 'cap'),  # the class with large infections, the class with small ones
     small: float = 0.030,  # a `covid` ratio below it is small
     large: float = 0.001,  # a `cap` ratio above it is large
 ) -> pd.Series:  # one of `SIZE_GROUPS` for each row, index of the cohort
-    "Groups by class and size of infection (Ouyang et al. 2020, §III-C); raises `CohortError` for ratios or labels that do not serve"
+    """Groups by class and size of infection (Ouyang et al. 2020, §III-C); raises `CohortError`
+    for ratios or labels that do not serve"""
     rows = _rows_of(cohort)
     ratio, covid = _ratios(rows, classes), rows.label == classes[0]
     big = np.where(covid, ~(ratio < small), ratio > large)
@@ -215,32 +199,27 @@ def size_groups(
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #99dcb3fa
 def size_weights(
-    counts,  # scans in each of `SIZE_GROUPS`, as a Series or dict by name, or four numbers in that order
+    counts,  # scans in each of `SIZE_GROUPS`: Series or dict by name, or four numbers
 ) -> pd.Series:  # weights W by group
-    "Weights of the four groups (Ouyang et al. 2020, §III-C); raises `CohortError` for an empty group or a class without scans"
-    n = (
-        pd.Series(
-            dict(zip(SIZE_GROUPS, counts, strict=False))
-            if not hasattr(counts, 'keys')
-            else dict(counts)
-        )
-        .reindex(list(SIZE_GROUPS))
-        .fillna(0)
-        .astype(float)
-    )
-    for c, (s, l) in dict(covid=SIZE_GROUPS[:2], cap=SIZE_GROUPS[2:]).items():
-        if n[s] + n[l] == 0:
+    """Weights of the four groups (Ouyang et al. 2020, §III-C); raises `CohortError` for an
+    empty group or a class without scans"""
+    named = counts if hasattr(counts, 'keys') else dict(zip(SIZE_GROUPS, counts, strict=False))
+    n = pd.Series(dict(named)).reindex(list(SIZE_GROUPS)).fillna(0).astype(float)
+    for c, pair in dict(covid=SIZE_GROUPS[:2], cap=SIZE_GROUPS[2:]).items():
+        if n[list(pair)].sum() == 0:
             raise CohortError(
                 'cohort',
                 f'has no {c} scan, one class only',
                 'Balance by size needs scans of both classes; use UniformSampler for one.',
             )
-        if not min(n[s], n[l]) > 0:
-            raise CohortError(
-                'cohort',
-                f'has no scan in group {s if n[s] == 0 else l!r}',
-                f'Choose the threshold {"small" if c == "covid" else "large"}= so that both sizes of {c} occur, or add scans.',
-            )
+        for group in pair:
+            if not n[group] > 0:
+                raise CohortError(
+                    'cohort',
+                    f'has no scan in group {group!r}',
+                    f'Choose {"small" if c == "covid" else "large"}= so that both sizes of {c} '
+                    'occur, or add scans.',
+                )
     return pd.Series(
         {
             'covid_small': n.covid_large / n.covid_small,
@@ -250,7 +229,7 @@ def size_weights(
         }
     )
 
-
+# %% ../../nbs/06_batches/02_samplers.ipynb #a1746ea4
 def size_chances(
     counts,  # scans in each of `SIZE_GROUPS`, as for `size_weights`
 ) -> pd.Series:  # chances P by group, sum 1
@@ -260,7 +239,8 @@ def size_chances(
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #86f2d5ee
 class SizeBalancedSampler(WeightedSampler):
-    "A group by weight, then a scan of it uniformly (Ouyang et al. 2020, §III-C); raises `CohortError` for ratios, labels or groups that do not serve"
+    """A group by weight, then a scan of it uniformly (Ouyang et al. 2020, §III-C); raises
+    `CohortError` for ratios, labels or groups that do not serve"""
 
     def __init__(
         self,
@@ -268,7 +248,7 @@ class SizeBalancedSampler(WeightedSampler):
         classes=('covid', 'cap'),  # as for `size_groups`
         small: float = 0.030,  # a `covid` ratio below it is small
         large: float = 0.001,  # a `cap` ratio above it is large
-        **stream,  # `num_samples`, `seed`, `rank`, `world` of a `_Stream`; N rows unless told
+        **stream,  # `num_samples`, `seed` of a `_Stream`; N rows by default
     ):
         self.groups = size_groups(cohort, classes, small, large)
         self.counts = self.groups.value_counts().reindex(list(SIZE_GROUPS))
@@ -319,13 +299,11 @@ def dual_samplers(
     cohort,  # table with `label` and `infection_ratio`, or a data set that has one as `cohort`
     num_samples: int = None,  # rows an epoch of each; N if `None`
     seed: int = 0,  # seed of the run
-    rank: int = 0,  # which reader this is
-    world: int = 1,  # readers that share the stream
     **sizes,  # `classes`, `small`, `large` of `size_groups`
 ) -> dict:  # `{'us': UniformSampler, 'ss': SizeBalancedSampler}`
     "The streams of the two networks (Ouyang et al. 2020, Fig. 2: US and SS)"
     n = len(_rows_of(cohort)) if num_samples is None else num_samples
-    stream = dict(num_samples=n, seed=seed, rank=rank, world=world)
+    stream = dict(num_samples=n, seed=seed)
     return dict(
         us=UniformSampler(cohort, **stream), ss=SizeBalancedSampler(cohort, **sizes, **stream)
     )
@@ -349,16 +327,15 @@ def _deal_blocks(
 
 # %% ../../nbs/06_batches/02_samplers.ipynb #503b41db
 class CompositionSampler(_Stream):
-    "Batches with a fixed number of scans of each class (Wang et al. 2020, §IV-B); raises `CohortError` for a batch that cannot be composed"
+    """Batches with a fixed number of scans of each class (Wang et al. 2020, §IV-B); raises
+    `CohortError` for a batch that cannot be composed"""
 
     def __init__(
         self,
         cohort,  # table with the column `label`, or a data set that has one as `cohort`
         composition: dict,  # scans of each class in a batch, as `{'healthy':4, 'ild':3, 'covid':3}`
-        batches: int = None,  # batches an epoch, over all readers; None: until every scan of these classes was shown
+        batches: int = None,  # batches an epoch; None: until every scan of these classes was shown
         seed: int = 0,  # seed of the run
-        rank: int = 0,  # which reader this is
-        world: int = 1,  # readers that share the stream of batches
     ):
         label = np.asarray(list(_rows_of(cohort).label), dtype=object)
         if not composition or min(composition.values()) < 1:
@@ -374,15 +351,13 @@ class CompositionSampler(_Stream):
                 raise CohortError(
                     'cohort',
                     f'has {n} scan(s) of class {c!r}, a batch needs {k}',
-                    f'Add scans, or compose batches of {sorted(set(label))} with no more than there are.',
+                    f'Add scans, or ask for fewer; there are {sorted(set(label))}.',
                 )
         super().__init__(
             max(-(-len(d) // composition[c]) for c, d in self.decks.items())
             if batches is None
             else batches,
             seed,
-            rank,
-            world,
         )
 
     @property
@@ -390,7 +365,7 @@ class CompositionSampler(_Stream):
         return sum(self.composition.values())
 
     def rows(self, n: int) -> list:
-        "`n` batches, each a list of row numbers, class by class; every class has its own random numbers"
+        "`n` batches of row numbers, class by class; every class has its own random numbers"
         parts = [
             [d[b].tolist() for b in _deal_blocks(len(d), self.composition[c], n, self.generator(c))]
             for c, d in self.decks.items()

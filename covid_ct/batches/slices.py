@@ -54,13 +54,14 @@ def _grey(path) -> None:
                 'Give the grey pictures; paint on them would tell the class.',
             )
 
-
+# %% ../../nbs/06_batches/03_slices.ipynb #3f0200bf
 def read_pair(
     row,  # of a cohort of slices, as `open_cohort` makes it: Series or dict
     root=None,  # folder that its paths start from; None: the present folder
     window=(-1350.0, 150.0),  # HU that become 0 and 1; 8-bit greys stay as they are
 ) -> tuple:  # image `(H,W)` float32 in [0,1], mask `(H,W)` uint8 classes
-    "A slice and its classes, upright; raises `ReadError`, `CohortError`, `UnitsError`, `VoxelError` or `GeometryError`"
+    """A slice and its classes, upright; raises `ReadError`, `CohortError`, `UnitsError`,
+    `VoxelError` or `GeometryError`"""
     scan = load_row(row, root)
     _grey(Path(scan.source))
     if scan.shape[0] != 1:
@@ -72,7 +73,7 @@ def read_pair(
     mask = load_mask(row, 'infection_mask', root, scan)
     return _to_unit(scan.voxels[0], scan.units, window), lesion_classes(mask[0])
 
-
+# %% ../../nbs/06_batches/03_slices.ipynb #77adfdd2
 def _check_pair(
     image: np.ndarray,  # `(H,W)`
     mask: np.ndarray,  # `(H,W)`
@@ -92,7 +93,8 @@ def _body_box(
     mask: np.ndarray = None,  # `(H,W)` classes, which stay inside
     level: float = 0.01,  # brighter than this is not frame
 ) -> tuple:  # two `slice`, rows and columns; the whole picture where nothing is brighter
-    "Box around all that is not black or has a label; small white pieces are lettering and do not count"
+    """Box around all that is not black or has a label; small white pieces are lettering and do
+    not count"""
     pieces, n = ndi.label(np.asarray(image) > level, np.ones((3, 3)))
     area, white = (
         np.bincount(pieces.ravel(), minlength=n + 1)[1:],
@@ -106,14 +108,15 @@ def _body_box(
         for a in (keep.any(1), keep.any(0))
     )
 
-
+# %% ../../nbs/06_batches/03_slices.ipynb #46da155e
 def fit_slice(
     image: np.ndarray,  # `(H,W)` in [0,1]
     mask: np.ndarray = None,  # `(H,W)` classes
     size: int = 369,  # pixels of a side
     crop: bool = True,  # cut the black frame off
 ) -> tuple:  # image `(size,size)` float32, mask `(size,size)` int64 or None
-    "Crop the frame, pad to a square, scale; the mask by nearest pixel; raises `GeometryError` for two sizes"
+    """Crop the frame, pad to a square, scale; the mask by nearest pixel; raises `GeometryError`
+    for two sizes"""
     if mask is not None:
         _check_pair(image, mask)
     rows, cols = _body_box(image, mask) if crop else (slice(None), slice(None))
@@ -131,7 +134,7 @@ def fit_slice(
 # %% ../../nbs/06_batches/03_slices.ipynb #cf38c9fc
 _AS_IS = {k: k for k in range(len(SLICE_CLASSES))}
 
-
+# %% ../../nbs/06_batches/03_slices.ipynb #ae0fbfa6
 class SliceDataset(Dataset):
     "Slices and classes at one size, in memory; raises what `read_pair` raises"
 

@@ -32,13 +32,14 @@ from ..scan import DataError, GeometryError, evaluating
 # %% ../../nbs/11_explain/02_attribution.ipynb #7cb5089b
 _HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
-
+# %% ../../nbs/11_explain/02_attribution.ipynb #04ed14b2
 @contextmanager
 def frozen_evaluation(
     model: nn.Module,  # any network
     seed: int = 0,  # of the random numbers drawn inside
 ):
-    "Evaluation mode, fixed weights and a seeded stream inside the block; afterwards everything is as it was, whatever happens"
+    """Evaluation mode, fixed weights and a seeded stream inside the block; afterwards
+    everything is as it was, whatever happens"""
     hooks = [(getattr(m, k), dict(getattr(m, k))) for m in model.modules() for k in _HOOKS]
     grads, buffers = (
         [(p, p.requires_grad, p.grad) for p in model.parameters()],
@@ -76,9 +77,9 @@ def _free_memory(
     )
     free = (
         [
-            1024 * int(l.split()[1])
-            for l in info.read_text().splitlines()
-            if l.startswith('MemAvailable')
+            1024 * int(line.split()[1])
+            for line in info.read_text().splitlines()
+            if line.startswith('MemAvailable')
         ]
         if info.exists()
         else []
@@ -101,9 +102,10 @@ class MemoryPlan:
         return self.chunk * self.each  # predicted, bytes
 
     def __str__(self) -> str:
-        return f'{self.chunk} volumes at a time, predicted peak {self.peak / 1e6:,.0f} MB of {self.free / 1e6:,.0f} MB free'
+        memory = f'{self.peak / 1e6:,.0f} MB of {self.free / 1e6:,.0f} MB free'
+        return f'{self.chunk} volumes at a time, predicted peak {memory}'
 
-
+# %% ../../nbs/11_explain/02_attribution.ipynb #eec50de5
 def plan_memory(
     model: nn.Module,  # any network that returns logits
     x: torch.Tensor,  # volumes, `(B,1,D,H,W)`; the first is tried
@@ -129,7 +131,8 @@ def plan_memory(
 
 # %% ../../nbs/11_explain/02_attribution.ipynb #7d7a92ee
 def _each(model, x, label, f, seed=0):
-    "`f(volume, class)` for one volume after the other, `(1,1,D,H,W)` and int, on an untouched network"
+    """`f(volume, class)` for one volume after the other, `(1,1,D,H,W)` and int, on an untouched
+    network"""
     if x.ndim != 5 or x.shape[1] != 1:
         raise GeometryError(
             'attribution',
@@ -152,7 +155,7 @@ def _portion(model, x, chunk, tell, backward=True) -> int:
             tell(p)
     return int(chunk)
 
-
+# %% ../../nbs/11_explain/02_attribution.ipynb #97e71a42
 def integrated_gradients(
     model: nn.Module,  # any network that returns logits
     x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
@@ -234,7 +237,7 @@ def occlusion(
     model: nn.Module,  # any network that returns logits
     x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
     label=None,  # a class, one per volume, or `None` for the predicted one
-    patches=None,  # from `cut_patches`, `(D,H,W)` for all volumes or `(B,D,H,W)`; `None`: tiles of a sixth of each axis in what is not 0
+    patches=None,  # from `cut_patches`, `(D,H,W)` or `(B,D,H,W)`; `None`: tiles, six an axis
     fill: float = None,  # value of what is taken away; `None`: median of the voxels in patches
     chunk: int = None,  # patches at a time; `None`: what fits
     tell=None,  # is given the `MemoryPlan` before the work starts, as `print`
@@ -270,7 +273,7 @@ _LAYERS = {
     'activation': LayerActivation,
 }  # name → Captum class
 
-
+# %% ../../nbs/11_explain/02_attribution.ipynb #051d617a
 def layer_attribution(
     model: nn.Module,  # any network that returns logits
     x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..models.prior_attention import PARL
 from ..scan import DataError, GeometryError, Map, check_same_grid, evaluating
 
 # %% ../../nbs/11_explain/01_cam.ipynb #7e934ce8
@@ -56,7 +57,7 @@ def cam(
     f, w, logits = _features(model, x)
     return torch.einsum('bcdhw,bc->bdhw', f, w[class_index(logits, label)])
 
-
+# %% ../../nbs/11_explain/01_cam.ipynb #5ea199c3
 def all_cams(
     model: nn.Module,  # with `features(x)` and a linear `fc` on their mean
     x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
@@ -79,7 +80,7 @@ def contrast_cam(
 # %% ../../nbs/11_explain/01_cam.ipynb #7c1dfdb9
 def find_layer(
     model: nn.Module,  # any network
-    layer=None,  # a module, its dotted name, or `None` for the last stage, else the last convolution
+    layer=None,  # a module or its dotted name; `None`: last stage, else last convolution
 ) -> tuple:  # name and module
     "The layer that a map is read from; raises `DataError` if there is none such"
     named = dict(model.named_modules())
@@ -100,7 +101,7 @@ def find_layer(
         )
     return name, named[name]
 
-
+# %% ../../nbs/11_explain/01_cam.ipynb #9c621a0f
 def _slopes(
     model, x, label, layer
 ) -> tuple:  # features of a layer and the gradient of the logit there, both `(B,C,D',H',W')`
@@ -127,7 +128,7 @@ def _slopes(
         hook.remove()
     return kept[-1].detach(), grad
 
-
+# %% ../../nbs/11_explain/01_cam.ipynb #03a48914
 def grad_cam(
     model: nn.Module,  # any network that returns logits
     x: torch.Tensor,  # volumes, `(B,1,D,H,W)`, in [0,1]
@@ -152,30 +153,6 @@ def grad_cam_pp(
     under = 2 + grad * f.sum((2, 3, 4), keepdim=True)
     alpha = torch.where(under != 0, 1 / under, 0)
     return torch.einsum('bcdhw,bc->bdhw', f, (alpha * grad.relu()).sum((2, 3, 4))).relu()
-
-# %% ../../nbs/11_explain/01_cam.ipynb #f67b8c72
-def _layer_sizes(
-    model: nn.Module,  # any network
-    x: torch.Tensor,  # one volume, `(1,1,D,H,W)`
-) -> dict:  # dotted name → `(C,D',H',W')`, in the order in which they run
-    "Layers that a map can be read from"
-    sizes = {}
-
-    def note(name):
-        def hook(m, i, o):
-            if torch.is_tensor(o) and o.ndim == 5:
-                sizes[name] = tuple(o.shape[1:])
-
-        return hook
-
-    hooks = [m.register_forward_hook(note(n)) for n, m in model.named_modules() if n]
-    try:
-        with evaluating(model), torch.no_grad():
-            model(x)
-    finally:
-        for h in hooks:
-            h.remove()
-    return sizes
 
 # %% ../../nbs/11_explain/01_cam.ipynb #c983b171
 def normalise_maps(
@@ -215,7 +192,7 @@ def _input(model, prepared) -> torch.Tensor:  # `(1,1,D,H,W)` where the network 
     at = next((p.device for p in model.parameters()), 'cpu')
     return torch.tensor(np.asarray(prepared.voxels), device=at)[None, None]
 
-
+# %% ../../nbs/11_explain/01_cam.ipynb #66c12d09
 def to_scan_space(
     values,  # `(d,h,w)` over the extent of the network's input, ≥ 0, array or tensor
     prepared,  # what `prepare_scan` made of the scan: has `scan_grid` and `back`
@@ -257,7 +234,7 @@ def _named(method, layer) -> tuple:  # name and function of (model, x, label)
         )
     return name, partial(f, layer=layer)
 
-
+# %% ../../nbs/11_explain/01_cam.ipynb #d5e68a3c
 def explain(
     model: nn.Module,  # any network that returns logits
     prepared,  # what `prepare_scan` made of the scan: has `voxels`, `scan_grid` and `back`
@@ -267,7 +244,8 @@ def explain(
     classes=('healthy', 'cap', 'covid'),  # names of the logits, in order
     layer=None,  # for methods that read one, as in `find_layer`
 ) -> Map:  # values in [0,1] on the grid of the scan
-    "A heat-map in the scan's own geometry; raises `DataError` for an unknown class or method, `GeometryError` for another scan"
+    """A heat-map in the scan's own geometry; raises `DataError` for an unknown class or method,
+    `GeometryError` for another scan"""
     name, f = _named(method, layer)
     if isinstance(label, str) and label not in classes:
         raise DataError('explain', f'no class {label!r}', f'Choose one of {", ".join(classes)}.')
@@ -315,12 +293,12 @@ def _passed(model, seen) -> list:  # hooks that note what the channel gates let 
 
 def _met(
     buckets, y, x
-) -> torch.Tensor:  # buckets `(n_r,1,heads,h,w)`; share of rounds and heads in the bucket of the pixel at shares `y`, `x`
+) -> torch.Tensor:  # `(1,h,w)`: share of rounds and heads in the bucket of the pixel at `y`, `x`
     h, w = buckets.shape[-2:]
     j, i = min(int(y * h), h - 1), min(int(x * w), w - 1)
     return (buckets == buckets[..., j : j + 1, i : i + 1]).float().mean((0, 2))
 
-
+# %% ../../nbs/11_explain/01_cam.ipynb #9e80ea54
 def _read(model, x, at) -> dict:  # (method, layer) → `(values, stretch)` in network space
     hooks = _passed(model, seen := {})
     try:
@@ -337,9 +315,7 @@ def _read(model, x, at) -> dict:  # (method, layer) → `(values, stretch)` in n
     found |= {('channel gate', n): (v, False) for n, v in seen.items()}
     if 'attention' in out:
         found['online attention', ''] = out['attention'][0, 0], False
-    prior = any(
-        type(m).__name__ == 'PARL' for m in model.modules()
-    )  # both kinds put out the same names
+    prior = any(isinstance(m, PARL) for m in model.modules())  # else a unit's own features
     found |= {
         ('prior attention' if prior else 'self-attention', f'unit {i + 1}'): (m[0], True)
         for i, m in enumerate(out.get('attention_maps', ()))
@@ -373,7 +349,7 @@ def _finest(found) -> dict:  # of each method only the map with most values, the
     by_size = sorted(found, key=lambda k: found[k][0].numel())
     return {k: found[k] for k in {k[0]: k for k in by_size}.values()}
 
-
+# %% ../../nbs/11_explain/01_cam.ipynb #6f2be53e
 def attention_maps(
     model: nn.Module,  # one of the four systems, or any with the same names in `outputs(x)`
     prepared,  # as in `explain`
@@ -381,7 +357,8 @@ def attention_maps(
     at=None,  # voxel `(z,y,x)` whose bucket is asked for, for networks of slices; `None`: middle
     every: bool = True,  # False: of each kind only the finest layer, the last of those
 ) -> dict:  # 'method layer' → `Map`
-    "Attention that a network carries inside, on the scan; raises `DataError` for a network without any"
+    """Attention that a network carries inside, on the scan; raises `DataError` for a network
+    without any"""
     check_same_grid(prepared.scan_grid, scan, 'attention_maps')
     if not hasattr(model, 'outputs'):
         raise DataError(

@@ -28,7 +28,7 @@ from ..scan import DataError, GeometryError, evaluating
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #6e4ce4ce
 _LEVELS = tuple(np.linspace(0.05, 0.95, 19).round(2))
 
-
+# %% ../../nbs/11_explain/03_faithfulness.ipynb #14ae20ad
 def _overlap_curve(
     values,  # map in [0,1], `(D,H,W)`
     mask,  # lesions, bool `(D,H,W)`
@@ -54,7 +54,7 @@ def _overlap_curve(
             index=pd.Index(t, name='threshold'),
         ).fillna(0.0)
 
-
+# %% ../../nbs/11_explain/03_faithfulness.ipynb #8db68e9d
 def map_average_precision(
     values,  # map, `(D,H,W)`
     mask,  # lesions, bool `(D,H,W)`
@@ -89,13 +89,13 @@ def score_map(
         ).items()
     }
 
-
+# %% ../../nbs/11_explain/03_faithfulness.ipynb #96cb62f0
 def score_case(
     maps: dict,  # name → `Map`, or array in [0,1] `(D,H,W)`
     mask,  # lesions, bool `(D,H,W)`
     lungs,  # lungs, bool `(D,H,W)`: the first baseline
     **ids,  # columns to add, as `scan_id`, `patient_id`
-) -> pd.DataFrame:  # one row a map, with the baselines 'lungs' and 'centre': `method`, the ids, the names of `SCORES`
+) -> pd.DataFrame:  # one row a map, baselines included: `method`, the ids, `SCORES`
     "Score the maps of one scan beside two that never saw a network"
     if not np.any(mask):
         raise DataError(
@@ -110,12 +110,12 @@ def score_case(
 
 # %% ../../nbs/11_explain/03_faithfulness.ipynb #832a390b
 def score_table(
-    scores: pd.DataFrame,  # one row a scan and map: `scan_id patient_id method` and numbers, as `score_case` makes them
+    scores: pd.DataFrame,  # of `score_case`, one row a scan and map
     of=SCORES,  # columns to sum up
     against=('lungs', 'centre'),  # maps to compare with; those that are there are used
     n: int = 1000,  # resampled cohorts
     seed: int = 0,  # of the draw
-) -> pd.DataFrame:  # `method score against value low high`; `against` is '' for the score itself, else a map that was subtracted scan by scan
+) -> pd.DataFrame:  # `method score against value low high`; `against`: '', or the map subtracted
     "Mean scores and paired differences with intervals over patients"
     rows, mean = [], lambda name: lambda t, w: w @ t[name].to_numpy() / w.sum(1)
     for s in of:
@@ -166,7 +166,7 @@ def _order_and_blank(x, heat, fill, where, seed) -> tuple:
     out = v.flatten()[at].median() if out is None else out
     return at[torch.as_tensor(ranks, device=v.device)], torch.where(where, out, v)
 
-
+# %% ../../nbs/11_explain/03_faithfulness.ipynb #cf41f785
 def _exchange_curve(model, start, end, order, label, steps) -> pd.DataFrame:
     "Probability of a class while voxels of one volume replace those of another"
     prob = []
@@ -192,7 +192,7 @@ def deletion(
     order, blank = _order_and_blank(x, heat, fill, where, seed)
     return _exchange_curve(model, x[0, 0], blank, order, label, steps)
 
-
+# %% ../../nbs/11_explain/03_faithfulness.ipynb #b4d80751
 def insertion(
     model: nn.Module,  # any network that returns logits
     x: torch.Tensor,  # one volume, `(1,1,D,H,W)`
@@ -233,7 +233,7 @@ def ssim(
 
     return float(structural_similarity(a, b, win_size=window, data_range=1.0))
 
-
+# %% ../../nbs/11_explain/03_faithfulness.ipynb #36f88c6d
 def _rank_correlation(
     a,  # map, any shape
     b,  # another, the same shape
@@ -252,7 +252,7 @@ def compare_maps(
         [dict(ssim=ssim(p, q), rank=_rank_correlation(p, q)) for p, q in zip(a, b, strict=True)]
     )
 
-
+# %% ../../nbs/11_explain/03_faithfulness.ipynb #29ffe11c
 def random_pairs(
     maps,  # of different scans, `(B,D,H,W)`
     n: int = 50,  # pairs, at most
@@ -269,7 +269,8 @@ def randomised_copies(
     depth: int = 2,  # parts of a name that make a group: 2 makes `stages.3` one
     seed: int = 0,  # of the new weights
 ):
-    "Copies of a network that forget from the top: yields `(group, copy)`, the first as trained, then one group more at random each time"
+    """Copies of a network that forget from the top: yields `(group, copy)`, the first as
+    trained, then one group more at random each time"""
     copy, done = deepcopy(model), []
     yield 'as trained', deepcopy(copy)
     with torch.random.fork_rng():
@@ -290,7 +291,7 @@ def randomised_copies(
         )
     yield done[-1], copy
 
-
+# %% ../../nbs/11_explain/03_faithfulness.ipynb #6ca5c597
 def _cascade_table(
     model: nn.Module,  # any network that returns logits
     x: torch.Tensor,  # volumes, `(B,1,D,H,W)`
@@ -298,7 +299,7 @@ def _cascade_table(
     label=None,  # a class, one per volume, or `None` for the one that the trained network gives
     seeds=(0, 1),  # of the new weights
     depth: int = 2,  # as in `randomised_copies`
-) -> pd.DataFrame:  # one row a group, top first: `ssim` and `rank` with the trained network's maps, mean over scans and seeds
+) -> pd.DataFrame:  # one row a group, top first: `ssim` and `rank`, means over scans and seeds
     "Cascading randomisation of the weights (Adebayo et al. 2018)"
     if label is None:
         with evaluating(model), torch.no_grad():
@@ -357,7 +358,7 @@ def sensitivity(
         ]
     return torch.cat(found).cpu().numpy()
 
-
+# %% ../../nbs/11_explain/03_faithfulness.ipynb #644d5508
 def infidelities(
     model: nn.Module,  # any network that returns logits
     x: torch.Tensor,  # volumes, `(B,1,D,H,W)`

@@ -29,34 +29,14 @@ class ReceptiveField:
     step: tuple  # voxels from a feature to the next
     everywhere: bool = False  # a gate or an attention brings in the rest
 
+# %% ../../nbs/07_models/09_cost.ipynb #aab3bd02
+_LOCAL = frozenset(  # names in PyTorch's dispatcher
+    'add sub mul div exp relu leaky_relu gelu silu sigmoid tanh cat slice alias clone '
+    'constant_pad_nd native_dropout native_batch_norm convolution max_pool2d_with_indices '
+    'max_pool3d_with_indices avg_pool2d avg_pool3d'.split()
+)
 
-_LOCAL = {
-    'add',
-    'sub',
-    'mul',
-    'div',
-    'exp',
-    'relu',
-    'leaky_relu',
-    'gelu',
-    'silu',
-    'sigmoid',
-    'tanh',
-    'cat',
-    'slice',
-    'alias',
-    'clone',
-    'constant_pad_nd',
-    'native_dropout',
-    'native_batch_norm',
-    'convolution',
-    'max_pool2d_with_indices',
-    'max_pool3d_with_indices',
-    'avg_pool2d',
-    'avg_pool3d',
-}  # names in PyTorch's dispatcher
-
-
+# %% ../../nbs/07_models/09_cost.ipynb #d2748ccd
 def _met(fields):  # of all that goes into an operation: the widest
     return ReceptiveField(
         *(
@@ -68,7 +48,7 @@ def _met(fields):  # of all that goes into an operation: the widest
         any(f.everywhere for f in fields),
     )
 
-
+# %% ../../nbs/07_models/09_cost.ipynb #dadedb93
 def _looked(f, kernel, stride, back=False):  # @eq-receptive, for one layer
     if back:
         return ReceptiveField(
@@ -112,7 +92,7 @@ class _Fields(TorchDispatchMode):
             t.field = f
         return out
 
-
+# %% ../../nbs/07_models/09_cost.ipynb #a047c6ab
 def _receptive_field(
     model: nn.Module,  # with `outputs(x)`; on the `meta` device it costs nothing
     x: torch.Tensor,  # a batch of its input, `(B,C,*S)`
@@ -145,7 +125,7 @@ def _four_sigma(w):  # of weights along a line
     i = torch.arange(len(w)).to(w)
     return float(4 * (w * (i - (w * i).sum()).square()).sum().sqrt())
 
-
+# %% ../../nbs/07_models/09_cost.ipynb #3ef3fa06
 def _effective_width(
     field: torch.Tensor,  # of `_effective_field`, `(*S)`
 ) -> tuple:  # voxels along each axis

@@ -97,7 +97,7 @@ def sort_tokens(
     place = torch.zeros_like(buckets).scatter(-1, order, at.expand_as(order))
     return order, buckets * gap + place // chunk
 
-
+# %% ../../nbs/07_models/05_lsh_attention.ipynb #b790d186
 def attention_reach(
     query: torch.Tensor,  # codes of queries
     key: torch.Tensor,  # codes of keys, of a shape that broadcasts
@@ -154,7 +154,7 @@ def _attend_chunks(q, k, v, bias):
     z = s.logsumexp(-1)
     return torch.bmm((s - z[..., None]).exp(), v), z
 
-
+# %% ../../nbs/07_models/05_lsh_attention.ipynb #75b37023
 def _attend_chunks_backward(grad, q, k, v, out, z, bias):
     "Gradients of `q`, `k` and `v` (@eq-gradient), from the joint output and normaliser"
     if _kernel(q, v):
@@ -189,7 +189,7 @@ def _pair_bias(codes, g, rows, gap, chunk, causal, like):
     bias[..., chunk:].diagonal(dim1=1, dim2=2).fill_(_SELF * (1 + (g > 0)))
     return bias
 
-
+# %% ../../nbs/07_models/05_lsh_attention.ipynb #e24a7583
 def _slabs(rows, codes, gap, chunk, causal, budget, like):
     "Parts of the sorted rows with few scores: round, first and last place, rows, bias"
     L, compiling = rows.shape[1], torch.compiler.is_compiling()
@@ -211,7 +211,7 @@ def _cut(table, here, chunk, d):
     k, v = (w.unfold(0, 2 * chunk, chunk).transpose(1, 2) for w in (x[:, d : 2 * d], x[:, 2 * d :]))
     return q, k, v
 
-
+# %% ../../nbs/07_models/05_lsh_attention.ipynb #a654dac8
 class _Rounds(torch.autograd.Function):
     "Attention over the union of all rounds, without keeping a score"
 
@@ -261,7 +261,7 @@ def _one_row(order, codes, count, chunk):
     codes = codes + (count * gap * head).to(codes.dtype)
     return (order + T * head).flatten(1), codes.flatten(1), gap
 
-
+# %% ../../nbs/07_models/05_lsh_attention.ipynb #9a551098
 def lsh_attention(
     qk: torch.Tensor,  # shared queries and keys, `(…,T,d)`
     v: torch.Tensor,  # values, `(…,T,e)`

@@ -13,10 +13,25 @@ from torch.nn import functional as F
 from ..scan import DataError, GeometryError
 
 # %% ../../nbs/07_models/07_online_cam.ipynb #85aac9fe
+def _check_label(label, classes):
+    "Raise `DataError` for an unknown class; a tensor is not looked at where that breaks a graph"
+    if torch.is_tensor(label):
+        if label.is_meta or torch.compiler.is_compiling():
+            return
+        known = bool(label.min() >= 0 and label.max() < classes)
+        label = label.tolist()
+    else:
+        known = 0 <= label < classes
+    if not known:
+        raise DataError(
+            'class_map', f'no class {label} among {classes}', f'Choose from 0 to {classes - 1}.'
+        )
+
+# %% ../../nbs/07_models/07_online_cam.ipynb #61de951e
 def class_map(
     features: torch.Tensor,  # in front of the global mean, `(B,C,d,h,w)`
     weight: torch.Tensor,  # of the linear layer behind it, `(K,C)`
-    label: torch.Tensor,  # class whose map is wanted, `(B,)`
+    label,  # class whose map is wanted: one number, or a tensor `(B,)`
     detach: bool = True,  # copy the weights, so that the map cannot change them
 ) -> torch.Tensor:  # `(B,1,d,h,w)`, ≥ 0
     "Evidence for a class at each place (Ouyang et al. 2020, Eq. 1); unknown: `DataError`"
@@ -26,13 +41,10 @@ def class_map(
             f'weights {tuple(weight.shape)} for {features.shape[1]} channels',
             'Give the weights (K,C) of the layer behind these features.',
         )
-    if not label.is_meta and (label.min() < 0 or label.max() >= len(weight)):
-        raise DataError(
-            'class_map',
-            f'no class {label.tolist()} among {len(weight)}',
-            f'Choose from 0 to {len(weight) - 1}.',
-        )
+    _check_label(label, len(weight))
     maps = F.conv3d(features, (weight.detach() if detach else weight)[:, :, None, None, None])
+    if not torch.is_tensor(label):
+        return maps[:, label : label + 1].relu()
     return maps[torch.arange(len(maps)), label][:, None].relu()
 
 # %% ../../nbs/07_models/07_online_cam.ipynb #b7eca5cb
@@ -90,11 +102,7 @@ class OnlineAttention(nn.Module):
         logits: torch.Tensor,  # `(B,K)`, to choose a class from
     ) -> tuple:  # `(attention, class_map)`: `(B,1,D,H,W)` in [0,1], and `(B,1,d,h,w)` ≥ 0
         "Map, size, range, mask"
-        label = (
-            self.label(logits)
-            if callable(self.label)
-            else torch.full((len(features),), self.label, device=features.device)
-        )
+        label = self.label(logits) if callable(self.label) else self.label
         m = class_map(features, fc.weight, label, self.detach)
         a = (
             m if m.dtype == torch.float64 else m.float()

@@ -66,7 +66,7 @@ class _Blocks(nn.Sequential):
             x = block(x, seen)
         return x
 
-
+# %% ../../nbs/07_models/03_resnet3d.ipynb #e5812873
 def _make_stages(
     stages,  # `Stage` rows
     depth: int,  # slices behind the stem
@@ -119,7 +119,7 @@ def check_input(
 # %% ../../nbs/07_models/03_resnet3d.ipynb #7b324ee3
 _RESNET18 = resnet_stages()  # the default of `stages=`
 
-
+# %% ../../nbs/07_models/03_resnet3d.ipynb #abfd53e0
 class ResNet3d(nn.Module):
     "A 3-D residual network made of parts (He et al. 2016); checks its input by `check_input`"
 
@@ -210,7 +210,7 @@ def stage_table(
             h.remove()
     return rows
 
-
+# %% ../../nbs/07_models/03_resnet3d.ipynb #f9ed8c8c
 def feature_size(
     model: nn.Module,  # with `stages` and `stride`
     size=(64, 224, 224),  # input, `(D,H,W)`

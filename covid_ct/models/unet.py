@@ -48,7 +48,7 @@ def conv_relu(
         nn.ReLU(),
     )
 
-
+# %% ../../nbs/07_models/04_unet.ipynb #57b3aeae
 class DoubleConv(nn.Sequential):
     "Two 3×3(×3) convolutions, the block of the first U-Nets (Ronneberger 2015; Çiçek 2016)"
 
@@ -80,7 +80,7 @@ class PoolDown(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.pool(x)
 
-
+# %% ../../nbs/07_models/04_unet.ipynb #81a9b6a7
 class ConvDown(nn.Module):
     "A 2×2(×2) convolution of stride 2 (Milletari et al. 2016)"
 
@@ -130,7 +130,7 @@ def _start(model):
         if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.bias is not None and not m.bias.is_meta:
             nn.init.zeros_(m.bias)
 
-
+# %% ../../nbs/07_models/04_unet.ipynb #cb7972ca
 class UNet(nn.Module):
     "Contract, expand, and hand the features across (Ronneberger et al. 2015; Çiçek et al. 2016)"
 
@@ -247,7 +247,7 @@ class Bottlenecks(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.relu(self.rows(x) + self.shortcut(x))
 
-
+# %% ../../nbs/07_models/04_unet.ipynb #b48831ce
 def vb_net(
     cin: int = 1,  # channels of the image
     classes: int = 3,  # `K`: background, lung, infection

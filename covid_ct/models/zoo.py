@@ -55,7 +55,7 @@ def _cube(name):
         depth=32, width=4, blocks=(1, 1, 1, 1), hidden=16 if name.split('-')[2:] else (16, 8)
     )
 
-
+# %% ../../nbs/07_models/08_zoo.ipynb #894ce103
 ROWS = {
     **_rows_of(
         DARNET_ROWS,
@@ -73,6 +73,10 @@ ROWS = {
         dict(depth=16, width=4, blocks=(1, 1, 1, 1)),
         (1, 16, 32, 32),
     ),
+}
+
+# %% ../../nbs/07_models/08_zoo.ipynb #e3250298
+ROWS |= {
     **_rows_of(
         RAUNET_ROWS,
         'Chen et al. 2020, residual attention U-Net',
@@ -135,7 +139,7 @@ def describe(
         raise DataError('zoo', f'no network {name!r}', f'Choose one of {", ".join(ROWS)}.')
     return _described(ROWS[name])
 
-
+# %% ../../nbs/07_models/08_zoo.ipynb #d71314ee
 def describe_all() -> list:  # one dictionary per network, in the order of `ROWS`
     "All rows described"
     return [describe(name) for name in ROWS]
@@ -148,7 +152,7 @@ def _same(a, b):
 def _heads(out):
     return [out[k] for k in ('logits', 'detection', 'type') if k in out]
 
-
+# %% ../../nbs/07_models/08_zoo.ipynb #5f47e1e1
 def _trial(row):
     "What is wrong with the small version of a network, one fault after the other"
     net, x = row.build(**row.small).double(), torch.rand(3, *row.small_size, dtype=torch.double)

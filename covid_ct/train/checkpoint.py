@@ -54,7 +54,7 @@ def _names(pack, name):
 def _pack(tensors, name, plain):
     return {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(f'{name}.')}, plain
 
-
+# %% ../../nbs/08_train/07_checkpoint.ipynb #c9fb51e8
 def save_state(
     s: TrainingState,  # between two steps
 ) -> None:
@@ -102,7 +102,7 @@ def load_state(
     if s.accelerator.is_main_process and s.history:
         s.run.write_history(s.history)
 
-
+# %% ../../nbs/08_train/07_checkpoint.ipynb #963d74dc
 def _load_process(s, tensors, ranks):
     "Random generators and numbers of this process; the first takes those of lost processes"
     rank, world = s.accelerator.process_index, s.accelerator.num_processes

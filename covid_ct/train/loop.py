@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import convert_to_fp32, gather_object, send_to_device, set_seed
 from torch import nn
 
+# %% ../../nbs/08_train/08_loop.ipynb #53508b8f
 from ..cohort.splits import split_hash
 from ..scan import evaluating
 from .checkpoint import TrainingState, load_state, save_state
@@ -27,6 +28,7 @@ from .losses import build_loss
 from covid_ct.train.optimize import (
     TrainError,
     check_finite,
+    compile_blocks,
     half_error,
     learning_rate,
     make_average,
@@ -37,6 +39,8 @@ from covid_ct.train.optimize import (
 )
 from .progress import ProgressDisplay, TimedBatches, peak_memory, stop_on_signal
 from .recipes import Recipe
+
+# %% ../../nbs/08_train/08_loop.ipynb #18d1667e
 from covid_ct.train.run_folder import (
     AuditWarning,
     RunFolder,
@@ -157,7 +161,7 @@ def _mine(batch, acc):
     # with fewer scans than processes the last ones compute a scan that does not count
     return send_to_device(mine, acc.device), len(mine['image']) * (rank < n), n
 
-
+# %% ../../nbs/08_train/08_loop.ipynb #d8d880cd
 def _step(
     net: nn.Module,  # gives the dict of outputs
     batch: dict,  # the same in every process
@@ -166,11 +170,16 @@ def _step(
     accelerator: Accelerator,  # that prepared both
     accumulate: int = 1,  # parts of a batch whose gradients are summed
     clip: float = 0.0,  # longest gradient; 0: any
+    later: bool = False,  # do not wait for the numbers: give a `PendingStep`
 ) -> dict:  # `loss`, its parts, `grad_norm`, and `scans` of this process
     "One step on this process's scans of a batch; raises `TrainError` naming them where it fails"
     mine, scans, n = _mine(batch, accelerator)
     share = scans * accelerator.num_processes / n
-    numbers = train_step(net, mine, loss, optimizer, accelerator, accumulate, clip, share)
+    how = accumulate, clip, share, later
+    numbers = train_step(net, mine, loss, optimizer, accelerator, *how)
+    if later:
+        numbers.scans = scans
+        return numbers
     return numbers | dict(scans=scans)
 
 # %% ../../nbs/08_train/08_loop.ipynb #010aacf4
@@ -224,9 +233,10 @@ def _save_epoch(
 class Engine:
     "How a machine carries a recipe out; nothing here changes what is learned beyond rounding"
 
-    compile: bool = False  # use `torch.compile`: the first step takes minutes, the others less
+    compile: bool = False  # compile the blocks: the first step takes long, the others less
     recompute: bool = False  # compute activations twice: less memory, a third more time
     channels_last: bool = False  # order of volumes in memory that tensor cores like
+    read_later: bool | None = None  # read loss and gradient a step later; None: on a GPU
     save_minutes: float = 10.0  # a state is written at least this often, also within an epoch
     trackers: tuple = ()  # Accelerate's, as ('tensorboard',); metrics.csv is always written
     show: str = 'auto'  # 'notebook', 'bar', 'lines' or 'none'; 'auto' looks where it is
@@ -250,7 +260,7 @@ def _split_behind(train, valid, fold):
         [rows.assign(fold=f) for rows, f in zip(sets, (k + 1, k), strict=False)], ignore_index=True
     )
 
-
+# %% ../../nbs/08_train/08_loop.ipynb #7db3f81b
 def _facts(out, resuming, about, split):
     "What is noted of a run: what the folder says already, what the caller says, the split"
     old = read_config(out) if resuming else {}
@@ -267,12 +277,12 @@ def _prepare(model, recipe, engine, acc):
         recompute(model)
     if acc.num_processes > 1 and acc.device.type == 'cuda':
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    net = _WithOutputs(model, engine.channels_last)
     if engine.compile:
-        net.compile()
+        compile_blocks(model)
+    net = _WithOutputs(model, engine.channels_last)
     return *acc.prepare(net, make_optimizer(model, recipe)), average
 
-
+# %% ../../nbs/08_train/08_loop.ipynb #784dfeb3
 def _start(model, recipe, out, resume, about, engine, split):
     "State of a new or resumed training, its folder made, its split written"
     known = split_hash(split) if split is not None else about.get('split_hash', '')
@@ -360,7 +370,9 @@ class Trainer:
         self.run, self.recipe, self.callbacks = state.run, state.run.recipe, tuple(callbacks)
         self.steps = self.recipe.epochs * len(train) if hasattr(train, '__len__') else 0
         self.interrupted, self.stopping, self.signals = False, False, []
-        acc = state.accelerator
+        acc, self.pending = state.accelerator, None
+        later = acc.device.type == 'cuda' if engine.read_later is None else engine.read_later
+        self.later = later and not self.callbacks  # a callback gets the numbers of its step
         for loader in (train, valid):
             getattr(loader, 'share', lambda *a: None)(acc.process_index, acc.num_processes)
         show = engine.show if progress and acc.is_main_process else 'none'
@@ -419,27 +431,40 @@ class Trainer:
         self.display.begin(epoch)
         s.net.train()
         yield from self.clock
+        self.read_pending()
         if not s.numbers:
             raise TrainError('train', 'gave no batches', _ITERATOR)
         self.means = _mean(gather_object(s.numbers))
         self.seconds = self.clock.seconds
         self.scans = sum(n['scans'] for n in s.numbers) - scans_before
 
-    def step(self, batch: dict) -> dict:
-        "Learn from a batch; returns the numbers of the step"
+    def read_pending(self) -> dict | None:
+        "Numbers of the last step, if nobody has read them yet; raises `TrainError` like `_step`"
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            self.state.numbers.append(pending.read())
+            return self.state.numbers[-1]
+
+    def step(self, batch: dict) -> dict | None:
+        "Learn from a batch; returns the newest numbers: of this step, or of the one before"
         s, r = self.state, self.recipe
         for group in s.optimizer.param_groups:
             group['lr'] = learning_rate(r, self.epoch, s.steps, self.steps)
-        numbers = _step(s.net, batch, s.loss, s.optimizer, s.accelerator, r.accumulate, r.clip)
+        how = s.loss, s.optimizer, s.accelerator, r.accumulate, r.clip, self.later
+        numbers = _step(s.net, batch, *how)
+        if self.later:
+            before = self.read_pending()
+            self.pending = numbers
+            return before
         s.numbers.append(numbers)
         return numbers
 
-    def after_step(self, numbers: dict) -> None:
+    def after_step(self, numbers: dict | None) -> None:
         "Average the weights, call the callbacks, write a state if it is time, stop if asked to"
         s = self.state
         s.steps += 1
         s.at += 1
-        self.display.step(numbers['loss'])
+        self.display.step(numbers['loss'] if numbers else None)
         if s.average:
             s.average.update_parameters(s.model)
         for callback in self.callbacks:
@@ -447,6 +472,7 @@ class Trainer:
         late = time.monotonic() - s.saved > 60 * self.engine.save_minutes
         wish = _strongest(s.accelerator, 2 if self.signals or self.stopping else int(late))
         if wish:
+            self.read_pending()  # a state is written only of steps that are known to be finite
             save_state(s)
         if wish == 2:
             raise KeyboardInterrupt

@@ -26,7 +26,7 @@ def _lifted(x):
         x if x.dtype == torch.float64 else x.float()
     )  # half precision would lose sums and logarithms
 
-
+# %% ../../nbs/08_train/01_losses.ipynb #0e79d1ae
 def _log_prob(
     outputs: dict,  # of a model, with `logits` `(B,K)`
     batch: dict,  # with `label` `(B,)`, class indices from 0
@@ -83,7 +83,7 @@ def _check_weights(weights):
             'Give one finite number ≥ 0 per class, at least one above 0.',
         )
 
-
+# %% ../../nbs/08_train/01_losses.ipynb #8965a35a
 @dataclass(frozen=True)
 class CrossEntropy:
     "Cross-entropy of the true class (Shi et al. 2021, IV-B)"
@@ -130,22 +130,6 @@ class Focal:
         return loss, dict(
             focal=loss.detach(), cross_entropy=weighted_mean(-logp.detach(), y, self.weights)
         )
-
-# %% ../../nbs/08_train/01_losses.ipynb #56aab673
-def _inverse_frequency(
-    labels,  # label of each training scan, strings as in `classes`
-    classes,  # labels in the order of the network's outputs
-) -> tuple:  # weight of each class, `(K,)`; their mean over the scans is 1
-    "Weights that make classes count alike (@eq-inverse); raises `LossError` for an empty class"
-    labels = list(labels)
-    count = [labels.count(c) for c in classes]
-    if not all(count):
-        raise LossError(
-            'labels',
-            f'no scan of class {list(classes)[count.index(0)]!r}',
-            'Drop the class or add scans of it.',
-        )
-    return tuple(sum(count) / (len(count) * n) for n in count)
 
 # %% ../../nbs/08_train/01_losses.ipynb #3bfb2815
 def soft_dice(
@@ -289,7 +273,7 @@ class AttentionLoss:
         ce = weighted_mean(-logp, y, self.weights)
         return ce + self.scale * error, dict(cross_entropy=ce.detach(), attention=error.detach())
 
-
+# %% ../../nbs/08_train/01_losses.ipynb #8a54560f
 def _maps(outputs, batch):
     "Attention and infection of a batch, checked"
     if 'attention' not in outputs or 'infection' not in batch:
@@ -383,7 +367,7 @@ LOSSES = {
     'multi_task': MultiTask,
 }
 
-
+# %% ../../nbs/08_train/01_losses.ipynb #3680a99b
 def build_loss(
     name: str,  # a key of `LOSSES`
     **kwargs,  # its settings, as `gamma`

@@ -50,7 +50,7 @@ class TimedBatches:
     def seconds(self) -> float:
         return time.perf_counter() - self.start
 
-
+# %% ../../nbs/08_train/06_progress.ipynb #6c98806a
 def peak_memory(
     device: torch.device,  # where it trains
 ) -> float:  # MB, the most at any time so far
@@ -95,13 +95,14 @@ class ProgressDisplay:
     def begin(self, epoch: int) -> None:
         self.bar.set_description(f'epoch {epoch + 1}/{self.epochs}')
 
-    def step(self, loss: float) -> None:
-        "One step was taken"
-        if not self.bar.disable:
-            self.bar.set_postfix_str(
-                f'loss {loss:.3f}{self.said if self.show == "bar" else ""}', refresh=False
-            )
-            self.bar.update()
+    def step(self, loss: float | None) -> None:
+        "One step was taken; its loss, or None where it is not known yet"
+        if self.bar.disable:
+            return
+        if loss is not None:
+            more = self.said if self.show == 'bar' else ''
+            self.bar.set_postfix_str(f'loss {loss:.3f}{more}', refresh=False)
+        self.bar.update()
 
     def epoch(self, now: dict, shown=(), picture=None) -> None:
         "Show an epoch: its row of the history, columns to name, a function that draws the curves"

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import accelerate
 import numpy as np
+
+# %% ../../nbs/08_train/04_run_folder.ipynb #fe00c4b6
 import pandas as pd
 import torch
 from safetensors import SafetensorError, safe_open
@@ -60,7 +62,7 @@ def write_text(
     "Write a text file in one go"
     _write(path, lambda tmp: tmp.write_text(text, 'utf-8'))
 
-
+# %% ../../nbs/08_train/04_run_folder.ipynb #c217d43c
 def _digest(tensors, plain):
     "Fingerprint of names, types, shapes, values and plain text"
     h = hashlib.blake2b(plain.encode(), digest_size=16)
@@ -179,7 +181,7 @@ _FILES = dict(
     state_before='checkpoints/state.previous.safetensors',
 )
 
-
+# %% ../../nbs/08_train/04_run_folder.ipynb #6782fc5d
 def _read_table(path, **kwargs):
     "A table of a run; raises `RunError` where there is none or it cannot be read"
     try:
@@ -371,7 +373,7 @@ def read_config(
     except (ValueError, KeyError, TypeError) as e:
         raise RunError(p, 'is damaged', 'Restore it from a backup or train again.') from e
 
-
+# %% ../../nbs/08_train/04_run_folder.ipynb #b889764d
 def _recipe_of(folder, config):
     "Recipe in a config; raises `RunError` where it cannot be used or was changed"
     try:
@@ -386,7 +388,7 @@ def _recipe_of(folder, config):
         )
     return r
 
-
+# %% ../../nbs/08_train/04_run_folder.ipynb #e9446700
 def _network_of(folder, recipe):
     "Network of a recipe with fresh weights; raises `RunError` for one that is not in the zoo"
     if not recipe.model:
@@ -452,7 +454,7 @@ def _own_split(path):
     except (ValueError, KeyError, AttributeError, OSError) as e:
         raise RunError(path, f'is no split ({e})', 'Write it again with write_split.') from e
 
-
+# %% ../../nbs/08_train/04_run_folder.ipynb #ae8912a4
 def run_split(
     folder,  # of a run
 ) -> pd.DataFrame | None:  # scan_id patient_id fold; None for an older run that kept none
@@ -471,7 +473,7 @@ def run_split(
                 'Restore it: it says which patients were trained on.',
             )
 
-
+# %% ../../nbs/08_train/04_run_folder.ipynb #e8fc7f51
 def refuse_trained(
     folder,  # of a run
     rows: pd.DataFrame,  # scans to be evaluated: `scan_id patient_id`
@@ -609,7 +611,7 @@ def _model_card(
         lines += _card_scores(run.recipe, part, rows, n)
     return '\n'.join(lines) + '\n'
 
-
+# %% ../../nbs/08_train/04_run_folder.ipynb #b6938946
 def _card_facts(run):
     "Lines of the card on data, recipe, network and warnings"
     c, r = run.config, run.recipe
@@ -628,7 +630,7 @@ def _card_facts(run):
         *(f'- Known fault of the original, not repeated here: {f}.' for f in r.faults),
     ]
 
-
+# %% ../../nbs/08_train/04_run_folder.ipynb #c3a602d1
 def _card_scores(recipe, part, rows, n):
     "Lines of the card with the scores of one part of the data"
     t = TASKS[recipe.task].table(rows, recipe.classes, positive_class(recipe), n)

@@ -33,7 +33,7 @@ def _names(batch, n):
     scan = batch.get('scan_id', [None] * n)
     return dict(scan_id=scan, patient_id=batch.get('patient_id', scan))
 
-
+# %% ../../nbs/08_train/02_tasks.ipynb #5221a26e
 def _classify_rows(
     outputs: dict,  # of a model, with `logits` `(B,K)`
     batch: dict,  # with `label` `(B,)` where it is known, `scan_id`, `patient_id`
@@ -115,7 +115,7 @@ def dice_rows(
         2 * counts[f'both_{c}'].to_numpy(float), n, out=np.full(len(n), np.nan), where=n > 0
     )
 
-
+# %% ../../nbs/08_train/02_tasks.ipynb #a58dfb9a
 def dice_statistic(
     c: str | None = None,  # class; None: mean over the classes
     pooled: bool = False,  # add the voxels of all images first
@@ -145,7 +145,7 @@ def dice_statistic(
 
     return statistic
 
-
+# %% ../../nbs/08_train/02_tasks.ipynb #326c4baf
 def dice_of_counts(
     counts: pd.DataFrame,  # of `segment_rows`
     c: str | None = None,  # class; None: mean over the classes
@@ -191,7 +191,7 @@ def dice_table(
             rows.append((setting, f'Dice {c or "mean"}', *i, i.reason))
     return pd.DataFrame(rows, columns=['setting', 'metric', 'value', 'low', 'high', 'note'])
 
-
+# %% ../../nbs/08_train/02_tasks.ipynb #7516a6e3
 def dice_figure(
     counts: pd.DataFrame,  # of `segment_rows`
 ) -> Picture:  # with alt text

@@ -1,4 +1,5 @@
-"Augmentation: exactness, scipy as a second opinion, gradients, and the workers that repeat each other"
+"""Augmentation: exactness, scipy as a second opinion, gradients, and the workers that repeat
+each other"""
 
 import math
 
@@ -75,7 +76,8 @@ def test_input_is_not_changed_in_place():
     ],
 )
 def test_against_scipy(angle, zoom, shift):
-    "scipy.ndimage.affine_transform pulls values with the inverse matrix in (y,x) order: another library, another convention"
+    """scipy.ndimage.affine_transform pulls values with the inverse matrix in (y,x) order:
+    another library, another convention"""
     x = smooth(1)
     a = math.radians(angle)
     xy = np.diag(zoom) @ np.array([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]])
@@ -242,7 +244,7 @@ def test_theta_is_the_inverse_by_hand():
     ]  # 5 px of W=10 are one unit, halved by the zoom; 10 px of H=20 likewise, quartered
 
 
-# ---------------------------------------------------------------- the sixteen permutations
+# ---- the sixteen permutations
 def by_definition(flips, k):
     "Matrix that moves (z,y,x): flips first, then k turns that take +x to +y"
     turn = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]])
@@ -334,7 +336,7 @@ def test_batches_where_some_move_and_some_only_turn():
     assert y[0].equal(permute(x, v)[0]) and y[2].equal(permute(x, v)[2])
 
 
-# ---------------------------------------------------------------- six views of a slice (Chen et al. 2020); all six at once: test_raunet.py
+# ---- six views of a slice (Chen et al. 2020); all six at once: test_raunet.py
 def test_raunet_row_draws_one_of_the_six():
     v = draw_view(AUGMENTS['raunet'], 6000, seeded_generator('six'))
     pairs = [(int(k), float(z)) for k, z in zip(v.turns, v.zoom[:, 0], strict=False)]
@@ -387,7 +389,8 @@ class _Plain(Dataset):
 
 
 def test_numpy_in_workers_repeats_itself_and_ours_does_not():
-    "Real processes: a generator inside the data set gives 4 angles in 24 draws; views drawn in the main process give 24"
+    """Real processes: a generator inside the data set gives 4 angles in 24 draws; views drawn
+    in the main process give 24"""
     angles = [
         x for _ in range(3) for b in DataLoader(_Numpy(), 1, num_workers=2) for x in b.tolist()
     ]
@@ -396,7 +399,7 @@ def test_numpy_in_workers_repeats_itself_and_ours_does_not():
 
     seen = {}
     for workers in (0, 2):
-        l = Loader(
+        loader = Loader(
             _Plain(),
             [[0, 1, 2, 3], [4, 5, 6, 7]],
             workers,
@@ -406,8 +409,8 @@ def test_numpy_in_workers_repeats_itself_and_ours_does_not():
         seen[workers] = [
             x
             for e in range(3)
-            for _ in [l.set_epoch(e)]
-            for b in l
+            for _ in [loader.set_epoch(e)]
+            for b in loader
             for x in b['image'][:, 0, 0, 0, 0].tolist()
         ]
     assert seen[0] == seen[2] and len(set(seen[0])) == 24

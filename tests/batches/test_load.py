@@ -176,13 +176,13 @@ def test_collate_types(cohort):
 def test_batches_depend_on_seed_and_epoch_only(cohort, tmp_path, workers):
     def run(workers, seed, epochs=(0, 1)):
         d = ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS, cache=tmp_path)
-        l = make_loader(
+        loader = make_loader(
             d, 5, ClassBalancedSampler(cohort, seed=seed), workers, seed, AUGMENTS['darnet']
         )
         out = []
         for e in epochs:
-            l.set_epoch(e)
-            out += list(l)
+            loader.set_epoch(e)
+            out += list(loader)
         return out
 
     torch.manual_seed(1)
@@ -288,15 +288,15 @@ def test_fill_prepares_what_the_data_set_reads(cohort, tmp_path):
 def test_batches_are_the_items_stacked_and_their_views_the_drawn_ones(cohort, tmp_path, workers):
     "Two bytes on the way and a thread ahead change nothing: a slow twin, item by item"
     d = ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS, cache=tmp_path)
-    l, order = (
+    loader, order = (
         make_loader(d, 5, UniformSampler(cohort, seed=3), workers, 3, AUGMENTS['darnet']),
         UniformSampler(cohort, seed=3),
     )
     for epoch in (0, 2):
-        l.set_epoch(epoch)
+        loader.set_epoch(epoch)
         order.set_epoch(epoch)
         rows, g = list(order), seeded_generator(3, 'augment', epoch)
-        for k, batch in enumerate(l):
+        for k, batch in enumerate(loader):
             want = collate([d[i] for i in rows[5 * k : 5 * k + 5]])
             same(batch, apply_view(want, draw_view(AUGMENTS['darnet'], len(want['label']), g)))
         assert k == 2
@@ -337,36 +337,37 @@ def test_a_loader_is_told_apart_from_what_it_wraps(cohort):
     d = ScanDataset(cohort, PREP, load=toy)
     assert make_loader(d, 4).dataset is d
     same(next(iter(make_loader(d, 4))), next(iter(Loader(d, [[0, 1, 2, 3]]))))
-    l = make_loader(d, 4)
-    it = iter(l)
+    loader = make_loader(d, 4)
+    it = iter(loader)
     next(it)
     del it  # left in the middle, begun again
-    same(next(iter(l)), collate([d[i] for i in range(4)]))
+    same(next(iter(loader)), collate([d[i] for i in range(4)]))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no accelerator here')
 def test_batches_lie_on_the_device(cohort):
-    l = make_loader(
+    loader = make_loader(
         ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS),
         4,
         augment=AUGMENTS['darnet'],
         device='cuda',
     )
-    b = next(iter(l))
+    b = next(iter(loader))
     assert b['image'].is_cuda and b['lung'].is_cuda and isinstance(b['scan_id'], list)
     same(
         {
             k: v.cpu() if torch.is_tensor(v) else v
-            for k, v in next(iter(make_loader(l.dataset, 4, device='cuda'))).items()
+            for k, v in next(iter(make_loader(loader.dataset, 4, device='cuda'))).items()
         },
-        next(iter(make_loader(l.dataset, 4))),
+        next(iter(make_loader(loader.dataset, 4))),
     )
 
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_part_of_every_batch_and_what_comes_after_some(cohort, workers):
-    "What one of three processes reads, and what is left of an epoch, are those of the whole epoch, views included"
+    """What one of three processes reads, and what is left of an epoch, are those of the whole
+    epoch, views included"""
 
     def make():
         return make_loader(
@@ -380,9 +381,9 @@ def test_a_part_of_every_batch_and_what_comes_after_some(cohort, workers):
 
     whole = list(make())
     for rank in range(3):
-        l = make()
-        l.share(rank, 3)
-        parts = list(l)
+        loader = make()
+        loader.share(rank, 3)
+        parts = list(loader)
         assert [b['of'] for b in parts] == [5, 5, 2] and [len(b['image']) for b in parts] == [
             len(w['scan_id'][rank::3]) or 1 for w in whole
         ]
@@ -393,9 +394,9 @@ def test_a_part_of_every_batch_and_what_comes_after_some(cohort, workers):
                     and w['infection'][rank::3].equal(b['infection'])
                     and w['scan_id'][rank::3] == b['scan_id']
                 )
-    l = make()
-    l.skip(2)
-    for w, b in zip(whole[2:], l, strict=True):
+    loader = make()
+    loader.skip(2)
+    for w, b in zip(whole[2:], loader, strict=True):
         same(w, b)
 
 

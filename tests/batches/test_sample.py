@@ -137,7 +137,7 @@ def test_a_data_loader_reads_it():
     assert got.tolist() == list(s) and len(s) == 22
 
 
-# ---------------------------------------------------------------- several readers
+# ---- several readers
 MAKERS = dict(
     uniform=lambda **k: UniformSampler(TABLE, **k),
     weights=lambda **k: WeightedSampler(np.arange(75.0), **k),
@@ -147,44 +147,7 @@ MAKERS = dict(
 )
 
 
-@pytest.mark.parametrize('name', MAKERS)
-@pytest.mark.parametrize('world', (1, 2, 3, 8))
-def test_readers_share_one_stream(name, world):
-    "Dealt back together, the readers' rows begin with those of a single reader; all get as many"
-    make = MAKERS[name]
-    for epoch in (0, 5):
-        alone = make(seed=3)
-        alone.set_epoch(epoch)
-        alone = list(alone)
-        readers = [make(seed=3, rank=r, world=world) for r in range(world)]
-        for r in readers:
-            r.set_epoch(epoch)
-        rows = [list(r) for r in readers]
-        together = [x for step in zip(*rows, strict=False) for x in step]
-        assert together[: len(alone)] == alone and 0 <= len(together) - len(alone) < world
-        assert {len(x) for x in rows} == {len(readers[0])} == {-(-len(alone) // world)}
-
-
-def test_the_big_batch_dealt_out():
-    "Step k of two readers with batches of 5 holds the rows of step k of one process with batches of 10"
-    one = list(DataLoader(range(75), 10, sampler=UniformSampler(TABLE, num_samples=70)))
-    two = [
-        list(
-            DataLoader(range(75), 5, sampler=UniformSampler(TABLE, num_samples=70, rank=r, world=2))
-        )
-        for r in range(2)
-    ]
-    for k, big in enumerate(one):
-        assert sorted(big.tolist()) == sorted(two[0][k].tolist() + two[1][k].tolist())
-
-
-def test_readers_that_are_not_there():
-    for rank, world in ((2, 2), (-1, 2), (0, 0)):
-        with pytest.raises(CohortError, match='Ranks count from 0'):
-            UniformSampler(TABLE, rank=rank, world=world)
-
-
-# ---------------------------------------------------------------- sizes (Ouyang et al. 2020, III-C)
+# ---- sizes (Ouyang et al. 2020, III-C)
 def sizes(counts, seed=0):
     "A cohort with so many scans in each group, shuffled, with an index that is no position"
     value = dict(covid_small=0.01, covid_large=0.2, cap_small=0.0005, cap_large=0.01)
@@ -204,7 +167,8 @@ SIZES = sizes((4, 6, 12, 8))
 
 
 def test_thresholds_are_the_papers():
-    "Less than 0.030 is small COVID, more than 0.001 is large CAP, and the borders belong to the rest"
+    """Less than 0.030 is small COVID, more than 0.001 is large CAP, and the borders belong to
+    the rest"""
     r = [0, 0.001, np.nextafter(0.001, 1), 0.0299, np.nextafter(0.03, 0), 0.03, 1]
     assert (
         size_groups(pd.DataFrame(dict(label='covid', infection_ratio=r))).tolist()
@@ -250,7 +214,8 @@ def test_weights_by_hand(counts, weights, chances):
 
 @pytest.mark.parametrize('counts', [(40, 60, 66, 44), (3, 200, 150, 2)])
 def test_size_frequencies(counts):
-    "10⁵ draws: groups by chance, scans alike inside; and the slow way, group first, has the same law"
+    """10⁵ draws: groups by chance, scans alike inside; and the slow way, group first, has the
+    same law"""
     d = sizes(counts)
     s = SizeBalancedSampler(d, num_samples=N, seed=1)
     rows = np.bincount(list(s), minlength=len(d))
@@ -325,8 +290,8 @@ def test_dual_samplers():
         and sorted(two['us']) == list(range(30))
         and list(two['ss']) == list(SizeBalancedSampler(SIZES, seed=5))
     )
-    half = dual_samplers(SIZES, num_samples=11, rank=1, world=2)
-    assert [len(s) for s in half.values()] == [6, 6]
+    few = dual_samplers(SIZES, num_samples=11)
+    assert [len(s) for s in few.values()] == [11, 11]
     with pytest.raises(CohortError, match='no scan in group'):
         dual_samplers(SIZES, small=0.001)
 
@@ -338,7 +303,7 @@ def test_plot_of_what_was_drawn():
     assert sum(bars) == pytest.approx(1) and len(fig.axes) == 2
 
 
-# ---------------------------------------------------------------- batches of a fixed composition (Wang et al. 2020, IV-B)
+# ---- batches of a fixed composition (Wang et al. 2020, IV-B)
 WARD = (
     pd.DataFrame(dict(label=['covid'] * 11 + ['healthy'] * 30 + ['ild'] * 7 + ['cap'] * 4))
     .sample(frac=1, random_state=0)
@@ -351,20 +316,17 @@ TEN = dict(healthy=4, ild=3, covid=3)
     'composition',
     [TEN, dict(covid=1), dict(cap=4, covid=11), dict(ild=7, healthy=2, cap=1, covid=5)],
 )
-@pytest.mark.parametrize('world', (1, 3))
-def test_composition_holds(composition, world):
+def test_composition_holds(composition):
     label = WARD.label.to_numpy()
-    for rank in range(world):
-        s = CompositionSampler(WARD, composition, batches=40, seed=2, rank=rank, world=world)
-        assert s.batch_size == sum(composition.values()) and len(s) == -(-40 // world)
-        for e in (0, 1):
-            s.set_epoch(e)
-            got = list(s)
-            assert len(got) == len(s)
-            for rows in got:
-                assert label[rows].tolist() == [
-                    c for c, k in composition.items() for _ in range(k)
-                ] and len(set(rows)) == len(rows)
+    s = CompositionSampler(WARD, composition, batches=40, seed=2)
+    assert s.batch_size == sum(composition.values()) and len(s) == 40
+    wanted = [c for c, k in composition.items() for _ in range(k)]
+    for e in (0, 1):
+        s.set_epoch(e)
+        got = list(s)
+        assert len(got) == len(s)
+        for rows in got:
+            assert label[rows].tolist() == wanted and len(set(rows)) == len(rows)
 
 
 def test_composition_shows_everybody_alike():
@@ -416,7 +378,7 @@ def test_decks_never_repeat_a_card(n, size):
 
 
 def test_a_data_loader_reads_batches_in_workers():
-    data = [dict(i=i, label=l) for i, l in enumerate(WARD.label)]
+    data = [dict(i=i, label=name) for i, name in enumerate(WARD.label)]
     s = CompositionSampler(WARD, TEN, seed=3)
     for workers in (0, 2):
         got = [b['i'].tolist() for b in DataLoader(data, batch_sampler=s, num_workers=workers)]

@@ -1,4 +1,5 @@
-"Attribution for volumes: Captum as it is, in portions; patches along the anatomy; a network that afterwards is as it was"
+"""Attribution for volumes: Captum as it is, in portions; patches along the anatomy; a network
+that afterwards is as it was"""
 
 import json
 import os
@@ -74,7 +75,8 @@ class Fails(nn.Module):
 @pytest.mark.parametrize("way", _LAYER_METHODS)
 @pytest.mark.parametrize("fails", [False, True])
 def test_leaves_no_trace(way, fails):
-    "Mode, hooks, gradients, wishes for gradients, buffers and the random stream, after an end and after an accident"
+    """Mode, hooks, gradients, wishes for gradients, buffers and the random stream, after an end
+    and after an accident"""
     m = net().train()
     m.stages[1].eval()
     m.fc.weight.requires_grad_(False)
@@ -318,14 +320,16 @@ m = DARNET_ROWS['darnet'](depth=32, width=16, blocks=(1,1,1,1)).eval().requires_
 def go(n):
     x = torch.rand(n,1,32,64,64).requires_grad_(); torch.autograd.grad(m(x).sum(), x)
 said = plan_memory(m, torch.rand(1,1,32,64,64)).each
-peak = lambda: 1024*int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])    # ru_maxrss would begin at the parent's
+def peak():  # ru_maxrss would begin at the parent's
+    return 1024*int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])
 go(4); few = peak(); go(12); print(json.dumps([said, (peak()-few)/8]))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts bytes as Linux does")
 def test_predicted_peak_is_the_real_one():
-    "Eight more volumes at a time cost what was predicted, within a third, where the allocator gives back what was freed"
+    """Eight more volumes at a time cost what was predicted, within a third, where the allocator
+    gives back what was freed"""
     out = subprocess.run(
         [sys.executable, "-c", CHILD],
         capture_output=True,

@@ -12,7 +12,6 @@ from torch import nn
 
 from covid_ct.explain.cam import (
     CAM_METHODS,
-    _layer_sizes,
     all_cams,
     attention_maps,
     baseline_maps,
@@ -378,20 +377,6 @@ def test_grad_cam_pp_hears_only_what_pulls_up():
     )
 
 
-def test_layer_sizes():
-    m = net().train()
-    before = state(m)
-    sizes = _layer_sizes(m, X[:1])
-    assert (
-        state(m) == before
-        and sizes["stages.3"] == (32, 1, 2, 3)
-        and sizes["stem"] == (4, 8, 16, 24)
-        and "fc" not in sizes
-    )
-    for k in ("stem", "stages.1", "stages.3"):
-        assert grad_cam(m, X[:1], 0, k).shape[1:] == sizes[k][1:]
-
-
 def test_explain_takes_layers_and_functions():
     s = make_scan()
     q = prepare_scan(s, Prep(size=(8, 32, 32)))
@@ -457,7 +442,8 @@ def turned(a, b, c):
 @pytest.mark.parametrize("n", [1, 2, 4])
 @pytest.mark.parametrize("crop", ["none", "lungs"])
 def test_lands_within_half_a_voxel_on_an_oblique_scan(n, crop):
-    "A blob of known place in the patient, a scan that is turned and anisotropic, a network of another size"
+    """A blob of known place in the patient, a scan that is turned and anisotropic, a network of
+    another size"""
     shape, spacing, direction = (30, 52, 44), (3.1, 0.9, 1.3), turned(0.3, -0.2, 0.5)
     assert (
         np.allclose(direction @ direction.T, np.eye(3)) and abs(direction - np.eye(3)).max() > 0.2

@@ -1,4 +1,5 @@
-"Scores of explanations: cases by hand, oracles, networks whose reasons are known, networks that forgot"
+"""Scores of explanations: cases by hand, oracles, networks whose reasons are known, networks
+that forgot"""
 
 from functools import partial
 
@@ -350,7 +351,8 @@ def seer():
 
 
 def test_another_training_says_the_same_and_dealt_labels_do_not(seer):
-    "Repeatability over seeds above the level of other scans, and a map of labels without meaning off the balls"
+    """Repeatability over seeds above the level of other scans, and a map of labels without
+    meaning off the balls"""
     m, x, truth = seer
     a, b, c = (input_size_maps(n, x, grad_cam, 1) for n in (m, learner(2), learner(1, dealt=True)))
     level = random_pairs(a)["rank"].mean()

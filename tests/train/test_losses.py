@@ -14,7 +14,6 @@ from covid_ct.train.losses import (
     LossError,
     MultiTask,
     SegmentationLoss,
-    _inverse_frequency,
     _split_label,
     attention_error,
     build_loss,
@@ -136,7 +135,6 @@ def test_bad_choices():
         lambda: CrossEntropy((0.0, 0.0)),
         lambda: build_loss("mse"),
         lambda: build_loss("focal", beta=1),
-        lambda: _inverse_frequency(["a"], ("a", "b")),
     ):
         with pytest.raises(LossError):
             make()
@@ -150,7 +148,6 @@ def test_known_values():
         math.log(3),
         rel_tol=1e-6,
     )
-    assert _inverse_frequency(list("aabbbbbb"), ("a", "b")) == (2.0, 8 / 12)
 
 
 # ---- segmentation, attention, multi-task
