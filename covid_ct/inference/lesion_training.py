@@ -159,7 +159,7 @@ class LesionBatches(SliceBatches):
 MEMBERS = 2  # networks whose probabilities are averaged
 
 
-LESION_THRESHOLD = 0.4  # least probability of all lesions together; chosen on the folds
+LESION_THRESHOLD = 0.35  # least probability of all lesions together; chosen on the folds
 
 
 LESION_WINDOW = -1200.0, 300.0  # HU that become 0 and 1: healthy lung as grey as in the slices

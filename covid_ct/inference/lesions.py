@@ -201,7 +201,7 @@ def lesion_pictures(
 ) -> tuple:  # pictures `(N,1,size,size)`, the index of their slices, their squares
     "Slices with lung as the network saw pictures in its training"
     size, grey = card['size'], np.where(lungs, _greys(scan, card['window']), 0)
-    stretch = max(1.0, lung_aspect(lungs) / card['aspect'])
+    stretch = max(1.0, lung_aspect(lungs) / card['aspect']) if scan.units == 'HU' else 1.0
     squares = {z: q for z in range(len(grey)) if (q := lung_square(lungs[z], stretch))}
     if not squares:
         return torch.zeros(0, 1, size, size), [], []
@@ -282,6 +282,12 @@ def _input_warnings(scan, squares, size):
         )
     return out
 
+
+def _not_black(scan):
+    "Lungs of pictures that are cut to them, with the dark places inside"
+    seen = scan.voxels > 0.03 * (255 if scan.units == 'uint8' else 1)
+    return np.stack([ndimage.binary_fill_holes(z) for z in seen])
+
 # %% ../../nbs/09_inference/06_lesions.ipynb #e188ba1f
 def _lungs_of(scan, lungs):
     "Where to look, and sentences about it"
@@ -295,7 +301,7 @@ def _lungs_of(scan, lungs):
             'Give a mask on the grid of the scan.',
         )
     if scan.units != 'HU':
-        return scan.voxels > 0, ['No lung mask: everything that is not black is taken as lung.']
+        return _not_black(scan), ['No lung mask: all that is not black is taken as lung.']
     try:
         return lung_mask(scan), []
     except NotAChestError as e:
