@@ -422,7 +422,8 @@ def check_segmentation(
     if kind == 'dicom':
         _highdicom()
         if source is not None:
-            dicom_source(source, series)
+            slices, grid = dicom_source(source, series)
+            _source_header(slices[0].path, grid.spacing[0])
     return kind
 
 # %% ../../nbs/09_inference/08_segmentation_files.ipynb #7f11e029
