@@ -168,8 +168,8 @@ def _segment(a):
         print(json.dumps(dict(file=a.out) | facts, indent=1, default=str))
         return
     _warn(found.warnings)
-    weights = found.card.get('version') or found.card.get('run')
-    print(f'{_volumes(facts)} in {Path(a.out).name}, by weights {weights}')
+    who = f'run {found.card["run"]}' if a.run_folder else f'weights version {found.card["version"]}'
+    print(f'{_volumes(facts)} in {Path(a.out).name}, by {who}')
 
 # %% ../nbs/14_cli.ipynb #5e9c0003
 def _predict(a):

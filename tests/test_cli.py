@@ -194,7 +194,9 @@ def test_segment_needs_nothing_but_a_scan(name, capsys, chest, toy_weights, tmp_
     code, out, err = run(capsys, "segment", source, tmp_path / name)
     assert code == 2 and "exists already" in err and err.count("\n") == 1
     code, out, err = run(capsys, "segment", source, tmp_path / name, "--overwrite")
-    assert code == 0 and "by weights toy" in out and "lesions" in err and "ground glass" in out
+    assert (
+        code == 0 and "by weights version toy" in out and "lesions" in err and "ground glass" in out
+    )
 
 
 def test_segment_refuses_early(capsys, chest, tmp_path, monkeypatch):

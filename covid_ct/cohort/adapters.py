@@ -572,7 +572,7 @@ def _md_file(
     found = [(int(m[1] or 0), f) for f in root.glob('*.npy') if (m := name.fullmatch(f.name))]
     return max(found)[1] if found else None
 
-
+# %% ../../nbs/03_cohort/03_adapters.ipynb #c0d1d1a3
 def _md_index(root: Path) -> dict:
     "Row of the label files by subject; raises `CohortError` for a damaged table"
     csv = root / 'Index.csv'
@@ -615,7 +615,7 @@ def _md_array(path: Path, row: int, n: int) -> np.ndarray:
         raise CohortError(path, f'row {row} holds other numbers than 0 and 1', 'Copy it again.')
     return v[row, :n].astype('u1')
 
-
+# %% ../../nbs/03_cohort/03_adapters.ipynb #c0d1d1a4
 def _md_csv(path: Path, n: int) -> pd.DataFrame:
     "Labels of one subject from its own table; raises `CohortError` where they do not fit"
     df = pd.read_csv(path)
@@ -673,7 +673,7 @@ def _md_row(label: str, folder: Path, root: Path, index: dict, arrays) -> dict:
         infected_slices=None if labels is None else int(slice_labels(found, root).infected.sum())
     )
 
-
+# %% ../../nbs/03_cohort/03_adapters.ipynb #c0d1d1a7
 def _read_covid_ct_md(
     root,  # folder with the subjects, or with their class folders, and the label files
 ) -> pd.DataFrame:  # one row a scan; `n_slice slice_labels label_index infected_slices`

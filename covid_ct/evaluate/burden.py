@@ -237,12 +237,14 @@ def _lesion_masks(lesions: np.ndarray, kinds: tuple) -> dict:
 
 
 def _weights_note(card: dict) -> str:
-    "One sentence on the weights that outlined the lesions"
+    "Which weights outlined the lesions, and where they are known to fail"
     version, checksum = card.get('version', 'without a version'), str(card.get('sha256', ''))[:12]
+    failures = (card.get('about') or {}).get('known failures', '')
     return (
         f'The lesions were outlined by a network, weights version {version}'
         + (f' (SHA-256 {checksum}…)' if checksum else '')
-        + '. They are an estimate: look at them before using a number of this page.'
+        + '. They are an estimate: look at them before using a number of this page. '
+        + (f'Known failures: {failures}' if failures else '')
     )
 
 

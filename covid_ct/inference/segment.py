@@ -96,7 +96,7 @@ def _find_lungs(scan: Scan, progress: bool) -> tuple:
         bar.update()
     return mask, list(mask_warnings(mask, scan)) if scan.geometry_known else []
 
-
+# %% ../../nbs/09_inference/03_segment.ipynb #5e9000ad
 def segment(
     scan: Scan,  # a chest in HU
     lungs: np.ndarray | None = None,  # bool `(D,H,W)`, where to look; None: `lung_mask`
@@ -141,7 +141,7 @@ def _require_millimetres(scan: Scan) -> Scan:
         )
     return scan
 
-
+# %% ../../nbs/09_inference/03_segment.ipynb #5e9000b7
 def burden(
     scan: Scan,  # a chest in HU with known geometry
     lesions: np.ndarray | None = None,  # `(D,H,W)` bool or numbers of `LESIONS`; None: `segment`

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+# %% ../../nbs/09_inference/08_segmentation_files.ipynb #7f11e0a5
 import numpy as np
 import pydicom
 import SimpleITK as sitk
@@ -24,6 +25,8 @@ import SimpleITK as sitk
 from .. import __version__
 from ..io.dicom import series_slices
 from ..io.read import file_ending, reorient, to_image, write_mask
+
+# %% ../../nbs/09_inference/08_segmentation_files.ipynb #7f11e0a6
 from covid_ct.scan import (
     DataError,
     GeometryError,
@@ -91,7 +94,7 @@ def _count(
         )
     return n
 
-
+# %% ../../nbs/09_inference/08_segmentation_files.ipynb #7f11e0ac
 def _numbered(
     classes: np.ndarray,  # `(D,H,W)`, 0 or a `label` of `segments`
     segments: tuple,  # of `Segment`
@@ -169,7 +172,7 @@ def _save(path, write: Callable, overwrite: bool) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_atomic(path, write)
 
-
+# %% ../../nbs/09_inference/08_segmentation_files.ipynb #7f11e0b3
 def write_seg_nrrd(
     classes: np.ndarray,  # `(D,H,W)`, 0 or a `label` of `segments`, on the grid of the scan
     scan: Scan,  # whose stored axes the file gets
@@ -230,6 +233,8 @@ def dicom_source(
 
 # %% ../../nbs/09_inference/08_segmentation_files.ipynb #7f11e01b
 _IDENTIFIERS = ('StudyInstanceUID', 'SeriesInstanceUID', 'SOPInstanceUID', 'SOPClassUID')
+
+
 _MAY_BE_EMPTY = (
     'PatientID',
     'PatientName',
@@ -242,7 +247,7 @@ _MAY_BE_EMPTY = (
     'ReferringPhysicianName',
 )  # tags that the standard wants to see, empty if need be
 
-
+# %% ../../nbs/09_inference/08_segmentation_files.ipynb #7f11e0bc
 def _source_header(path, step: float) -> pydicom.Dataset:
     "Header of one image; raises `ReadError` where it has no identifiers to refer to"
     d = pydicom.dcmread(path, stop_before_pixels=True)
@@ -272,7 +277,7 @@ def _algorithm(hd: ModuleType, card: dict):
         parameters={'weights_sha256': weights},
     )
 
-
+# %% ../../nbs/09_inference/08_segmentation_files.ipynb #7f11e0be
 def _descriptions(hd: ModuleType, segments: tuple, card: dict) -> list:
     "Name, colour and code of each segment"
     code = hd.sr.CodedConcept
@@ -333,7 +338,7 @@ def _series_of(source, series, scan_id: str):
     except DataError:
         return None
 
-
+# %% ../../nbs/09_inference/08_segmentation_files.ipynb #7f11e0c0
 def _dicom_seg(hd: ModuleType, images: list, values: np.ndarray, segments: tuple, card: dict):
     "The segmentation as a dataset, not yet written"
     number = images[0].get('SeriesNumber')
@@ -398,7 +403,7 @@ def facts_path(
     end = next((e for e in kinds if path.name.lower().endswith(e)), path.suffix)
     return path.with_name(path.name[: len(path.name) - len(end)] + '.json')
 
-
+# %% ../../nbs/09_inference/08_segmentation_files.ipynb #7f11e0c8
 def check_segmentation(
     path,  # file that will be written
     source=None,  # what the scan is read from; None: nothing is looked up
@@ -417,7 +422,8 @@ def check_segmentation(
     if kind == 'dicom':
         _highdicom()
         if source is not None:
-            dicom_source(source, series)
+            slices, grid = dicom_source(source, series)
+            _source_header(slices[0].path, grid.spacing[0])
     return kind
 
 # %% ../../nbs/09_inference/08_segmentation_files.ipynb #7f11e029

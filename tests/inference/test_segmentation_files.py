@@ -184,7 +184,13 @@ def test_no_series_no_dicom(phantom, series, classes, tmp_path):
     for f in series.iterdir():
         (tmp_path / "s" / f.name).write_bytes(f.read_bytes())
     first.save_as(tmp_path / "s" / next(series.iterdir()).name)
-    with pytest.raises(ReadError, match="has no SOPInstanceUID"):
+    for f in (tmp_path / "s").iterdir():
+        bare = pydicom.dcmread(f)
+        del bare.StudyInstanceUID
+        bare.save_as(f)
+    with pytest.raises(ReadError, match="StudyInstanceUID"):  # before the work
+        check_segmentation(tmp_path / "b.dcm", tmp_path / "s")
+    with pytest.raises(ReadError, match="StudyInstanceUID"):
         write_dicom_seg(classes, read(tmp_path / "s"), tmp_path / "b.dcm")
 
 
