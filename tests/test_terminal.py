@@ -221,6 +221,7 @@ OUTPUTS = [
     ("train c.csv {}", "folder"),
     ("study s.toml --out {}", "folder"),
     ("report names --paper darnet --out {}", "folder"),
+    ("reproduce darnet phantoms --out {}", "folder"),
     ("course {}", "folder"),
     ("demo --out {}", "folder"),
     ("fetch ct_seg {}", "folder"),
