@@ -340,6 +340,7 @@ def test_an_option_that_is_recommended_exists():
                 "demo",
                 "study",
                 "report",
+                "reproduce",
                 "cases",
                 "export",
                 "course",
