@@ -155,7 +155,8 @@ def _ratios(rows, classes):
         raise CohortError(
             'cohort',
             f'has no column {lacking[0]!r}',
-            'Give each scan infected over lung voxels, from masks or a segmentation.',
+            'Give each scan its infected voxels over its lung voxels, from masks or '
+            'a segmentation.',
         )
     ratio = pd.to_numeric(rows.infection_ratio, errors='coerce')
     for bad, fault, remedy in (

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['unit_vectors', 'exact_attention', 'draw_rotations', 'hash_tokens', 'bucket_factors', 'sort_tokens', 'attention_reach',
-           'lsh_attention', 'LSHAttention']
+           'attend_round', 'lsh_attention', 'LSHAttention']
 
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #88d0232a
 import math
@@ -105,6 +105,48 @@ def attention_reach(
     "Same bucket, and the same chunk or the one before"
     return (query - key) >> 1 == 0
 
+# %% ../../nbs/07_models/05_lsh_attention.ipynb #96eedf90
+def attend_round(
+    qk: torch.Tensor,  # `(N,T,d)`, T a multiple of `chunk`
+    v: torch.Tensor,  # `(N,T,e)`
+    order: torch.Tensor,  # of this round, `(N,T)`
+    codes: torch.Tensor,  # of all rounds, `(N,T,n_r)`
+    g: int,  # this round
+    chunk: int,  # `m`
+    causal: bool = False,  # only keys that do not stand behind the query
+) -> torch.Tensor:  # `(N,T,e+1)`: the mean over the keys reached, and the log of its normaliser
+    "Attention within chunks and one look back (Chen et al. 2020, the last equations of II-C)"
+    n, T, d = qk.shape
+    c = T // chunk
+
+    def cut(x):
+        return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])).view(n, c, chunk, -1)
+
+    back = (
+        (lambda x: torch.cat([x.roll(1, 1), x], 2)) if c > 1 else (lambda x: x)
+    )  # the first chunk looks back on the last; no code there can fit
+    q, code, here = cut(qk), cut(codes), order.view(n, c, chunk, 1)
+
+    def met(r):
+        return attention_reach(code[..., None, r], back(code)[:, :, None, :, r])
+
+    s, ok, there = (
+        q @ back(unit_vectors(q)).transpose(-1, -2) / math.sqrt(d),
+        met(g),
+        back(here).transpose(-1, -2),
+    )
+    count = sum((met(r) for r in range(codes.shape[-1]) if r != g), start=ok.to(torch.uint8))
+    if codes.shape[-1] > 1:
+        s = s - count.clamp_min(1).to(s.dtype).log()
+    s = s.masked_fill(~(ok & (here >= there) if causal else ok), -math.inf).masked_fill(
+        here == there, _SELF
+    )
+    top = s.detach().amax(-1, keepdim=True)
+    w = (s - top).exp()
+    total = w.sum(-1, keepdim=True)
+    out = torch.cat([w @ back(cut(v)) / total, total.log() + top], -1).view(n, T, -1)
+    return torch.zeros_like(out).scatter(1, order[..., None].expand_as(out), out)
+
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #7e27be38
 def _check_tokens(
     qk: torch.Tensor,  # `(…,T,d)`
@@ -141,7 +183,8 @@ def _check_tokens(
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #b34ff217
 def _kernel(q, v):
     "PyTorch's blockwise attention, where it can be used; it returns the normaliser, too"
-    if q.device.type == 'cpu' and q.shape[-1] == v.shape[-1]:
+    here = q.device.type == 'cpu' and not torch.compiler.is_compiling()  # no ONNX has it
+    if here and q.shape[-1] == v.shape[-1]:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -261,6 +304,19 @@ def _one_row(order, codes, count, chunk):
     codes = codes + (count * gap * head).to(codes.dtype)
     return (order + T * head).flatten(1), codes.flatten(1), gap
 
+# %% ../../nbs/07_models/05_lsh_attention.ipynb #e79b40f4
+def _exporting():
+    "Whether a program is being written, by `torch.export` or for ONNX"
+    return getattr(torch.compiler, 'is_exporting', torch.compiler.is_compiling)()
+
+
+def _by_rounds(qk, v, order, codes, chunk, causal):
+    "The sum, round by round, in the simple way; `qk` `(N,T,d)`, `v` `(N,T,e)`"
+    met = codes.movedim(0, -1)
+    r = [attend_round(qk, v, o, met, g, chunk, causal) for g, o in enumerate(order)]
+    r = torch.stack(r)
+    return (r[..., -1:].softmax(0) * r[..., :-1]).sum(0)
+
 # %% ../../nbs/07_models/05_lsh_attention.ipynb #9a551098
 def lsh_attention(
     qk: torch.Tensor,  # shared queries and keys, `(…,T,d)`
@@ -288,9 +344,13 @@ def lsh_attention(
     device = 'cpu' if qk.is_meta else qk.device.type
     with torch.autocast(device, enabled=False):  # scores of −100,000 need float32
         row, codes = sort_tokens(buckets, chunk, spare + 1)
-        rows, codes, gap = _one_row(row, codes, spare + 1, chunk)
         q = flat(qk)
-        out = _Rounds.apply(q, unit_vectors(q), flat(v), rows, codes, gap, chunk, causal, budget)
+        if _exporting():
+            heads = (x.view(-1, T + more, x.shape[-1]) for x in (q, flat(v)))
+            out = _by_rounds(*heads, row, codes, chunk, causal)
+        else:
+            how = *_one_row(row, codes, spare + 1, chunk), chunk, causal, budget
+            out = _Rounds.apply(q, unit_vectors(q), flat(v), *how)
     out = out.view(-1, T + more, e)[:, :T].reshape(v.shape).to(v.dtype)
     return out if mask is None else out.masked_fill(~mask[..., None], 0)
 

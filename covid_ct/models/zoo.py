@@ -93,6 +93,10 @@ ROWS |= {
         _cube,
         (1, 32, 32, 32),
     ),
+}
+
+# %% ../../nbs/07_models/08_zoo.ipynb #9917c6af
+ROWS |= {
     **_rows_of(
         PARL_OURS,
         'after Wang et al. 2020; γ learned, or maps as means',
