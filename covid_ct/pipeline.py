@@ -17,10 +17,10 @@ _STAGES = (  # subpackage, what it does, in → out, page below nbs/ without its
     ('preprocess', 'prepare scans', 'Scan → network grid', '05_preprocess/02_lungs'),
     ('batches', 'sample, augment', 'cohort → batches', '06_batches/04_loaders'),
     ('models', 'networks', 'batch → logits, maps', '07_models/08_zoo'),
-    ('train', 'train', 'batches → run folder', '08_train/08_loop'),
+    ('train', 'fit networks', 'batches → run folder', '08_train/08_loop'),
     ('inference', 'predict, segment', 'network, scan → answer', '09_inference/02_predict'),
     ('evaluate', 'measure', 'predictions → intervals', '10_evaluate/02_statistics'),
-    ('explain', 'explain', 'network, scan → heat map', '11_explain/01_cam'),
+    ('explain', 'draw heat maps', 'network, scan → map', '11_explain/01_cam'),
     ('widgets', 'show', 'scan, masks, maps → viewer', '12_widgets/03_viewer'),
     ('papers', 'compare', 'run folders → tables of the four papers', 'papers/7_tables'),
 )

@@ -255,6 +255,17 @@ def test_the_pipeline_opens_every_subpackage(notebooks):
         assert shown == show_pipeline(package)._repr_html_(), f"run {first} again"
 
 
+def test_the_links_of_a_pipeline_lead_to_pages():
+    html = show_pipeline("io")._repr_html_()
+    output = {"data": {"text/html": [html]}}
+    stage.lead_on(output, lambda url: url.replace("02_io/06_read", "02_io/read"))
+    shown = output["data"]["text/html"]
+    assert 'href="../02_io/read.html"' in shown and ".ipynb" not in shown
+    other = {"data": {"text/html": ['<a href="x.ipynb">x</a>']}}
+    stage.lead_on(other, str.upper)
+    assert other["data"]["text/html"] == ['<a href="x.ipynb">x</a>']
+
+
 def test_the_picture_of_the_pipeline_in_the_readme(root):
     "Draws the same stages"
     svg = (root / "docs/_static/pipeline.svg").read_text("utf-8")
