@@ -68,7 +68,7 @@ def _number_kind(path) -> str:
 def file_facts(
     path,  # file or folder of one scan
     inside='',  # part of a zip file
-    # `kind` (ending, `dicom`, mixed as `.jpg+.png`), `mode` (colours or type of number), `lost_names`
+    # `kind` (ending, `dicom`, mixed as `.jpg+.png`), `mode` (colours or number type), `lost_names`
     # (numbers missing among file names)
 ) -> dict:
     "What a scan's files say from the outside"
