@@ -137,8 +137,9 @@ def _segment(a):
     scan = read(a.path, series=a.series, **_how(a))
     found = segment(model, scan, a.size or recipe.slice_size)
     write_mask(lesion_labels(found), scan, a.out, overwrite=a.overwrite)
-    volumes = '  '.join(f'{k} {v:.1f} mL' for k, v in class_volumes_ml(found, scan).items())
-    print(f'{volumes} in {Path(a.out).name}')
+    volumes = class_volumes_ml(found, scan)
+    text = '  '.join(f'{k} {v:.1f} mL' for k, v in volumes.items()) + f' in {Path(a.out).name}'
+    _say(a, text, file=Path(a.out).name, volumes_ml=volumes, warnings=list(scan.remarks))
 
 
 def _predict(a):
@@ -616,7 +617,6 @@ def _of_scans(add):
         _segment,
         'outline lesions slice by slice with a trained network',
         _SCAN,
-        js=False,
     )
     _mask_out(p, 'lesions.nii.gz')
     _run_in(p)
