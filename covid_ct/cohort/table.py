@@ -91,7 +91,7 @@ def _runs_in_a_spreadsheet(text: str) -> bool:
     "Whether a cell begins like a formula and is no number"
     return bool(re.match(r'[=+@\t\r]|-(?!\d+(\.\d+)?$)', text))
 
-
+# %% ../../nbs/03_cohort/02_table.ipynb #dc368ab0
 def _check_rows(df, root, labels, needed) -> None:
     "Raise `CohortError` for the first row that breaks the schema"
     for i, r in enumerate(df.to_dict('records')):
@@ -263,7 +263,7 @@ def read_cohort(
     df.attrs['notes'] = notes
     return df
 
-
+# %% ../../nbs/03_cohort/02_table.ipynb #b92fe9e5
 def write_cohort(
     df: pd.DataFrame,  # cohort
     csv,  # where to write it

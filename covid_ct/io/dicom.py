@@ -62,8 +62,7 @@ def _slice_file(scan, k, uid) -> 'pydicom.FileDataset':
     d = pydicom.FileDataset(
         '', {}, file_meta=meta, preamble=bytes(128), is_implicit_VR=False, is_little_endian=True
     )
-    z, y, x = scan.grid.to_mm((k, 0, 0))
-    R = np.array(scan.direction)[::-1, ::-1]
+    (z, y, x), R = scan.grid.to_mm((k, 0, 0)), np.array(scan.direction)[::-1, ::-1]
     for name, v in dict(
         SOPClassUID=CT_IMAGE_CLASS,
         SOPInstanceUID=f'{uid}.{k + 1}',
@@ -233,7 +232,7 @@ def _join_singles(found) -> list:
     rest = [s for s in found if s.files[0] not in inside]
     return sorted([*rest, *joined], key=lambda s: list(found).index(s) if s in rest else -1)
 
-
+# %% ../../nbs/02_io/05_dicom.ipynb #53767c52
 def _joined(parts) -> Series | None:
     "One series of many; None where they are no volume"
     slices = [s for part in parts for s in part.slices]
@@ -286,7 +285,7 @@ def _find_series(
 def _mm(p) -> str:
     return '(' + ', '.join(f'{x:.5g}' for x in p) + ')'
 
-
+# %% ../../nbs/02_io/05_dicom.ipynb #9e2e2a92
 def _plane(slices, source) -> np.ndarray:
     "Unit vectors of row and column, `(2,3)`, that all slices share"
     for s in slices:
@@ -348,7 +347,7 @@ def _check_upright(at, h, n, pixel, source, tilt) -> None:
             'to have it resampled on an upright grid.',
         )
 
-
+# %% ../../nbs/02_io/05_dicom.ipynb #8d7c5657
 def _check_gaps(at, h, step, source) -> None:
     "Raise `GeometryError` for positions that are no even stack"
     gaps, (_, off, _) = np.diff(h), even_stack(h)
@@ -388,7 +387,7 @@ def _check_steps(at, n, pixel, source, tilt) -> float:
     first = float(h[-1] - h[0]) / (len(h) - 1)
     return first if np.ptp(gaps) <= 0.02 * step else mean
 
-
+# %% ../../nbs/02_io/05_dicom.ipynb #9af01da9
 def _rounding_note(slices, grid) -> list:
     "Remark on positions that are rounded"
     n = np.cross(*np.array(slices[0].axes).reshape(2, 3))
@@ -430,7 +429,7 @@ def _tilt_offsets(
     axes = np.array(slices[0].axes).reshape(2, 3)[::-1]
     return (p - p[0]) @ axes.T / np.array(grid.spacing[1:])
 
-
+# %% ../../nbs/02_io/05_dicom.ipynb #8cf74d43
 def untilt(
     v: np.ndarray,  # `(D,H,W)`
     grid: Grid,  # where it would lie if it did not lean
@@ -560,11 +559,8 @@ def _unpack(slices, source) -> np.ndarray:
 
     if len(paths) < len(slices):
         if len(set(lines)) > 1:
-            raise UnitsError(
-                source,
-                'frames of one packed file have different rescale lines',
-                'Export one slice a file, or unpack it.',
-            )
+            fault = 'frames of one packed file have different rescale lines'
+            raise UnitsError(source, fault, 'Export one slice a file, or unpack it.')
         with silent_reading(source):
             frames = {p: one(p).reshape(-1, *slices[0].shape) for p in paths}
             return np.stack([frames[s.path][s.frame] for s in slices])
@@ -656,7 +652,7 @@ def _one_acquisition(slices, source, tilt, wanted) -> tuple:
     chosen = choose_acquisition(tag, groups, wanted, source)
     return *stack(chosen), [f'one of {len(groups)} acquisitions of its series ({tag})']
 
-
+# %% ../../nbs/02_io/05_dicom.ipynb #1272948c
 def _check_series(
     s: Series,  # one series
     source,  # what to name in errors
@@ -698,7 +694,7 @@ def _row(s, source) -> dict:
         shape=tuple(g.shape), spacing=tuple(round(float(x), 4) for x in g.spacing), readable=True
     )
 
-
+# %% ../../nbs/02_io/05_dicom.ipynb #7fe59868
 def series_rows(
     folder,  # searched with all folders in it
 ) -> list:  # of dicts, one a series; `readable`, and `why_not`
@@ -803,11 +799,8 @@ def read_dicom(
     slices, grid, seen = _check_series(s, path, tilt, acquisition)
     v, ends, padded = _pixels(slices, path)
     if v.shape != tuple(grid.shape):
-        raise ReadError(
-            path,
-            f'pixels are {v.shape}, headers say {tuple(grid.shape)}',
-            'Export the series again.',
-        )
+        fault = f'pixels are {v.shape}, headers say {tuple(grid.shape)}'
+        raise ReadError(path, fault, 'Export the series again.')
     seen += padded
     seen += [
         f'left out: {len(o.files)} files, {o.foreign or "series " + " ".join((o.description, o.kernel)).strip()}'

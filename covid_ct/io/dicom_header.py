@@ -18,12 +18,16 @@ import numpy as np
 
 # %% ../../nbs/02_io/04_dicom_header.ipynb #98b8579f
 CT_IMAGE_CLASS = '1.2.840.10008.5.1.4.1.1.2'  # class of a CT image; the enhanced ones begin with it
+
+
 _TAGS = '''SOPClassUID SOPInstanceUID Modality StudyInstanceUID SeriesInstanceUID SeriesNumber
 FrameOfReferenceUID SeriesDescription ImageType Rows Columns NumberOfFrames SamplesPerPixel
 PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept
 RescaleType GantryDetectorTilt ConvolutionKernel LossyImageCompression AcquisitionNumber
 TemporalPositionIdentifier AcquisitionTime PixelPaddingValue PixelPaddingRangeLimit PixelAspectRatio
 ModalityLUTSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence'''.split()
+
+
 PERSON_TAGS = '''PatientName PatientID PatientBirthDate PatientAddress OtherPatientNames OtherPatientIDs AccessionNumber InstitutionName InstitutionAddress
 ReferringPhysicianName PerformingPhysicianName PhysiciansOfRecord OperatorsName RequestingPhysician StationName'''.split()
 
@@ -37,13 +41,18 @@ class Header(dict):
     size = 0  # bytes of the file, inflated
     commas = False  # whether a number was written with a decimal comma
 
-
+# %% ../../nbs/02_io/04_dicom_header.ipynb #abf2cd12
 _BIG, _DEFLATED = '1.2.840.10008.1.2.2', '1.2.840.10008.1.2.1.99'
+
+
 _BARE = '', '1.2.840.10008.1.2', '1.2.840.10008.1.2.1', _BIG, _DEFLATED  # pixels as they are
+
+
 _CODECS = {
     f'1.2.840.10008.1.2.{k}'
     for k in ('4.50', '4.51', '4.57', '4.70', '4.80', '4.81', '4.90', '4.91', '5')
 }  # JPEG, JPEG-LS, JPEG 2000, RLE
+
 
 _WORDS = set(
     '''CT MR PT NM US CR DX MG XA RF OT SC ES ECG IO PX OPT OP SM XC SR PR KO DOC SEG REG FID RWV PLAN RTSTRUCT RTPLAN RTDOSE RTIMAGE RTRECORD
@@ -57,7 +66,7 @@ def code_word(
     "A code word of the standard; what is none is not repeated, it might name somebody"
     return str(text) if str(text) in _WORDS else 'unknown'
 
-
+# %% ../../nbs/02_io/04_dicom_header.ipynb #2f7d9f94
 def _uid(text) -> str:
     "A number of the standard, with its name; any other may be made of a date and a name"
     if not re.fullmatch(r'1\.2\.840\.10008(\.\d+){1,9}', text):
@@ -146,7 +155,7 @@ def _plain(d) -> str:
         else ''
     )
 
-
+# %% ../../nbs/02_io/04_dicom_header.ipynb #6c8130b4
 def _one(d, path, i, notes, at, axes, pixel, hu) -> _Slice:
     m, b = ((_numbers(hu, k) or [None])[0] for k in ('RescaleSlope', 'RescaleIntercept'))
     shape, kind = (int(d.get('Rows')), int(d.get('Columns'))), _plain(d)
@@ -185,7 +194,7 @@ def _aspect_note(d) -> list:
         f'{pixel[0]:g} × {pixel[1]:g} mm: the spacing is taken'
     ]
 
-
+# %% ../../nbs/02_io/04_dicom_header.ipynb #84a55dbf
 def _notes_of(d) -> list:
     "What should be said about all slices of a file"
     tilt = (_numbers(d, 'GantryDetectorTilt') or [0])[0]
@@ -250,7 +259,7 @@ def find_foreign(
         return f'not a CT image (class {_uid(sop)})'
     return 'a localizer, a projection for planning' if {'LOCALIZER', 'SCOUT'} & set(what) else ''
 
-
+# %% ../../nbs/02_io/04_dicom_header.ipynb #15b7f110
 def _fragments(path, at) -> bool:
     "Whether the packed pixels at `at` are a chain of fragments that lie in the file"
     size = Path(path).stat().st_size
@@ -262,6 +271,14 @@ def _fragments(path, at) -> bool:
             if (group, number) != (0xFFFE, 0xE000):
                 return (group, number) == (0xFFFE, 0xE0DD)
     return False
+
+# %% ../../nbs/02_io/04_dicom_header.ipynb #c825a84d
+def _odd_bits(d, bits) -> str:
+    "Why so many bits cannot hold the pixels of a header, or ''"
+    stored, high = int(d.get('BitsStored') or bits), int(d.get('HighBit') or 0)
+    if 1 <= stored <= bits and 0 <= high < bits:
+        return ''
+    return f'promises {stored} bits of a pixel, the highest number {high}, in {bits}'
 
 
 def find_damage(
@@ -288,9 +305,8 @@ def find_damage(
     ]
     if min(n) < 1 or n[3] not in (8, 16, 32):
         return f'promises {n[2]} images of {n[0]} × {n[1]} pixels of {n[3]} bits'
-    stored, high = int(d.get('BitsStored') or n[3]), int(d.get('HighBit') or 0)
-    if not (1 <= stored <= n[3] and 0 <= high < n[3]):
-        return f'promises {stored} bits of a pixel, the highest number {high}, in {n[3]}'
+    if odd := _odd_bits(d, n[3]):
+        return odd
     need = n[0] * n[1] * n[2] * n[3] // 8
     if syntax in _BARE:
         return (
@@ -338,9 +354,13 @@ _KIND_OF = {key: kind for key, kind in _WANTED.values()}
 _WIDE = {
     x.encode() for x in 'OB OD OF OL OV OW SQ SV UC UN UR UT UV'.split()
 }  # types with a length of four bytes
+
+
 _SHORT = {
     x.encode() for x in 'AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US'.split()
 }
+
+
 _OPEN, _PIXELS, _ITEM, _ITEM_END, _END = 0xFFFFFFFF, 0x7FE00010, 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 
 
@@ -356,7 +376,7 @@ def _element(h, at, explicit) -> tuple:
         raise ValueError('no such type')
     return tag, struct.unpack_from('<H', h, at + 6)[0], at + 8
 
-
+# %% ../../nbs/02_io/04_dicom_header.ipynb #0ace5cd9
 def _after(h, at, explicit, end) -> int:
     "Where a sequence or an item of open length, whose inside begins at `at`, has ended"
     while True:
@@ -379,7 +399,7 @@ def _number(text, kind):
         raise ValueError('no whole number')
     return int(number)
 
-
+# %% ../../nbs/02_io/04_dicom_header.ipynb #40581936
 def _value(raw, kind):
     "Plain Python value of the bytes of one element"
     if kind == 'US':
@@ -395,7 +415,7 @@ def _value(raw, kind):
         parts = [_number(p, kind) for p in parts if p]
     return None if not parts else parts[0] if len(parts) == 1 else parts
 
-
+# %% ../../nbs/02_io/04_dicom_header.ipynb #d8566fff
 def _put(d, key, kind, raw) -> None:
     "Set a tag from its bytes; raises `TagError`"
     try:
@@ -462,7 +482,7 @@ def _take(d, p, key) -> None:
     else:
         d[key] = p.get(key)
 
-
+# %% ../../nbs/02_io/04_dicom_header.ipynb #6e47eefb
 def _slow(f, sure) -> Header:
     "Header by pydicom; None for what is not DICOM"
     import pydicom

@@ -171,7 +171,7 @@ def _agree(place, pixdim, notes) -> Place:
     place.notes = notes
     return place
 
-
+# %% ../../nbs/02_io/02b_header_grid.ipynb #0dc784dc
 def nifti_place(
     h: bytes,  # header, 348 bytes
     e: str,  # byte order, `'<'` or `'>'`
@@ -206,7 +206,7 @@ def _floats(text, n) -> np.ndarray:
 def _first(head, *keys) -> str:
     return next((head[k] for k in keys if k in head), '')
 
-
+# %% ../../nbs/02_io/02b_header_grid.ipynb #89b5da0c
 def meta_place(
     head: dict,  # lines of a MetaImage header, key → text
     n: int,  # axes that it has
@@ -232,9 +232,11 @@ _SPACES = {
     'left-anterior-superior': (1, -1, 1),
     'right-anterior-superior': (-1, -1, 1),
 }  # signs that bring a space of NRRD to LPS
+
+
 _SPACES |= dict(zip(('lps', 'las', 'ras'), _SPACES.values(), strict=True))
 
-
+# %% ../../nbs/02_io/02b_header_grid.ipynb #c0d86dd6
 def nrrd_place(
     head: dict,  # lines of a NRRD header, key in lower case → text
     n: int,  # axes that it has

@@ -377,7 +377,7 @@ def _no_scan(path, volumes) -> ReadError:
         'Give NIfTI, MHA, NRRD, DICOM or a folder of pictures.',
     )
 
-
+# %% ../../nbs/02_io/06_read.ipynb #2da2c1d3
 def _no_effect(path, series, acquisition) -> tuple:
     "Remarks on choices where there is nothing to choose"
     named = dict(series=series, acquisition=acquisition)
@@ -511,7 +511,7 @@ def check_not_source(
         fault = 'is a part of what is read, it is not overwritten'
         raise WriteError(path, fault, 'Choose another name.')
 
-
+# %% ../../nbs/02_io/06_read.ipynb #5897906a
 def _check_whole(file) -> None:
     "Raise `WriteError` for a cut file: on a full disk ITK writes half a NIfTI without an error"
     try:
@@ -523,7 +523,7 @@ def _check_whole(file) -> None:
     except GeometryError:
         return  # a single slice
 
-
+# %% ../../nbs/02_io/06_read.ipynb #16fc7ad6
 def _write_image(image, path, end) -> None:
     "Write an image, whole or not at all"
 

@@ -34,7 +34,7 @@ def find_padding(
         return None
     return mask if mask.any() else None
 
-
+# %% ../../nbs/02_io/04b_slice_groups.ipynb #63f21f3e
 def padding_note(
     slices,  # of a series
     count: int,  # pixels that were padding
@@ -72,7 +72,7 @@ def _groups(slices, tag) -> dict:
 
     return {k: found[k] for k in sorted(found, key=order)}
 
-
+# %% ../../nbs/02_io/04b_slice_groups.ipynb #e7f313ed
 def find_acquisitions(
     slices,  # of one series
     stacks,  # function that raises `GeometryError` for slices that are no volume
@@ -90,7 +90,7 @@ def find_acquisitions(
         return tag, found
     return '', {}
 
-
+# %% ../../nbs/02_io/04b_slice_groups.ipynb #2fbae620
 def interleaved(
     groups: dict,  # of `find_acquisitions`
     normal: np.ndarray,  # unit vector along the stack, `(3,)`

@@ -68,7 +68,7 @@ def _entries(folder) -> list:
     found = [e for e in os.scandir(folder) if not e.name.startswith('.')]
     return sorted(found, key=lambda e: (e.is_symlink(), e.name))
 
-
+# %% ../../nbs/02_io/03_volume.ipynb #d28f031c
 def _walk(folder, top, seen) -> list:
     "Files below a folder, each folder once; raises `ReadError` for a link that leads nowhere"
     found = []
@@ -220,7 +220,7 @@ _META = dict(
     DOUBLE='f8',
 )
 
-
+# %% ../../nbs/02_io/03_volume.ipynb #ab4354bd
 def _beside(path, name) -> Path:
     "File that a header points to"
     if Path(name).is_absolute() or '..' in Path(name).parts:
@@ -262,9 +262,8 @@ def _meta(path) -> VolumeHeader:
     if name.upper().startswith('LIST') or '%' in name:
         raise _odd(path, 'keeps its voxels in several files')
     if kind is None or head.get('BinaryData', 'True').lower() == 'false':
-        raise _odd(
-            path, f'has voxels of a type that is not read here ({head.get("ElementType", "")[:20]})'
-        )
+        word = head.get('ElementType', '')[:20]
+        raise _odd(path, f'has voxels of a type that is not read here ({word})')
     if head.get('ElementNumberOfChannels', '1') != '1':
         raise ReadError(
             path, 'has colours or vectors instead of one number a voxel', 'Give the CT itself.'
@@ -439,7 +438,7 @@ def _gzip_head(h) -> int:
             i = h.index(b'\0', i) + 1
     return i + 2 * bool(flags & 2)
 
-
+# %% ../../nbs/02_io/03_volume.ipynb #3e087d44
 def _unpack(
     f,  # open file
     seal,  # called with crc and length at the end of a gzip member

@@ -63,7 +63,8 @@ def write_onnx(
         raise ExportError(
             'export', f'{e.name} is not installed', 'pip install "covid_ct[export]"'
         ) from e
-    logging.getLogger('onnxscript').setLevel(logging.ERROR)
+    for name in ('onnxscript', 'torch.onnx'):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as d, warnings.catch_warnings():
         warnings.simplefilter('ignore')
         tmp = Path(d) / 'model.onnx'

@@ -72,7 +72,8 @@ def writes(
 # %% ../../nbs/12_widgets/08_terminal.ipynb #63d68e12
 def check_outputs(
     args: argparse.Namespace,  # of a parser whose commands called `writes`
-    referred: Callable | None = None,  # files that the inputs refer to; asked where an output exists
+    referred: Callable
+    | None = None,  # files that the inputs refer to; asked where an output exists
 ) -> None:
     "Raise `WriteError` for an output that cannot be made, or that is also an input"
     inputs = [getattr(args, k, None) for k in ('path', 'lesions', 'lobes', 'run_folder', 'cohort')]
@@ -91,7 +92,7 @@ def check_outputs(
             raise WriteError(out, f'exists, and is no {kind}', 'Choose another name.')
         check_writable(out, folder=kind == 'folder', parents=kind not in ('page', 'model'))
 
-
+# %% ../../nbs/12_widgets/08_terminal.ipynb #e3090a1e
 def _check_inputs(out, kind, inputs) -> None:
     "Raise `WriteError` where an output is an input, or a folder of outputs is the folder of inputs"
     if kind == 'folder':

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_bounded():
-    counts, failures = fuzz.run(seed=20, cases=51 * len(fuzz.KINDS), minutes=0.25)
+    counts, failures = fuzz.run(seed=20, cases=120 * len(fuzz.KINDS), minutes=1)
     assert not failures, "\n\n".join(
         f"{kind} {which}\n{text}" for kind, which, text in failures[:5]
     )
