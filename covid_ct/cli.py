@@ -41,7 +41,7 @@ def _why(series) -> str:
     "Why a series cannot be read, in brackets"
     return '' if series['readable'] else f"  (cannot be read: {series['why_not']})"
 
-
+# %% ../nbs/14_cli.ipynb #b41c6fc8
 def _show_facts(
     facts: dict,  # from `covid_ct.inference.predict.inspect`
 ) -> str:  # lines for a terminal
@@ -91,7 +91,7 @@ def _say(a, text, **facts):
     "The result of a command: a sentence, or with --json its facts"
     print(json.dumps(facts, indent=1) if a.json else text)
 
-
+# %% ../nbs/14_cli.ipynb #3cb91922
 def _inspect(a):
     from covid_ct.inference.predict import inspect
 
@@ -165,7 +165,7 @@ def _segment(a):
     write_segmentation(found, scan, a.out, a.path, a.series, a.overwrite)
     facts = segmentation_facts(found.labels, scan, kind, found.card, tuple(found.warnings))
     if a.json:
-        print(json.dumps(dict(file=a.out) | facts, indent=1, default=str))
+        print(json.dumps(dict(file=Path(a.out).name) | facts, indent=1, default=str))
         return
     _warn(found.warnings)
     who = f'run {found.card["run"]}' if a.run_folder else f'weights version {found.card["version"]}'
@@ -997,7 +997,7 @@ def _tell(error, known, as_json) -> None:
     text = as_options(str(error), known)
     print('covid-ct:', ' '.join(text.split()), file=sys.stderr)
 
-
+# %% ../nbs/14_cli.ipynb #4105285a
 def _run(argv):
     "Read the command line, check what will be written, run the command"
     ap, args = parser(), None
