@@ -72,8 +72,7 @@ def writes(
 # %% ../../nbs/12_widgets/08_terminal.ipynb #63d68e12
 def check_outputs(
     args: argparse.Namespace,  # of a parser whose commands called `writes`
-    referred: Callable
-    | None = None,  # files that the inputs refer to; asked where an output exists
+    referred: Callable | None = None,  # lists files that inputs refer to, if an output exists
 ) -> None:
     "Raise `WriteError` for an output that cannot be made, or that is also an input"
     inputs = [getattr(args, k, None) for k in ('path', 'lesions', 'lobes', 'run_folder', 'cohort')]

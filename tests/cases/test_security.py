@@ -47,7 +47,7 @@ def zipped(path, name, mode=0):
     [
         ('../out.nii.gz', 0),
         ('a/../../out.nii.gz', 0),
-        ('/tmp/out.nii.gz', 0),
+        ('/out.nii.gz', 0),
         ('C:/out.nii.gz', 0),
         ('a\\..\\out.nii.gz', 0),
         ('link.nii.gz', stat.S_IFLNK | 0o777),
