@@ -34,7 +34,7 @@ def _place(k: int) -> tuple:  # x, y, width and height of the box of stage `k`
     width = _COLUMNS * (_BOX[0] + _GAP[0]) - _GAP[0] if last else _BOX[0]
     return 4 + column * (_BOX[0] + _GAP[0]), 4 + row * (_BOX[1] + _GAP[1]), width, _BOX[1]
 
-
+# %% ../nbs/00c_pipeline.ipynb #956f6321
 def _box(
     k: int,  # number of the stage
     here: str,  # the stage to mark
@@ -73,7 +73,7 @@ _TIP = (
     ' orient="auto"><path d="M0 0L8 4L0 8z" fill="currentColor"/></marker></defs>'
 )
 
-
+# %% ../nbs/00c_pipeline.ipynb #dede711a
 class PipelineDiagram:
     "A drawing of the pipeline with links to the pages"
 
