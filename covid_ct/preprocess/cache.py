@@ -165,7 +165,7 @@ def _cache_folder(
     lungs=lung_mask,  # function that finds the lungs
 ) -> Path:  # folder of this row; not made here
     "Where the scans of one preprocessing lie"
-    code = map(_called, (prepare_scan, load, lungs))
+    code = map(_called, (prepare_scan, load, lungs, lung_region))
     return Path(out) / _digest(_FORMAT, sorted(asdict(prep).items()), *code)
 
 # %% ../../nbs/05_preprocess/03_cache.ipynb #11de1996
@@ -207,12 +207,17 @@ def _content_of(
 # %% ../../nbs/05_preprocess/03_cache.ipynb #1ffe335a
 def _describe(prep, load, lungs) -> str:
     "What a folder was made from, as JSON"
-    parts = [f.func if isinstance(f, partial) else f for f in (prepare_scan, load, lungs)]
+    parts = [
+        f.func if isinstance(f, partial) else f for f in (prepare_scan, load, lungs, lung_region)
+    ]
     modules = dict(kv for f in parts for kv in _sources(getattr(f, '__module__', '')).items())
     return json.dumps(
         dict(
             prep=asdict(prep),
-            called=[_called(f)[0] + ''.join(_called(f)[2:]) for f in (prepare_scan, load, lungs)],
+            called=[
+                _called(f)[0] + ''.join(_called(f)[2:])
+                for f in (prepare_scan, load, lungs, lung_region)
+            ],
             modules=dict(sorted(modules.items())),
             versions={k: version(k) for k in ('numpy', 'scipy', 'SimpleITK', 'pydicom')},
         ),
