@@ -300,7 +300,7 @@ def test_costs_grow_as_they_should():
         "weight_bytes"
     ] == 16 * sum(p.numel() for p in net.parameters())
     cut = predicted_costs("raunet", 2, (1, 33, 33), **ROWS["raunet"].small)
-    assert cut["step"] / cut["forward"] > 3.1  # attention is computed again on the way back
+    assert cut["step"] / cut["forward"] > 3  # scores of the attention are computed again backwards
 
 
 def test_seconds():
