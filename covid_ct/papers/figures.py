@@ -137,9 +137,9 @@ def _map_of(model, image, label):
 
 def _map_panel(ax, plane, heat, title):
     "Draw one slice, with its map where there is one"
-    ax.imshow(plane, cmap='gray', vmin=0, vmax=1)
+    ax.imshow(torch.as_tensor(plane).numpy(), cmap='gray', vmin=0, vmax=1)
     if heat is not None:
-        ax.imshow(heat, cmap='magma', vmin=0, vmax=1, alpha=0.45)
+        ax.imshow(torch.as_tensor(heat).numpy(), cmap='magma', vmin=0, vmax=1, alpha=0.45)
     ax.set_title(title, fontsize=7)
     ax.set_axis_off()
 
@@ -179,7 +179,7 @@ def outline_panels(
         for ax, (name, mask) in zip(line, shown.items(), strict=True):
             _map_panel(ax, case['image'][0, 0], None, name)
             if mask is not None:
-                painted = np.ma.masked_equal(np.asarray(mask), 0)
+                painted = np.ma.masked_equal(torch.as_tensor(mask).numpy(), 0)
                 ax.imshow(painted, cmap='tab10', vmin=0, vmax=9, alpha=0.6)
     words = f'{len(classes) - 1} lesion classes, truth and {", ".join(models)}'
     return set_alt_text(fig, f'Segmentation of {rows} slices: {words}.')
