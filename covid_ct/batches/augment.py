@@ -29,7 +29,7 @@ class Augment:
     zoom: tuple = (1.0, 1.0)  # in-plane magnification
     stretch: bool = False  # True: zoom of x and of y drawn apart
     among: tuple = ()  # instead of `quarter` and `zoom`: pairs (quarter turns, zoom), one is drawn
-    every: bool = False  # all views of `among` in each epoch, in place of one that is drawn; for slices
+    every: bool = False  # for slices: all views of `among` in each epoch, none drawn
     gain: tuple = (1.0, 1.0)  # factor on grey values
     offset: tuple = (0.0, 0.0)  # then added to grey values, in windows ([0,1])
     noise: tuple = (0.0, 0.0)  # standard deviation of Gaussian noise, in windows
