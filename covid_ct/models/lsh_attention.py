@@ -184,8 +184,9 @@ def _check_tokens(
 def _kernel(q, v):
     "PyTorch's blockwise attention, where it can be used; it returns the normaliser, too"
     here = q.device.type == 'cpu' and not torch.compiler.is_compiling()  # no ONNX has it
-    if here and q.shape[-1] == v.shape[-1]:
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if here and q.shape[-1] == v.shape[-1]:  # a later PyTorch may name it otherwise
+        name = '_scaled_dot_product_flash_attention_for_cpu'
+        return getattr(torch.ops.aten, name, None)
 
 
 def _attend_chunks(q, k, v, bias):
