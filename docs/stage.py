@@ -268,6 +268,9 @@ def stage(src: Path):
         outs = json.loads(json.dumps(list(c.get("outputs", [])), default=lambda o: dict(o)))
         for o in outs:
             lead_on(o, links)
+            if "text/markdown" in o.get("data", {}):  # a computed sentence
+                told = "".join(o["data"]["text/markdown"])
+                o["data"]["text/markdown"] = to_myst(told, links, cite)
         if opts.get("include") == "false":
             continue
         if opts.get("output") == "asis":
