@@ -18,7 +18,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
     submod_attrs={
         "scan": ["Scan", "Map", "Grid", "DataError"],
         "plot": ["show_planes"],
-        "pipeline": ["show_pipeline"],
+        "widgets.pipeline": ["show_pipeline"],
         "phantom.chest": ["make_phantom"],
         "phantom.cohort": ["phantom_cohort", "phantom_of"],
         "io.dicom": ["write_series"],
@@ -40,7 +40,7 @@ __getattr__, __dir__, __all__ = _lazy.attach(
         "evaluate.metrics": ["metrics", "roc_figure"],
         "widgets.overlay": ["view"],
         "demo": ["example_run"],
-        "course": ["check", "scores"],
+        "course.checks": ["check", "scores"],
         "papers.reproduce": ["reproduce"],
     },
 )

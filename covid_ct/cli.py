@@ -539,7 +539,7 @@ def _export(a):
 
 
 def _course(a):
-    from covid_ct.course import copy_course
+    from covid_ct.course.checks import copy_course
 
     written = copy_course(a.out, not a.no_solutions)
     first = next(p for p in written if not p.name.startswith('0'))

@@ -305,12 +305,12 @@ def test_a_full_disk(capsys, work, tmp_path, monkeypatch):
 
 
 def test_a_system_error_without_a_path(capsys, monkeypatch, tmp_path):
-    import covid_ct.course
+    import covid_ct.course.checks
 
     def full(*a):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(covid_ct.course, "copy_course", full)
+    monkeypatch.setattr(covid_ct.course.checks, "copy_course", full)
     assert "covid-ct course" in refused(capsys, "course", tmp_path / "c")
 
 

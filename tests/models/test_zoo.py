@@ -342,7 +342,7 @@ def test_prediction_holds_on_a_gpu(name):
 # ---- the judges of two lessons
 def judges(lesson):
     "The names of a lesson up to its end, without training, drawing or `check`"
-    from covid_ct.course import find_exercise
+    from covid_ct.course.checks import find_exercise
 
     space = {}
     for c in json.loads((LESSONS / lesson).read_text("utf-8"))["cells"]:

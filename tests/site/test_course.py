@@ -18,7 +18,7 @@ from stage import ROOT, page_name, sources
 
 import nbs
 from covid_ct import course
-from covid_ct.course import (
+from covid_ct.course.checks import (
     CourseError,
     _for_students,
     _lesson_facts,
@@ -29,7 +29,7 @@ from covid_ct.course import (
     scores,
 )
 
-importlib.import_module("covid_ct.exercises")
+importlib.import_module("covid_ct.course.exercises")
 COURSE = dict(course._BOOK)
 LESSONS = [
     p.relative_to(ROOT).as_posix()
@@ -132,7 +132,7 @@ def test_outputs_of_a_student_are_not_stored():
     )
     shown = dict(output_type="stream", name="stdout", text=["not yet"])
     nb = dict(cells=[{**cell, "outputs": [shown]}], metadata={}, nbformat=4, nbformat_minor=5)
-    lesson, other = ROOT / "nbs/lessons/1_x.ipynb", ROOT / "nbs/15_course.ipynb"
+    lesson, other = ROOT / "nbs/lessons/1_x.ipynb", ROOT / "nbs/15_course/01_checks.ipynb"
     assert "not yet" not in nbs.cleaned(json.dumps(nb), lesson)
     assert "not yet" in nbs.cleaned(json.dumps(nb), other)
 
@@ -396,7 +396,7 @@ def test_lessons_travel_in_the_wheel(tmp_path):
     assert {Path(n).name for n in example} >= {"config.json", "features.csv", "best.safetensors"}
     names = sorted(p.name for p in (ROOT / "nbs" / "lessons").glob("[0-9]*.ipynb"))
     assert inside == [f"covid_ct/lessons/{n}" for n in names]
-    code = "import covid_ct; print(covid_ct.__file__); from covid_ct.course import copy_course; \
+    code = "import covid_ct; print(covid_ct.__file__); from covid_ct.course.checks import copy_course; \
 print([p.name for p in copy_course('mine')])"
     got = subprocess.run(
         [sys.executable, "-c", code],

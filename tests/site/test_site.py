@@ -15,7 +15,7 @@ import readme
 import refs
 import stage
 
-from covid_ct.pipeline import show_pipeline
+from covid_ct.widgets.pipeline import show_pipeline
 
 # moves the axial slice by five and waits for the next frame
 MOVE = """async (el) => {
@@ -227,7 +227,7 @@ def test_every_page_says_how_to_run_it(pages, notebooks):
 
 # ---------------------------------------------------------------- the front page, the README and
 # the sources
-MAP = "nbs/00c_pipeline.ipynb"
+MAP = "nbs/12_widgets/09_pipeline.ipynb"
 
 
 def test_map_names_every_page(root, notebooks):
