@@ -278,9 +278,7 @@ def test_bootstrap_is_fast():
 
 
 def test_one_class_is_nan_with_a_reason():
-    t = metrics(table()[lambda t: t.label == "covid"], C3, n=50).set_index(
-        ["setting", "metric"]
-    )
+    t = metrics(table()[lambda t: t.label == "covid"], C3, n=50).set_index(["setting", "metric"])
     assert (
         np.isnan(t.loc[("covid vs rest", "AUC"), "value"])
         and "undefined" in t.loc[("covid vs rest", "AUC"), "note"]

@@ -358,7 +358,9 @@ def test_prepare_windows_and_is_read_only():
     p = prepare_scan(scan_on(g, hu), Prep(size=(8, 16, 16)))
     assert p.voxels.dtype == np.float32 and not p.voxels.flags.writeable
     assert (p.voxels[2:4] == 0.5).all() and (p.voxels[4:] == 1).all() and (p.voxels[:2] == 0).all()
-    padded = prepare_scan(scan_on(g, hu), Prep(size=(10, 16, 16), spacing=(2.0, 1.0, 1.0), fill=0.25))
+    padded = prepare_scan(
+        scan_on(g, hu), Prep(size=(10, 16, 16), spacing=(2.0, 1.0, 1.0), fill=0.25)
+    )
     assert (padded.voxels[[0, -1]] == 0.25).all() and (padded.voxels[1:-1] == p.voxels).all()
     for fill in (0.0, 1.0, 0.3):
         edge = prepare_scan(
@@ -393,7 +395,10 @@ def test_lungs_may_be_a_function_that_is_asked_only_when_needed():
     def never(scan):
         raise AssertionError("asked")
 
-    a, b = prepare_scan(s, PREPS["darnet_tiny"], find), prepare_scan(s, PREPS["darnet_tiny"], find(s))
+    a, b = (
+        prepare_scan(s, PREPS["darnet_tiny"], find),
+        prepare_scan(s, PREPS["darnet_tiny"], find(s)),
+    )
     assert (a.voxels == b.voxels).all() and a.grid == b.grid
     prepare_scan(s, PREPS["darnet"], never)
 
