@@ -17,7 +17,7 @@ import pytest
 from stage import ROOT, page_name, sources
 
 import nbs
-from covid_ct import course
+from covid_ct.course import checks as course
 from covid_ct.course.checks import (
     CourseError,
     _for_students,
