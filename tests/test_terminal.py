@@ -97,13 +97,15 @@ def fresh(*argv, **env):
 )
 def test_read_once_lungs_once(capsys, work, monkeypatch, argv):
     import covid_ct.inference.predict
+    import covid_ct.inference.segment
     import covid_ct.io.read
     import covid_ct.preprocess.lung_warnings
     import covid_ct.preprocess.lungs
 
     calls = []
     preprocess = covid_ct.preprocess
-    modules = covid_ct.inference.predict, covid_ct.io.read, preprocess.lungs
+    inference = covid_ct.inference
+    modules = inference.predict, inference.segment, covid_ct.io.read, preprocess.lungs
     for module in (*modules, preprocess.lung_warnings):
         for name in ("read", "lung_mask"):
             if not hasattr(module, name):
