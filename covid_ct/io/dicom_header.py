@@ -272,6 +272,43 @@ def _fragments(path, at) -> bool:
                 return (group, number) == (0xFFFE, 0xE0DD)
     return False
 
+# %% ../../nbs/02_io/04_dicom_header.ipynb #7be1a002
+def _stream_shape(stream) -> tuple:  # (rows, columns), () if it is not said
+    "Size of the picture in the beginning of a JPEG, JPEG-LS or JPEG 2000 stream"
+    if stream[:4] == b'\xff\x4f\xff\x51':  # JPEG 2000: codestream and its size
+        right, low, left, top = struct.unpack('>4I', stream[8:24])
+        return low - top, right - left
+    at = 2
+    while stream[:2] == b'\xff\xd8' and at + 9 <= len(stream) and stream[at] == 0xFF:
+        kind = stream[at + 1]
+        if kind == 0xF7 or (0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC)):
+            return struct.unpack('>HH', stream[at + 5 : at + 9])
+        at += 2 + int.from_bytes(stream[at + 2 : at + 4], 'big')
+    return ()
+
+# %% ../../nbs/02_io/04_dicom_header.ipynb #7be1a003
+def _first_stream(path, at, most=2**16) -> bytes:
+    "The beginning of the first packed picture behind the table of offsets"
+    with open(path, 'rb') as f:
+        f.seek(at)
+        table = struct.unpack('<HHI', f.read(8))[2]
+        f.seek(at + 8 + table)
+        n = struct.unpack('<HHI', f.read(8))[2]
+        return f.read(min(n, most))
+
+
+def _odd_packing(d, path, n, size) -> str:
+    "What is wrong with compressed pixels, seen without decoding them, or ''"
+    need = n[0] * n[1] * n[2] * n[3] // 8
+    if not _fragments(path, d.at):
+        return 'has no packed pixels, or they end early'
+    if need > 1000 * size + 2**20:
+        return f'promises {need:,} bytes of pixels, more than {size:,} packed bytes can hold'
+    shape = _stream_shape(_first_stream(path, d.at))
+    if not shape or 0 in shape or tuple(shape) == (n[0], n[1]):
+        return ''
+    return f'promises {n[0]} × {n[1]} pixels, its packed picture has {shape[0]} × {shape[1]}'
+
 # %% ../../nbs/02_io/04_dicom_header.ipynb #c825a84d
 def _odd_bits(d, bits) -> str:
     "Why so many bits cannot hold the pixels of a header, or ''"
@@ -314,13 +351,7 @@ def find_damage(
             if size < getattr(d, 'at', 0) + need
             else ''
         )
-    if not _fragments(path, d.at):
-        return 'has no packed pixels, or they end early'
-    return (
-        f'promises {need:,} bytes of pixels, more than {size:,} packed bytes can hold'
-        if need > 1000 * size + 2**20
-        else ''
-    )
+    return _odd_packing(d, path, n, size)
 
 # %% ../../nbs/02_io/04_dicom_header.ipynb #d3673871
 _DICTIONARY = '''

@@ -98,6 +98,27 @@ def test_bits_that_do_not_fit_are_a_typed_error(tmp_path, tags):
         read(write_series(SCAN, tmp_path / 'x', put(**tags)))
 
 
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"\xff\xd8\xff\xc3\x00\x0b\x10\xff\xff\xff\xff\x01\x01\x11\x00",  # JPEG, 65535 × 65535
+        b"\xff\xd8\xff\xe0\x00\x04ab\xff\xf7\x00\x0b\x10\xff\xff\xff\xff\x01\x01\x11\x00",  # JPEG-LS
+        b"\xff\x4f\xff\x51\x00\x29\x00\x00\x00\x00\xff\xff\x00\x00\xff\xff"
+        + bytes(40),  # JPEG 2000
+    ],
+    ids=["jpeg", "jpeg-ls", "jpeg 2000"],
+)
+def test_a_packed_picture_of_another_size_is_not_decoded(tmp_path, stream):
+    def pack(d, k):
+        d.PixelData = pydicom.encaps.encapsulate([stream])
+        d["PixelData"].VR = "OB"
+        d["PixelData"].is_undefined_length = True
+        d.file_meta.TransferSyntaxUID = pydicom.uid.JPEGLosslessSV1
+
+    with pytest.raises(ReadError, match="packed picture has 65535 × 65535"):
+        read(write_series(small_scan(), tmp_path / "s", pack))
+
+
 def test_decimal_commas_are_read(tmp_path):
     folder = write_series(SCAN, tmp_path / 'x')
     for p in folder.iterdir():
