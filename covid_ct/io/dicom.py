@@ -649,7 +649,13 @@ def _one_acquisition(slices, source, tilt, wanted) -> tuple:
         raise fault
     if not tag:
         return *whole, ['acquisition has no effect: the series has one']
-    chosen = choose_acquisition(tag, groups, wanted, source)
+    try:
+        chosen = choose_acquisition(tag, groups, wanted, source)
+    except ReadError as e:
+        if fault is None:
+            raise
+        both = f'{e.fault}; together they are no volume: {fault.fault}'
+        raise ReadError(source, both, e.remedy) from e
     return *stack(chosen), [f'one of {len(groups)} acquisitions of its series ({tag})']
 
 # %% ../../nbs/02_io/05_dicom.ipynb #1272948c

@@ -454,6 +454,8 @@ def _put(d, key, kind, raw) -> None:
     except (ValueError, UnicodeError) as e:
         if kind == 'SQ':
             raise
+        if code_word(d.get('Modality') or 'CT') != 'CT':
+            return  # is not read, whatever it holds
         raise TagError(f'its {key} is no number') from e
     d.commas = d.commas or kind == 'DS' and b',' in raw
 
