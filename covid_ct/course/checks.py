@@ -310,7 +310,8 @@ def _elsewhere(
 
     home = Path(covid_ct.__file__).parent
     module = '.'.join(re.sub(r'^\d+[a-z]?_', '', part) for part in path.split('/'))
-    for name in (module, f'models.{module.rpartition(".")[2]}'):  # a paper's page makes a model
+    network = f'models.{module.rpartition(".")[2]}'  # a paper's page makes a model
+    for name in (network, module) if path.startswith('papers/') else (module,):
         if (home / f'{name.replace(".", "/")}.py').is_file():
             return f'{text} (`covid_ct.{name}`)'
     return text

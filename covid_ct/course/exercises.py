@@ -234,7 +234,7 @@ def _judge_3_2(answer, recipe):
     if tuple(new['milestones']) != tuple(2 * m for m in recipe.milestones):
         return f'The learning rate steps down after {new["milestones"]} of {new["epochs"]} epochs.'
     if other := [
-        k for k in old if k not in ('epochs', 'milestones', 'sources') and new[k] != old[k]
+        k for k in old if k not in ('epochs', 'milestones', 'sources', 'name') and new[k] != old[k]
     ]:
         return f'{other[0]} has changed too.'
     return (
