@@ -29,10 +29,10 @@ OUT, WORK = (
     ROOT / "_build",
 )  # myst-nb writes beside its output folder, so that one lies deeper
 ABOUT = "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"  # of the repository, on the site too
-ROOMS = {
+FOLDERS = {
     "lessons": "The course",
     "papers": "Papers",
-    "": "Basics, commands, course",
+    "": "Basics, commands",
     "01_phantom": "Phantom",
     "02_io": "Reading files",
     "03_cohort": "Cohorts",
@@ -45,6 +45,7 @@ ROOMS = {
     "10_evaluate": "Evaluation",
     "11_explain": "Explanations",
     "12_widgets": "Widgets",
+    "15_course": "Lessons and exercises in code",
     "reports": "Reports",
 }  # folder of nbs/ -> its caption, in the order of the side bar
 
@@ -52,12 +53,16 @@ ROOMS = {
 def groups(pages):
     "Folder -> its pages, in the order of their numbers"
     out = {}
-    for room in ROOMS:
+    for folder_name in FOLDERS:
         here = [
-            p for p in pages if p["page"] != "index.ipynb" and p["page"].rpartition("/")[0] == room
+            p
+            for p in pages
+            if p["page"] != "index.ipynb" and p["page"].rpartition("/")[0] == folder_name
         ]
-        out[room] = sorted(here, key=lambda p: "for_instructors" in p["page"])  # theirs comes last
-    return {room: here for room, here in out.items() if here}
+        out[folder_name] = sorted(
+            here, key=lambda p: "for_instructors" in p["page"]
+        )  # theirs comes last
+    return {folder_name: here for folder_name, here in out.items() if here}
 
 
 def toctree(names, caption=""):
@@ -66,22 +71,24 @@ def toctree(names, caption=""):
     return "```{toctree}\n" + head + "\n" + "\n".join(names) + "\n```\n"
 
 
-def overview(room, pages):
+def overview(folder_name, pages):
     "The page of a subpackage: its pages, each with its line; they fold under it in the side bar"
-    name = PurePosixPath(room or "basics")
-    folder = room + "/" if room else ""
+    name = PurePosixPath(folder_name or "basics")
+    folder = folder_name + "/" if folder_name else ""
     inside = [p["page"].removeprefix(folder) for p in pages]
     rows = [f"- [{p['title']}]({f}): {p['about']}" for p, f in zip(pages, inside, strict=True)]
-    text = f"# {ROOMS[room]}\n\n" + "\n".join(rows) + "\n\n"
+    text = f"# {FOLDERS[folder_name]}\n\n" + "\n".join(rows) + "\n\n"
     text += toctree([f.rsplit(".", 1)[0] for f in inside])
-    at = f"{folder}index.md" if room else f"{name}.md"
+    at = f"{folder}index.md" if folder_name else f"{name}.md"
     (STAGE / at).write_text(text, "utf-8")
     return at.rsplit(".", 1)[0]
 
 
 def side_bar(pages):
     "One entry for each subpackage, its pages folded under it"
-    entries = {room: overview(room, here) for room, here in groups(pages).items()}
+    entries = {
+        folder_name: overview(folder_name, here) for folder_name, here in groups(pages).items()
+    }
     first = [entries.pop(r) for r in ("lessons", "papers")]
     return "\n".join(
         [
@@ -99,7 +106,7 @@ def made(pages):
         for key in p["cited"]:
             cited.setdefault(key, []).append((p["page"], p["title"]))
     (STAGE / "references.md").write_text(refs.page(cited), "utf-8")
-    (STAGE / "figures.md").write_text(gallery.page(pages, ROOMS, STAGE / "figures"), "utf-8")
+    (STAGE / "figures.md").write_text(gallery.page(pages, FOLDERS, STAGE / "figures"), "utf-8")
 
 
 def main():

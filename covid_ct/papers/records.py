@@ -134,7 +134,7 @@ def all_papers() -> dict:  # name → `Paper`
     "Every record, the four of the package first"
     for name in _OWN:
         if name not in PAPERS:
-            add_paper(import_module(f'covid_ct.papers.{name}').PAPER)
+            add_paper(import_module(f'covid_ct.papers.{name}_record').PAPER)
     return PAPERS
 
 # %% ../../nbs/papers/00_records.ipynb #804735e2

@@ -48,7 +48,8 @@ ORDER = {  # within a subpackage, only from what comes before
     "audit": "voxels one_scan findings shortcuts audit",
     "preprocess": "resample body lungs lung_warnings cache",
     "batches": "augment samplers slices loaders",
-    "papers": "published records darnet dual_sampling raunet prior_attention "
+    "papers": "published records darnet_record dual_sampling_record raunet_record "
+    "prior_attention_record "
     "runs tables figures checklist report plan reproduce",
 }
 

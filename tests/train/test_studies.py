@@ -56,11 +56,12 @@ sampler_kwargs = { composition = { healthy = 4, ild = 3, covid = 3 }, batches = 
 
 @pytest.mark.slow
 def test_four_systems_stopped_and_taken_up(tmp_path, monkeypatch, capsys):
-    study, real, count = read_study(FOUR), studies._run_one, []
+    four = FOUR.replace('seeds = [0, 1]', 'seeds = [1]')
+    study, real, count = read_study(four), studies._run_one, []
 
     def impatient(*a):
         count.append(a)
-        if len(count) == 6:
+        if len(count) == 4:
             raise KeyboardInterrupt
         return real(*a)
 
@@ -68,9 +69,9 @@ def test_four_systems_stopped_and_taken_up(tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         run_study(study, tmp_path / "a", progress=False)
     monkeypatch.undo()
-    assert len(list((tmp_path / "a").rglob("test.csv"))) == 5
+    assert len(list((tmp_path / "a").rglob("test.csv"))) == 3
     stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "a").rglob("test.csv")}
-    (tmp_path / "four.toml").write_text(FOUR)
+    (tmp_path / "four.toml").write_text(four)
     assert (
         main(["study", str(tmp_path / "four.toml"), "--out", str(tmp_path / "a"), "--json"]) == 0
     )  # goes on by the command
@@ -81,7 +82,7 @@ def test_four_systems_stopped_and_taken_up(tmp_path, monkeypatch, capsys):
     assert (
         set(table.reset_index().run)
         == {"darnet tiny", "dual_sampling tiny", "raunet tiny", "prior_attention tiny"}
-        and (table["n"] == 4).all()
+        and (table["n"] == 2).all()
     )
     some = [c for c in _combinations(study) if c[1:] == (1, 1)]  # undisturbed, beside
     for e, s, k in some:
@@ -100,7 +101,7 @@ def test_what_cannot_be_carried_out_is_said(tmp_path):
         read_study(tmp_path / "none.toml")
     for bad in (
         FOUR.replace("folds = 2", "folds = 1"),
-        FOUR.replace("seeds = [0, 1]", 'seeds = ["a"]'),
+        FOUR.replace('seeds = [0, 1]', 'seeds = ["a"]'),
         FOUR.replace("n = 20", "slices = 20"),
         FOUR.replace("darnet/tiny", "darnet/huge"),
         FOUR.replace("epochs = 1", "epochs = 0", 1),
