@@ -325,7 +325,7 @@ def _report_of(
     return r.write(path)
 
 # %% ../../nbs/04_audit/04_audit.ipynb #34d6c06c
-def _one(row, root, load) -> tuple:
+def _one(row, root, load, lungs=True) -> tuple:
     "Facts, slice names, print and thumbnail of a row; what fails is a fact too"
     facts, rest = (
         {k: row[k] for k in ('scan_id', 'patient_id', 'label')} | dict(error=''),
@@ -335,7 +335,7 @@ def _one(row, root, load) -> tuple:
         if load is None:
             facts |= file_facts(Path(root) / row['path'], row.get('inside') or '')
         scan = load(row) if load else load_row(row, root, allow_unknown_geometry=True)
-        found, *rest = scan_facts(scan)
+        found, *rest = scan_facts(scan, lungs)
         facts |= found
         if load is None:
             facts |= mask_facts(row, root, scan)
@@ -356,6 +356,7 @@ def audit(
     progress: bool = True,  # show a bar
     load: Callable = None,  # makes the `Scan` of a row; None reads `path`
     n: int = 500,  # resampled cohorts of the intervals
+    lungs: bool = True,  # find the lungs of each scan, too; most of the time goes there
 ) -> Audit:  # findings, facts, baselines, verdict
     "Audit a cohort; a scan that fails is a finding, and the rest goes on"
     cohort = cohort.reset_index(drop=True)
@@ -366,7 +367,7 @@ def audit(
         return _finish(facts, (), (), {}, None, n)
     rows = cohort.to_dict('records')
     work = joblib.Parallel(jobs, return_as='generator')(
-        joblib.delayed(_one)(r, root, load) for r in rows
+        joblib.delayed(_one)(r, root, load, lungs) for r in rows
     )
     found = list(tqdm(work, desc='audit', total=len(rows), disable=not progress))
     facts = pd.DataFrame([x[0] for x in found])

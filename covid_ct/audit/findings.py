@@ -175,6 +175,7 @@ def _spacing_facts(scan) -> dict:
 # %% ../../nbs/04_audit/02_findings.ipynb #c1a50003
 def scan_facts(
     scan: Scan,  # any unit, one slice or many
+    lungs: bool = True,  # find the lungs, too, and say what is odd about them
 ) -> tuple:  # facts, hashes of the slices, print of the vessels, thumbnail
     "Everything the audit wants to know of the pixels of a scan"
     v, units = scan.voxels, scan.units
@@ -189,7 +190,7 @@ def scan_facts(
         **_spacing_facts(scan),
         **background_facts(v, units),
     }
-    facts['lung_fault'] = _lung_fault(scan, facts)
+    facts['lung_fault'] = _lung_fault(scan, facts) if lungs else ''
     tall = scan.grid.size_mm[0] / scan.grid.size_mm[2] if scan.geometry_known else 0.9
     thumbnail = _thumbnail(greys[k] if len(k) > 2 else greys, tall)
     return facts, hashes, vessel_print(greys), thumbnail
