@@ -215,7 +215,7 @@ def _lung_fault(
 # %% ../../nbs/04_audit/02_findings.ipynb #4cdc9abb
 _MASK_VALUES = dict(
     lung_mask={0, 1, 2}, infection_mask={0, 1, 2, 3, 4, 5}, lobe_mask={0, 1, 2, 3, 4, 5}
-)  # values that a mask of the house may hold
+)  # values that a mask of the package may hold
 
 # %% ../../nbs/04_audit/02_findings.ipynb #b250d0ca
 def mask_facts(

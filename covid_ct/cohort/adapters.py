@@ -31,7 +31,7 @@ _KEY = ['label', 'patient_id', 'scan_id']
 
 
 def _table(folder, name) -> pd.DataFrame:
-    "One table of CC-CCII as text, columns and classes named as in the house; None where it is missing"
+    "One table of CC-CCII as text, columns and classes named as in the package; None where it is missing"
     csv = Path(folder) / f'{name}.csv'
     if not csv.is_file():
         return None

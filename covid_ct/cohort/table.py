@@ -417,7 +417,7 @@ def load_mask(
     column='infection_mask',  # which mask
     root=None,  # folder that its paths start from
     scan: Scan = None,  # the scan that it must lie on; None: not checked
-) -> np.ndarray:  # `(D,H,W)` uint8 labels of the house, LPS
+) -> np.ndarray:  # `(D,H,W)` uint8 labels of the package, LPS
     "Mask of a row; raises `CohortError` where the row has none, `GeometryError` or `VoxelError` where it does not fit"
     row = {k: v for k, v in dict(row).items() if not _blank(v)}
     if column not in row:

@@ -266,7 +266,7 @@ def baseline_maps(
     scan,  # `Scan` or `Grid`
     lungs,  # bool `(D,H,W)`
 ) -> dict:  # name → `Map`
-    "Maps that never saw a network; a heat-map has to beat them"
+    "Maps that never saw a network; a heat map should be better than them"
     grid = getattr(scan, 'grid', scan)
     return {
         'centre': Map(center_gaussian(grid.shape), grid, method='centre Gaussian'),

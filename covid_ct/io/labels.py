@@ -63,10 +63,10 @@ def _stray(alien, known, source) -> VoxelError:
 
 def recode(
     mask: np.ndarray,  # whole numbers, any shape
-    codes: dict,  # {number in the file: number of the house}
+    codes: dict,  # {number in the file: number of the package}
     source='mask',  # what to name in the error
 ) -> np.ndarray:  # uint8, same shape
-    "Mask in the numbers of the house; raises `VoxelError` naming file and values for a number that `codes` lacks"
+    "Mask in the numbers of the package; raises `VoxelError` for a number that `codes` lacks"
     found = mask_values(mask, source)
     alien = [int(v) for v in found if int(v) not in codes]
     if alien:
@@ -134,7 +134,7 @@ _NAMES = (
     'lung_middle_lobe_right',
     'lung_lower_lobe_right',
 )
-LOBE_CONVENTIONS = {  # name: {number in the file: lobe of the house}
+LOBE_CONVENTIONS = {  # name: {number in the file: lobe of the package}
     'luna16': MASK_CODES['luna16']['lobe_mask'],
     '1-5': {i: i for i in range(6)},
     'totalsegmentator': {i: i - 9 if 10 <= i <= 14 else 0 for i in range(118)},
@@ -166,7 +166,7 @@ def convert_lobes(
     convention: str,  # row of `LOBE_CONVENTIONS`; a dict of masks needs none but `'totalsegmentator'`
     source='lobes',  # what to name in the error
 ) -> np.ndarray:  # `(D,H,W)` uint8: 0 outside, 1 … 5 in the order of `LOBES`
-    "Lobes in the numbers of the house; raises `VoxelError` for an unknown convention, label or name"
+    "Lobes in the numbers of the package; raises `VoxelError` for an unknown convention, label or name"
     if convention not in LOBE_CONVENTIONS:
         raise VoxelError(
             source,

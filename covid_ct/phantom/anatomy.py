@@ -27,7 +27,7 @@ def random_stream(
 # %% ../../nbs/01_phantom/01_anatomy.ipynb #c8ac1b84
 @dataclass(eq=False)
 class Chest:
-    "The sheet we draw on: places in mm, CT numbers, and what earlier beats left for later ones"
+    "The sheet we draw on: places in mm, CT numbers, and what earlier steps left for later ones"
 
     z: np.ndarray  # mm, `(D,1,1)`
     y: np.ndarray  # mm, `(1,H,1)`

@@ -286,7 +286,7 @@ def test_fill_prepares_what_the_data_set_reads(cohort, tmp_path):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_batches_are_the_items_stacked_and_their_views_the_drawn_ones(cohort, tmp_path, workers):
-    "Two bytes on the way and a thread ahead change nothing: a slow twin, item by item"
+    "Two bytes on the way and a thread ahead change nothing: a slow reference, item by item"
     d = ScanDataset(cohort, PREP, load=toy, masks=PREPARED_MASKS, cache=tmp_path)
     loader, order = (
         make_loader(d, 5, UniformSampler(cohort, seed=3), workers, 3, AUGMENTS['darnet']),

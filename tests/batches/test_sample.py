@@ -1,4 +1,4 @@
-"Sampling: frequencies, slow twins, refusals, and the data loader as reader"
+"Sampling: frequencies, slow references, refusals, and the data loader as reader"
 
 import numpy as np
 import pandas as pd

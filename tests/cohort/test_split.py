@@ -216,7 +216,7 @@ def test_expected_leak_by_hand(m, test):
 
 # ---------------------------------------------------------------- what stays together
 def reached(rows, ties):
-    "Slow twin of blocks: from each row, walk along every tie"
+    "Slow reference of blocks: from each row, walk along every tie"
     out = []
     for start in range(len(rows)):
         seen, todo = {start}, [start]

@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn and by hand; the bootstrap against its slow twin, and its cost."""
+"""Metrics against scikit-learn and by hand; the bootstrap against its slow reference, and its cost."""
 
 import time
 import warnings

@@ -1,4 +1,4 @@
-"""Intervals, tests and calibration against published examples, slow twins, scikit-learn and SciPy; coverage by simulation."""
+"""Intervals, tests and calibration against published examples, slow references, scikit-learn and SciPy; coverage by simulation."""
 
 import itertools
 import math
@@ -728,7 +728,7 @@ def test_compare():
 
 @pytest.fixture
 def release(data_dir):
-    "Predictions of the two released runs in the house's names, and the patients they were trained on"
+    "Predictions of the two released runs in the package's names, and the patients they were trained on"
     folder = data_dir / "cc_ccii_tables"
     t = pd.read_csv(folder / "release_predictions.csv").rename(
         columns=dict(p_normal="prob_healthy", p_cp="prob_cap", p_ncp="prob_covid")

@@ -47,7 +47,7 @@ def one_thread():
 
 # ---- hull
 def test_hull_against_triangulation():
-    "Slow twin: a voxel lies in the hull if a simplex of the triangulation holds it"
+    "Slow reference: a voxel lies in the hull if a simplex of the triangulation holds it"
     rng = np.random.default_rng(0)
     for _ in range(5):
         m = rng.random((9, 8, 10)) < 0.03

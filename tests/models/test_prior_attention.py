@@ -462,7 +462,7 @@ def test_full_size():
     ]
 
 
-# ---- with the rest of the house
+# ---- with the rest of the package
 def test_fits_by_a_recipe(tmp_path):
     "The loop trains them as they are; each part of Eq. 7 gets a column; the run can be loaded"
     from covid_ct.train.loop import fit, load_run, predict_batches

@@ -1,4 +1,4 @@
-"""What holds the house together: who imports whom, what `import` costs, what every public name
+"""Rules of the whole package: who imports whom, what `import` costs, what every public name
 says of itself.
 
     python tests/site/test_house.py     counts long cells and functions: tests/long_*.csv"""

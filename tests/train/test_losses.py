@@ -1,4 +1,4 @@
-"""Losses against PyTorch, a slow twin, and bad input."""
+"""Losses against PyTorch, a slow reference, and bad input."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_cross_entropy_is_torchs(batch, weights, loss):
 
 @pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0, 5.0])
 def test_focal_gradient_is_right(gamma):
-    "Numerical gradients of the loss and of the slow twin in float64, and both agree"
+    "Numerical gradients of the loss and of the slow reference in float64, and both agree"
     z, y = (
         torch.randn(
             4,
