@@ -1,4 +1,5 @@
-"The audit: every fault alone is found and nothing else is, over volumes and over slice images; baselines; reports; bad input"
+"""The audit: every fault alone is found and nothing else is, over volumes and over slice images;
+baselines; reports; bad input"""
 
 import functools
 import json
@@ -57,7 +58,8 @@ def phantoms(seed):
 
 
 def spoilt(seed, fault):
-    "The table with the scans of every third patient spoilt, the phantoms, and the ids of the spoilt"
+    """The table with the scans of every third patient spoilt, the phantoms, and the ids of the
+    spoilt"""
     df, clean = phantoms(seed)
     hit = [i % 3 == 1 and fault is not None for i in range(len(df))]
     made = [
@@ -119,7 +121,8 @@ def test_one_fault_alone(fault, kind, seed, tmp_path):
     "seed", [5, pytest.param(6, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow)]
 )
 def test_leaked_patients(seed):
-    "Every scan of a person who stands under two ids, and nobody else; two scans under one id are no leak"
+    """Every scan of a person who stands under two ids, and nobody else; two scans under one id are
+    no leak"""
     df = phantom_cohort(8, seed=seed, second_scan=0.1, leaked=3)
     a = audit(df, load=lambda r: phantom_of(r, shape=(48, 96, 96)).scan, progress=False, n=50)
     ids = df.groupby("patient").patient_id.nunique()
@@ -294,7 +297,8 @@ def test_cc_ccii_from_tables(data_dir, tmp_path):
         and t.loc["reversed", "all"] == 98
     )
     assert "5 of 1549" in a.verdict and "155 of 1519" in a.verdict and "606 of 966" in a.verdict
-    # the forests of others: 0.59 and 0.906, with the flag 0.64 and 0.934; another seed or depth moves these by a hundredth
+    # the forests of others: 0.59 and 0.906, with the flag 0.64 and 0.934; another seed or depth
+    # moves these by a hundredth
     for name, accuracy, area in (
         ("slice count", 0.59, 0.906),
         ("slice count and mask", 0.64, 0.934),
@@ -344,7 +348,7 @@ def test_shortcuts_are_found(shortcut, name, who):
 
 def test_baselines_without_a_secret_stay_quiet():
     rng, alarms = np.random.default_rng(0), 0
-    for s in range(4):
+    for _ in range(4):
         f = pd.DataFrame(
             dict(
                 patient_id=np.arange(45),

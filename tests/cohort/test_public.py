@@ -1,4 +1,5 @@
-"Public sets: archives that attack, labels that do not belong, every layout written and read back, its faults"
+"""Public sets: archives that attack, labels that do not belong, every layout written and read back,
+its faults"""
 
 import functools
 import hashlib

@@ -54,7 +54,9 @@ def test_this_split_never_changes():
         'abcde', key=lambda i: hashlib.sha256(f'0|{i}'.encode()).hexdigest()
     )
     code = (
-        "import pandas as pd; from covid_ct.cohort.splits import split_hash, split_patients; d = pd.DataFrame(dict(patient_id=list('abcdefghij'), scan_id=range(10), label=['x','y']*5));"
+        "import pandas as pd; from covid_ct.cohort.splits import split_hash, split_patients; "
+        "d = pd.DataFrame(dict(patient_id=list('abcdefghij'), "
+        "scan_id=range(10), label=['x','y']*5));"
         "print(split_hash(split_patients(d.iloc[::-1], folds=2, test=.2, seed=0)))"
     )
     env = dict(__import__('os').environ, PYTHONHASHSEED='7')
@@ -304,7 +306,8 @@ def test_patients_that_move_keep_their_centres_together():
 
 
 def test_twins_stay_together():
-    "Files of the same content under two patients never stand on two sides; without the sets they would"
+    """Files of the same content under two patients never stand on two sides; without the sets they
+    would"""
     d = ward(120, seed=1)
     rng = np.random.default_rng(1)
     twins = [list(rng.choice(d.scan_id, 2, replace=False)) for _ in range(12)]
@@ -340,7 +343,8 @@ def test_unknown_patients_are_not_dealt(unknown):
     ):
         with pytest.raises(
             SplitError,
-            match=r"scans have no patient_id, so that a split by patient is impossible.*group='scan_id'",
+            match=r"scans have no patient_id, so that a split by patient is impossible"
+            r".*group='scan_id'",
         ):
             f(d)
     with pytest.raises(SplitError, match='100 of 100'):
@@ -408,7 +412,8 @@ def test_half_of_a_random_cc_ccii_test_set_leaks(data_dir):
 
 @pytest.mark.data
 def test_the_release_split_is_caught(data_dir):
-    "The published train/validation list against the scans it was tested on: 255 of 472 leak, and assert_disjoint says so"
+    """The published train/validation list against the scans it was tested on: 255 of 472 leak, and
+    assert_disjoint says so"""
     t = data_dir / 'cc_ccii_tables'
     train = pd.read_csv(t / 'release_split_train_val.csv')
     test = pd.read_csv(t / 'release_predictions.csv').drop_duplicates('scan_id')

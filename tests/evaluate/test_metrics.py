@@ -1,4 +1,5 @@
-"""Metrics against scikit-learn and by hand; the bootstrap against its slow reference, and its cost."""
+"""Metrics against scikit-learn and by hand; the bootstrap against its slow reference, and its
+cost."""
 
 import time
 import warnings
@@ -112,7 +113,8 @@ def test_all_against_sklearn(classes):
 
 @pytest.mark.parametrize("classes", [C3, ("cap", "covid"), ("covid", "ild", "cap", "healthy")])
 def test_every_class_against_sklearn(classes):
-    "Six numbers of each class against the rest, their mean as macro, accuracy there the share that is right"
+    """Six numbers of each class against the rest, their mean as macro, accuracy there the share
+    that is right"""
     t = table(60, 2, classes=classes)
     y, prob, _ = labels_and_probabilities(t)
     call = prob.argmax(1)
@@ -219,7 +221,9 @@ def test_bootstrap_is_its_slow_twin(by):
         fast = bootstrap(t, metric_statistic(name), by=by, n=40, seed=5)
         slow = bootstrap(
             t,
-            lambda f: classification_metrics(f, classes=C3).loc[name, "covid vs rest"],
+            lambda f, *, name=name: classification_metrics(f, classes=C3).loc[
+                name, "covid vs rest"
+            ],
             by=by,
             n=40,
             seed=5,

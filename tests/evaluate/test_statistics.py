@@ -1,4 +1,5 @@
-"""Intervals, tests and calibration against published examples, slow references, scikit-learn and SciPy; coverage by simulation."""
+"""Intervals, tests and calibration against published examples, slow references, scikit-learn and
+SciPy; coverage by simulation."""
 
 import itertools
 import math
@@ -54,7 +55,8 @@ C3 = ("healthy", "cap", "covid")
 
 
 def study(rng, patients=120, scans=3, same=0.8, d=1.0, mixed=False):
-    "Truth, score and patient; the true AUC is Phi(d / sqrt 2); `mixed` patients have scans of both classes"
+    """Truth, score and patient; the true AUC is Phi(d / sqrt 2); `mixed` patients have scans of
+    both classes"""
     who = np.repeat(np.arange(patients), scans)
     truth = (
         rng.random(len(who)) < 0.5
@@ -71,7 +73,8 @@ def study(rng, patients=120, scans=3, same=0.8, d=1.0, mixed=False):
 
 
 def ward(patients=300, seed=0, sharp=1.0, scans=1):
-    "Predictions whose true probabilities are softmax(z) and whose reported ones are softmax(sharp z)"
+    """Predictions whose true probabilities are softmax(z) and whose reported ones are
+    softmax(sharp z)"""
     rng = np.random.default_rng(seed)
     z = 1.6 * rng.normal(size=(patients, 3))
     p, said = (np.exp(s * z) / np.exp(s * z).sum(1, keepdims=True) for s in (1, sharp))
@@ -201,20 +204,30 @@ def test_delong_invariances():
     assert delong(np.tile(t, 3), np.tile(x, 3)).cov[0, 0] < 0.4 * one.cov[0, 0]
 
 
-# pROC (Robin et al. 2011, BMC Bioinformatics 12:77) is the reference. Where "documented" stands, the digits are those of its own test suite on its example
-# aSAH (github.com/xrobin/pROC, tests/testthat: test-roc.test.R at 0bc764d, test-ci.auc.R at 13bdf2c, test-var.R at 2bacb19, the AUCs in
-# helper-deLongPlacementsCpp-expected.R at 13bdf2c); version 1.18.0 under R 4.2.2 was run as well, printed the same, and gave the digits of the other examples.
+# pROC (Robin et al. 2011, BMC Bioinformatics 12:77) is the reference. Where "documented" stands,
+# the digits are those of its own test suite on its example aSAH (github.com/xrobin/pROC,
+# tests/testthat: test-roc.test.R at 0bc764d, test-ci.auc.R at 13bdf2c, test-var.R at 2bacb19, the
+# AUCs in helper-deLongPlacementsCpp-expected.R at 13bdf2c); version 1.18.0 under R 4.2.2 was run as
+# well, printed the same, and gave the digits of the other examples.
 
-# 113 patients with subarachnoid haemorrhage, 72 with a good outcome and then 41 with a poor one: WFNS grade / S100B / NDKA (Turck et al. 2010)
-ASAH = """1/.13/3.01 1/.14/8.54 1/.1/8.09 1/.04/10.42 5/.47/6 1/.18/15.54 2/.1/6.01 2/.1/17.86 1/.04/13.41 2/.08/20.75 2/.04/16.11 1/.09/49.94 1/.11/9.47
-1/.07/6.29 2/.17/12.53 1/.07/6.54 2/.11/6.3 1/.13/80.3 1/.19/12.8 3/.05/9.8 4/.16/9.81 1/.14/18.21 4/.34/5.03 1/.09/8.02 5/.5/6.59 5/.46/9.63
-1/.16/13.12 1/.07/7.96 2/.43/14.34 4/.45/41.43 1/.11/7.63 1/.08/7.06 2/.09/12.59 2/.08/9.44 1/.06/7.66 2/.13/12.98 1/.1/27.19 2/.14/22.27 2/.15/9.95
-1/.06/11.73 1/.05/58.83 1/.09/6.39 1/.04/17.21 2/.09/9.7 1/.08/10.51 2/.16/10.6 1/.09/14.57 1/.08/4.61 3/.33/17.3 2/.11/12.71 4/.28/9.44 2/.07/11.07
-1/.1/19.46 4/.32/10.83 1/.07/11.97 1/.05/7.75 5/.24/9.83 4/.38/10.55 2/.1/28.49 2/.15/8.53 1/.08/12.57 1/.14/12.9 1/.1/46.83 3/.07/11.68 1/.04/12.67
-2/.19/9.01 2/.15/24.58 4/.47/10.33 4/.17/13.87 1/.15/22.43 1/.5/6.79 1/.48/13.45 3/.13/17.4 2/.1/12.75 4/.16/13.2 5/.12/15.96 5/.44/5.18 5/.71/8.9
-5/.49/11.6 2/.07/32.37 5/.33/54.82 2/.09/32.41 1/.07/40.34 2/.41/9.85 5/.35/14.04 4/.48/21.93 4/.96/7.42 2/.25/8.38 5/.86/13.56 5/.52/3.87
-5/2.07/419.19 2/.07/21.22 5/.77/10.4 2/.3/11.09 5/.03/12.22 2/.09/13.67 4/.23/22.63 5/.7/12.9 4/.27/21.57 4/.71/8.23 1/.08/72.57 4/.26/15.54
-4/.13/5.19 2/.1/9.63 2/.11/21.48 5/.22/5.37 5/.56/9.57 2/.14/34.06 2/.58/11.72 5/.32/14.26 5/.82/47.61 5/.74/11.67 5/.44/15.89"""
+# 113 patients with subarachnoid haemorrhage, 72 with a good outcome and then 41 with a poor one:
+# WFNS grade / S100B / NDKA (Turck et al. 2010)
+ASAH = """
+1/.13/3.01 1/.14/8.54 1/.1/8.09 1/.04/10.42 5/.47/6 1/.18/15.54 2/.1/6.01 2/.1/17.86 1/.04/13.41
+2/.08/20.75 2/.04/16.11 1/.09/49.94 1/.11/9.47 1/.07/6.29 2/.17/12.53 1/.07/6.54 2/.11/6.3
+1/.13/80.3 1/.19/12.8 3/.05/9.8 4/.16/9.81 1/.14/18.21 4/.34/5.03 1/.09/8.02 5/.5/6.59
+5/.46/9.63 1/.16/13.12 1/.07/7.96 2/.43/14.34 4/.45/41.43 1/.11/7.63 1/.08/7.06 2/.09/12.59
+2/.08/9.44 1/.06/7.66 2/.13/12.98 1/.1/27.19 2/.14/22.27 2/.15/9.95 1/.06/11.73 1/.05/58.83
+1/.09/6.39 1/.04/17.21 2/.09/9.7 1/.08/10.51 2/.16/10.6 1/.09/14.57 1/.08/4.61 3/.33/17.3
+2/.11/12.71 4/.28/9.44 2/.07/11.07 1/.1/19.46 4/.32/10.83 1/.07/11.97 1/.05/7.75 5/.24/9.83
+4/.38/10.55 2/.1/28.49 2/.15/8.53 1/.08/12.57 1/.14/12.9 1/.1/46.83 3/.07/11.68 1/.04/12.67
+2/.19/9.01 2/.15/24.58 4/.47/10.33 4/.17/13.87 1/.15/22.43 1/.5/6.79 1/.48/13.45 3/.13/17.4
+2/.1/12.75 4/.16/13.2 5/.12/15.96 5/.44/5.18 5/.71/8.9 5/.49/11.6 2/.07/32.37 5/.33/54.82
+2/.09/32.41 1/.07/40.34 2/.41/9.85 5/.35/14.04 4/.48/21.93 4/.96/7.42 2/.25/8.38 5/.86/13.56
+5/.52/3.87 5/2.07/419.19 2/.07/21.22 5/.77/10.4 2/.3/11.09 5/.03/12.22 2/.09/13.67 4/.23/22.63
+5/.7/12.9 4/.27/21.57 4/.71/8.23 1/.08/72.57 4/.26/15.54 4/.13/5.19 2/.1/9.63 2/.11/21.48
+5/.22/5.37 5/.56/9.57 2/.14/34.06 2/.58/11.72 5/.32/14.26 5/.82/47.61 5/.74/11.67 5/.44/15.89
+"""
 
 
 def asah():
@@ -280,7 +293,8 @@ def test_documented_by_proc_two_areas(first, second, z, p, low, high):
 
 
 def test_documented_by_proc_two_groups():
-    "Unpaired, D = -1.55995743389685 of NDKA against S100B; pROC takes its p from Student's t, ours from the normal law, which is why only D is held"
+    """Unpaired, D = -1.55995743389685 of NDKA against S100B; pROC takes its p from Student's t,
+    ours from the normal law, which is why only D is held"""
     truth, s = asah()
     both = np.tile(truth, 2), np.r_[s["ndka"], s["s100b"]], np.repeat([True, False], 113)
     assert np.isclose(compare_groups(*both).statistic, -1.55995743389685, rtol=1e-9)
@@ -297,14 +311,20 @@ def test_hanley_mcneil():
     )
 
 
-OVARIAN = """3.0 5.8 10 0 3.2 6.3 5 1 3.9 6.8 3 1 2.8 4.8 6 0 3.2 5.8 3 1 0.9 4.0 5 0 2.5 5.7 8 0 1.6 5.6 5 1 3.8 5.7 5 1 3.7 6.7 6 1 3.2 5.4 4 1 3.8 6.6 6 1 4.1 6.6 5 1 3.6 5.7 5 1
-4.3 7.0 4 1 3.6 6.7 4 0 2.3 4.4 6 1 4.2 7.6 4 0 4.0 6.6 6 0 3.5 5.8 6 1 3.8 6.8 7 1 3.0 4.7 8 0 4.5 7.4 5 1 3.7 7.4 5 1 3.1 6.6 6 1 4.1 8.2 6 1 4.3 7.0 5 1 4.3 6.5 4 1 3.2 5.1 5 1
-2.6 4.7 6 1 3.3 6.8 6 0 1.7 4.0 7 0 3.7 6.1 5 1 3.3 6.3 7 1 4.2 7.7 6 1 3.5 6.2 5 1 2.9 5.7 9 0 2.1 4.8 7 1 2.8 6.2 8 0 4.0 7.0 7 1 3.3 5.7 6 1 3.7 6.9 5 1 3.6 6.6 5 1"""
+OVARIAN = """
+3.0 5.8 10 0 3.2 6.3 5 1 3.9 6.8 3 1 2.8 4.8 6 0 3.2 5.8 3 1 0.9 4.0 5 0 2.5 5.7 8 0 1.6 5.6 5 1
+3.8 5.7 5 1 3.7 6.7 6 1 3.2 5.4 4 1 3.8 6.6 6 1 4.1 6.6 5 1 3.6 5.7 5 1 4.3 7.0 4 1 3.6 6.7 4 0
+2.3 4.4 6 1 4.2 7.6 4 0 4.0 6.6 6 0 3.5 5.8 6 1 3.8 6.8 7 1 3.0 4.7 8 0 4.5 7.4 5 1 3.7 7.4 5 1
+3.1 6.6 6 1 4.1 8.2 6 1 4.3 7.0 5 1 4.3 6.5 4 1 3.2 5.1 5 1 2.6 4.7 6 1 3.3 6.8 6 0 1.7 4.0 7 0
+3.7 6.1 5 1 3.3 6.3 7 1 4.2 7.7 6 1 3.5 6.2 5 1 2.9 5.7 9 0 2.1 4.8 7 1 2.8 6.2 8 0 4.0 7.0 7 1
+3.3 5.7 6 1 3.7 6.9 5 1 3.6 6.6 5 1
+"""
 
 
 def test_the_data_of_delong():
-    """43 complete patients of DeLong et al. 1988 as printed in the SAS/STAT User's Guide (LOGISTIC, "Comparing Receiver Operating Characteristic Curves",
-    statug 68162, Example 72.8); digits of pROC 1.18.0, the joint test by hand from its covariances"""
+    """43 complete patients of DeLong et al. 1988 as printed in the SAS/STAT User's Guide (LOGISTIC,
+    "Comparing Receiver Operating Characteristic Curves", statug 68162, Example 72.8); digits of
+    pROC 1.18.0, the joint test by hand from its covariances"""
     alb, tp, kg, survived = np.array(OVARIAN.split(), float).reshape(43, 4).T
     truth, scores = survived == 1, np.stack([alb, tp, 10 - kg])
     a = delong(truth, scores)
@@ -416,7 +436,8 @@ STUDIES = 2000
 
 
 def many(rng, studies=STUDIES, patients=120, scans=3, same=0.8, d=1.0):
-    "Truth `(N,)`, patient `(N,)` and the scores `(studies,N)` of one design; every second patient is positive, the true AUC is Phi(d / sqrt 2)"
+    """Truth `(N,)`, patient `(N,)` and the scores `(studies,N)` of one design; every second patient
+    is positive, the true AUC is Phi(d / sqrt 2)"""
     who = np.repeat(np.arange(patients), scans)
     truth = who % 2 == 0
     return (
@@ -429,7 +450,8 @@ def many(rng, studies=STUDIES, patients=120, scans=3, same=0.8, d=1.0):
 
 
 def spread(truth, who, *networks):
-    "AUC `(studies, networks)` and covariance `(studies, networks, networks)` of every study, by `delong` for a hundred studies at once"
+    """AUC `(studies, networks)` and covariance `(studies, networks, networks)` of every study, by
+    `delong` for a hundred studies at once"""
     area, cov, k = [], [], len(networks)
     for i in range(0, len(networks[0]), 100):
         a = delong(
@@ -452,7 +474,8 @@ def plains(a, v):
 
 
 def booted(truth, who, scores, n=500):
-    "The ends of the percentile interval of each study, from sums over pairs of patients instead of sorted scans"
+    """The ends of the percentile interval of each study, from sums over pairs of patients instead
+    of sorted scans"""
     k = np.bincount(who)[0]
     w, yes, out = draw_patients([f"{i:05}" for i in who], n)[:, ::k].astype("f4"), truth[::k], []
     pos, neg = (scores[:, side].reshape(len(scores), -1, k) for side in (truth, ~truth))
@@ -475,7 +498,8 @@ def covers(ends, truth):
 
 @pytest.mark.parametrize("scans", [1, 3])
 def test_coverage_of_an_area(scans):
-    "Two thousand studies of 120 patients: every interval over patients covers 93 to 97 %, and over scans, where patients repeat, less than 85 %"
+    """Two thousand studies of 120 patients: every interval over patients covers 93 to 97 %, and
+    over scans, where patients repeat, less than 85 %"""
     truth, who, scores = many(np.random.default_rng(7), scans=scans)
     area, cov = spread(truth, who, scores)
     area, var, A = area[:, 0], cov[:, 0, 0], stats.norm.cdf(1 / 2**0.5)
@@ -505,7 +529,8 @@ def test_coverage_of_an_area(scans):
 
 
 def test_coverage_of_differences_and_the_test_that_takes_scans_as_patients():
-    "Two thousand times two networks on the same patients, unequal and equal, and two groups of patients"
+    """Two thousand times two networks on the same patients, unequal and equal, and two groups of
+    patients"""
     rng = np.random.default_rng(8)
     truth, who, a = many(rng, patients=160)
     b = (
@@ -539,7 +564,8 @@ def test_coverage_of_differences_and_the_test_that_takes_scans_as_patients():
 
 
 def test_coverage_of_shares():
-    "Wilson, the difference of McNemar, and the rates of a decision over patients; Wilson over scans fails"
+    """Wilson, the difference of McNemar, and the rates of a decision over patients; Wilson over
+    scans fails"""
     rng = np.random.default_rng(11)
     for n, p in ((40, 0.8), (60, 0.9), (120, 0.95)):
         k = rng.binomial(n, p, STUDIES)
@@ -657,7 +683,9 @@ def test_permutation_of_areas_keeps_its_level():
         truth, a, who = study(rng, 24, 2)
         b = truth + 0.8**0.5 * rng.normal(size=24)[who] + 0.2**0.5 * rng.normal(size=48)
         p.append(
-            paired_permutation(a, b, lambda x, y: auc(truth, x)[0] - auc(truth, y)[0], who, n=59).p
+            paired_permutation(
+                a, b, lambda x, y, *, t=truth: auc(t, x)[0] - auc(t, y)[0], who, n=59
+            ).p
         )
     w = wilson(sum(np.array(p) <= 0.1), 120, 0.999)
     assert w.low < 0.1 < w.high
@@ -728,7 +756,8 @@ def test_compare():
 
 @pytest.fixture
 def release(data_dir):
-    "Predictions of the two released runs in the package's names, and the patients they were trained on"
+    """Predictions of the two released runs in the package's names, and the patients they were
+    trained on"""
     folder = data_dir / "cc_ccii_tables"
     t = pd.read_csv(folder / "release_predictions.csv").rename(
         columns=dict(p_normal="prob_healthy", p_cp="prob_cap", p_ncp="prob_covid")
@@ -790,7 +819,8 @@ def test_release_predictions(release):
 
 @pytest.mark.data
 def test_the_leak_in_the_release(release):
-    "Scans of patients that were trained on against the others: both runs are better on what they have seen"
+    """Scans of patients that were trained on against the others: both runs are better on what they
+    have seen"""
     runs, train = release
     for run, seen, unseen, D in zip(
         runs.values(),
@@ -835,7 +865,8 @@ def test_reliability_is_sklearns():
 
 
 def test_the_floor_is_the_bias():
-    "The mean ECE of labels drawn from the probabilities, by a slow loop; and it falls with the root of n"
+    """The mean ECE of labels drawn from the probabilities, by a slow loop; and it falls with the
+    root of n"""
     p = ward(120, 4).prob_covid.to_numpy()
     rng = np.random.default_rng(1)
     slow = [ece(rng.random(120) < p, p, 10) for _ in range(150)]

@@ -1,4 +1,5 @@
-"A bounded run of tests/fuzz.py: damaged files of every kind give a scan or a typed error, never a crash, a hang or a flood"
+"""A bounded run of tests/fuzz.py: damaged files of every kind give a scan or a typed error, never a
+crash, a hang or a flood"""
 
 import dataclasses
 import os

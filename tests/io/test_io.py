@@ -1,4 +1,5 @@
-"Readers and writers against hand-made files, SimpleITK, pydicom and nibabel; every fault gets a typed error and no noise"
+"""Readers and writers against hand-made files, SimpleITK, pydicom and nibabel; every fault gets a
+typed error and no noise"""
 
 import base64
 import gzip
@@ -61,7 +62,10 @@ def scan():
     return chest()
 
 
-def write(scan, path, code='LPS', turn=np.eye(3), voxels=None):
+UNTURNED = np.eye(3)
+
+
+def write(scan, path, code='LPS', turn=UNTURNED, voxels=None):
     "Write with SimpleITK alone, along `code`, turned by a rotation (xyz)"
     v, g = reorient(scan.voxels if voxels is None else voxels, scan.grid, 'LPS', code)
     im = sitk.GetImageFromArray(np.ascontiguousarray(v))
@@ -225,7 +229,7 @@ def test_unknown_geometry_is_refused_or_stamped(tmp_path, scan):
     p = write(scan, tmp_path / 'b.mha')
     raw = p.read_bytes()
     p.write_bytes(
-        b'\n'.join(l for l in raw.split(b'\n', 20) if not l.startswith(b'ElementSpacing'))
+        b'\n'.join(s for s in raw.split(b'\n', 20) if not s.startswith(b'ElementSpacing'))
     )
     for name in ('a.nii.gz', 'b.mha'):
         with pytest.raises(GeometryError, match='geometry is unknown'):
@@ -972,7 +976,8 @@ def test_no_identity_in_any_output(tmp_path):
 
 
 def test_no_identity_in_reports(tmp_path):
-    "Facts and pages made of a scan; the page is called what the caller calls it, here a folder without a name"
+    """Facts and pages made of a scan; the page is called what the caller calls it, here a folder
+    without a name"""
     from covid_ct.inference.predict import inspect
 
     folder = person(tmp_path / 'a')
@@ -1229,7 +1234,7 @@ def test_bits_beyond_those_stored(tmp_path, scan, stored, signed):
 
 @pytest.mark.data
 def test_two_kernels_voxel_for_voxel(data_dir):
-    for k, folder in dict(L='A0001_lungkernel_L', B='A0001_softkernel_B').items():
+    for folder in ('A0001_lungkernel_L', 'A0001_softkernel_B'):
         s = read(data_dir / 'tcia_lung_pet_ct_dx' / folder)
         assert (
             s.shape == (64, 512, 512)
@@ -1285,7 +1290,8 @@ def by_pydicom(files):
     )
 
 
-# every folder with files and every single file of odd_dicom: read (shape, spacing) or refused (type, words)
+# every folder with files and every single file of odd_dicom: read (shape, spacing) or refused
+# (type, words)
 ODD = {
     'dcm_qa_ct/GE_tilt_head': (GeometryError, 'tilted by 18.5'),
     'dcm_qa_ct/Philips_localizer': (ReadError, 'localizer'),
@@ -1410,7 +1416,8 @@ def test_not_a_chest_and_single_slices(data_dir):
     for p in sorted((data_dir / 'tcia_covid19_ny_sbu').glob('*/*')):
         with pytest.raises(
             DataError,
-            match='one slice|series found|where another|pixel sizes|pixel spacings|missing|orientations|mm apart',
+            match='one slice|series found|where another|pixel sizes|pixel spacings|missing'
+            '|orientations|mm apart',
         ):
             read(p)
 

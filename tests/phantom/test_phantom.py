@@ -14,7 +14,8 @@ SMALL = (32, 64, 64)
 
 
 def fingerprint(p):
-    "Coarse on purpose: shares of the lungs and of the volume, so that the last bit of an exponential does not matter"
+    """Coarse on purpose: shares of the lungs and of the volume, so that the last bit of an
+    exponential does not matter"""
     h = np.histogram(p.scan.voxels, np.arange(-1050, 1100, 150))[0] / p.scan.voxels.size
     kinds = [
         (m).sum() / p.lungs.sum()
@@ -449,8 +450,8 @@ def real(data_dir):
 @pytest.fixture(scope='module')
 def drawn():
     ps = [
-        make_phantom(l, s, (64, 112, 112)).scan.voxels
-        for s, l in enumerate(('healthy', 'cap', 'covid', 'healthy', 'covid'))
+        make_phantom(label, s, (64, 112, 112)).scan.voxels
+        for s, label in enumerate(('healthy', 'cap', 'covid', 'healthy', 'covid'))
     ]
     return ps
 

@@ -37,7 +37,7 @@ def changed(p, voxels, **kw):
     return p.scan.replace(voxels=voxels, **kw)
 
 
-# ── measures ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── measures ──────────────────────────────────────────────────────────────────────────────────────
 def test_dice_by_hand():
     assert dice([1, 1, 0, 0], [1, 0, 1, 0]) == 0.5
     assert dice([0, 0], [0, 0]) == 1 and dice([1, 1], [0, 0]) == 0 and dice([1], [1]) == 1
@@ -56,7 +56,7 @@ def test_volume_in_litres():
     assert lung_volume_l(np.ones((2, 2, 2), bool), s) == pytest.approx(8 * 200 / 1e6)
 
 
-# ── pieces ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── pieces ────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     "mm,spacing",
     [
@@ -111,7 +111,8 @@ def test_two_sides_and_one():
 
 
 def test_the_liver_behind_a_thin_recess_is_no_gap():
-    "A crescent of lung around a dome: what it hides from the ribs stays out; a bite out of its outer side goes in"
+    """A crescent of lung around a dome: what it hides from the ribs stays out; a bite out of its
+    outer side goes in"""
     y, x = np.ogrid[:120, :120]
     r = np.hypot(y - 60, x - 60)
     ring = np.repeat(((r < 50) & (r > 40) & (x > 40))[None], 6, 0)
@@ -147,7 +148,7 @@ def test_trachea_and_bronchi_are_found_and_do_not_leak(healthy):
     assert not find_trachea(air & False, inside, copy.spacing).any()
 
 
-# ── phantoms ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── phantoms ──────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     "label,seed",
     [("healthy", 11), ("healthy", 12), ("ild", 13), ("covid", 14), ("covid", 15), ("cap", 16)],
@@ -221,7 +222,7 @@ def test_what_real_scans_do(healthy, name):
     assert dice(lung_mask(scan), lungs) > 0.95
 
 
-# ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── refusals ──────────────────────────────────────────────────────────────────────────────────────
 def test_not_a_chest(healthy):
     v, z = healthy.scan.voxels, np.flatnonzero(healthy.lungs.any((1, 2)))
     body = np.where(healthy.lungs, 40, v).astype("i2")
@@ -281,7 +282,7 @@ def test_regions_count_every_voxel():
     assert len(regions(m, True)[1]) >= len(regions(m)[1])
 
 
-# ── warnings about a mask ────────────────────────────────────────────────────────────────────────────────────────
+# ── warnings about a mask ─────────────────────────────────────────────────────────────────────────
 def spoilt(p, name):
     "A scan and a mask that is wrong in one way"
     m, v = p.lungs.copy(), p.scan.voxels
@@ -356,7 +357,7 @@ def test_a_mask_of_another_grid_is_refused(healthy):
         mask_warnings(healthy.lungs[1:], healthy.scan)
 
 
-# ── real scans ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── real scans ────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.data
 def test_the_small_chest_of_the_chest_imaging_platform(data_dir):
     from covid_ct.io.read import read, read_mask
@@ -416,7 +417,7 @@ def test_the_abdomen_is_refused(data_dir, name):
         lung_mask(read(data_dir / "totalsegmentator" / name))
 
 
-# ── sick chests ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── sick chests ───────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     "state",
     [
@@ -493,7 +494,7 @@ def test_sick_patients(data_dir, name, litres):
     assert seed.any() and m[z, y, x].mean() < 0.02
 
 
-# ── the region that masking keeps ────────────────────────────────────────────────────────────────────────────────
+# ── the region that masking keeps ─────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize("seeds", [range(0, 4), range(4, 8)])
 def test_the_region_keeps_dense_disease_in_both_classes(seeds):
     share = {}

@@ -1,4 +1,5 @@
-"Preparing a cohort: kill and resume, two runs at once, clusters, failures, and keys that follow the code"
+"""Preparing a cohort: kill and resume, two runs at once, clusters, failures, and keys that follow
+the code"""
 
 import json
 import os
@@ -91,7 +92,7 @@ def cohort():
     return table()
 
 
-# ── a run and what it leaves ─────────────────────────────────────────────────────────────────────────────────────
+# ── a run and what it leaves ──────────────────────────────────────────────────────────────────────
 def test_size_is_predicted_to_the_byte_and_values_are_those_of_prepare(cohort, tmp_path):
     done = quiet(cohort, PREP, tmp_path, PREPARED_MASKS, jobs=1, load=toy)
     arrays = list(done.folder.glob('*.npy'))
@@ -213,9 +214,10 @@ def test_a_missing_mask_is_a_failure_of_its_scan(tmp_path):
     assert set(done.failures.error) == {'CohortError', 'ReadError'}
 
 
-# ── killed, and two at once ──────────────────────────────────────────────────────────────────────────────────────
+# ── killed, and two at once ───────────────────────────────────────────────────────────────────────
 RUN = (
-    "import sys; from covid_ct.preprocess.cache import prepare; from covid_ct.preprocess.resample import Prep\n"
+    "import sys; from covid_ct.preprocess.cache import prepare; "
+    "from covid_ct.preprocess.resample import Prep\n"
     "prepare(sys.argv[1], Prep(size=(6,12,10)), sys.argv[2], jobs=int(sys.argv[3]), progress=False)"
 )
 
@@ -258,7 +260,9 @@ def test_a_kill_in_the_middle_of_a_write_leaves_nothing_that_counts(tmp_path):
     csv = on_disk(tmp_path / 'data', 8)
     half = (
         "import numpy as np, os\nwhole = np.save\ncalls = []\n"
-        "def save(f, a, **k):\n    calls.append(1)\n    if len(calls) == 3: f.write(b'\\x93NUMPY half'); f.flush(); os.kill(os.getpid(), 9)\n    whole(f, a, **k)\nnp.save = save\n"
+        "def save(f, a, **k):\n    calls.append(1)\n"
+        "    if len(calls) == 3: f.write(b'\\x93NUMPY half'); f.flush(); os.kill(os.getpid(), 9)\n"
+        "    whole(f, a, **k)\nnp.save = save\n"
     )
     p = start(csv, tmp_path / 'killed', 1, half + RUN)
     assert p.wait() == -signal.SIGKILL
@@ -330,7 +334,7 @@ def test_a_stage_that_is_swept_before_it_is_locked_is_made_again(tmp_path, monke
     assert not list(tmp_path.iterdir())
 
 
-# ── clusters ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── clusters ──────────────────────────────────────────────────────────────────────────────────────
 def test_dask_prepares_the_same_bytes(tmp_path):
     distributed = pytest.importorskip('distributed')
     csv = on_disk(tmp_path / 'data', 12)
@@ -352,7 +356,7 @@ def test_dask_prepares_the_same_bytes(tmp_path):
     assert contents(tmp_path / 'here') == contents(tmp_path / 'there')
 
 
-# ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── keys ──────────────────────────────────────────────────────────────────────────────────────────
 def test_keys_follow_recipe_function_and_arguments(tmp_path):
     other = [
         Prep(size=SIZE, window=(-1000.0, 400.0)),
@@ -379,7 +383,8 @@ MODULES = (
 
 @pytest.mark.parametrize('module', MODULES)
 def test_keys_follow_the_code_that_voxels_depend_on(module, tmp_path, monkeypatch):
-    "Every module that reading, finding lungs and preparing stand on: one changed line, and the old cache is not found"
+    """Every module that reading, finding lungs and preparing stand on: one changed line, and the
+    old cache is not found"""
     real, file = C._code, sys.modules['covid_ct.' + module].__file__
     before = _cache_folder(tmp_path, PREP)
     monkeypatch.setattr(C, '_code', lambda f: real(f) + 'changed' if f == file else real(f))
@@ -472,7 +477,7 @@ def test_a_phantom_cohort_needs_no_files(tmp_path):
     assert done.exit_code == 0 and done.made >= 2 and not done.failures.size
 
 
-# ── the user's own masks ─────────────────────────────────────────────────────────────────────────────────────────
+# ── the user's own masks ──────────────────────────────────────────────────────────────────────────
 KEEP = Prep(size=SIZE, keep='lungs')
 CROP = Prep(size=SIZE, crop='lungs', margin=0.0)
 
@@ -609,7 +614,7 @@ def test_lungs_are_found_once_for_crop_and_mask(masked):
     assert len(asked) == 1 and about['lungs'] == 'built-in' and arrays['lung'].all()
 
 
-# ── files that have changed ──────────────────────────────────────────────────────────────────────────────────────
+# ── files that have changed ───────────────────────────────────────────────────────────────────────
 def brighter(scan):
     return scan.replace(voxels=(scan.voxels + 150 * (scan.voxels < -500)).astype('i2'))
 
@@ -651,7 +656,8 @@ def stamps(folder):
 @pytest.mark.parametrize('keep_times', [False, True])
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_changed_scan_is_prepared_again(tmp_path, kind, keep_times):
-    "Voxels change in place: in nested folders, beside a header, with the old time and size put back"
+    """Voxels change in place: in nested folders, beside a header, with the old time and size put
+    back"""
     scan = Toy(dict(seed=3, scan_id='S', patient_id='P', label='covid')).scan
     path = KINDS[kind](scan, tmp_path / 'scan')
     cohort = pd.DataFrame([dict(patient_id='P', scan_id='S', label='covid', path=str(path))])
@@ -715,7 +721,7 @@ def test_the_code_of_the_phantom_is_not_that_of_a_patient(tmp_path, monkeypatch)
     assert [a == b for a, b in zip(before, folders(), strict=False)] == [True, False, False]
 
 
-# ── 8-bit pictures ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── 8-bit pictures ────────────────────────────────────────────────────────────────────────────────
 @pytest.fixture(scope='module')
 def cc_ccii(tmp_path_factory):
     "Phantoms on disk as CC-CCII lies there: folders of 8-bit pictures without geometry"

@@ -59,7 +59,7 @@ def places(grid):
     return grid.to_mm(np.stack(np.indices(grid.shape), -1))
 
 
-# ── weights ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── weights ───────────────────────────────────────────────────────────────────────────────────────
 SIZES = [(n, m) for n in (1, 2, 3, 5, 17, 64, 300, 512) for m in (1, 2, 3, 7, 64, 224, 600)]
 
 
@@ -206,7 +206,9 @@ def test_slices_that_become_more_but_smaller_are_made_small_first(monkeypatch):
     assert set(shapes) == {(5, 40, 40), (5, 8, 9)}
 
 
-def test_smaller_is_antialiased_like_scikit_image_and_closer_to_the_truth_than_plain_interpolation():
+def test_smaller_is_antialiased_like_scikit_image_and_closer_to_the_truth_than_plain_interpolation(
+    # takes no fixture
+):
     transform = pytest.importorskip("skimage.transform")
     z, y, x = np.meshgrid(*(np.arange(n) for n in (40, 96, 96)), indexing="ij")
 
@@ -256,7 +258,7 @@ def test_larger_is_linear_interpolation_like_scipy():
     assert abs(resample(v, g, to, "hold") - want).max() < 1e-10
 
 
-# ── grids ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── grids ─────────────────────────────────────────────────────────────────────────────────────────
 @pytest.mark.parametrize(
     "shape", [(64, 224, 224), (8, 14, 14), (24, 60, 50), (1, 1, 1), (100, 7, 201)]
 )
@@ -291,7 +293,7 @@ def test_outside_the_scan_is_fill():
     assert (resample(np.ones(g.shape), g, away, fill=2) == 2).all()
 
 
-# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── rows ──────────────────────────────────────────────────────────────────────────────────────────
 def test_rows_of_darnet():
     assert PREPS["darnet"].size == (64, 224, 224) and PREPS["darnet"].window == (-1350, 150)
     r = PREPS["darnet_release"]
@@ -403,7 +405,7 @@ def test_lungs_may_be_a_function_that_is_asked_only_when_needed():
     prepare_scan(s, PREPS["darnet"], never)
 
 
-# ── back and forward ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── back and forward ──────────────────────────────────────────────────────────────────────────────
 PREPARATIONS = [
     Prep(size=(16, 32, 32)),
     Prep(size=(64, 40, 30), crop=(60.0, 30.0, 25.0)),
@@ -416,7 +418,8 @@ PREPARATIONS = [
 
 @pytest.mark.parametrize("prep", PREPARATIONS)
 def test_a_place_goes_there_and_comes_back(prep):
-    "A bump at a known place in mm, on an oblique anisotropic scan: found there in the network and again on the way back"
+    """A bump at a known place in mm, on an oblique anisotropic scan: found there in the network and
+    again on the way back"""
     g = oblique()
     lungs = np.zeros(g.shape, bool)
     lungs[4:20, 10:50, 8:44] = True

@@ -397,8 +397,9 @@ def test_lessons_travel_in_the_wheel(tmp_path):
     names = sorted(p.name for p in (ROOT / "nbs" / "lessons").glob("[0-9]*.ipynb"))
     assert inside == [f"covid_ct/lessons/{n}" for n in names]
     code = (
-        "import covid_ct; print(covid_ct.__file__); from covid_ct.course.checks import copy_course; \
-print([p.name for p in copy_course('mine')])"
+        "import covid_ct; print(covid_ct.__file__); "
+        "from covid_ct.course.checks import copy_course; "
+        "print([p.name for p in copy_course('mine')])"
     )
     got = subprocess.run(
         [sys.executable, "-c", code],

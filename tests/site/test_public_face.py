@@ -1,4 +1,5 @@
-"""`import covid_ct as ct` is enough for what most people need, and costs nothing before it is used."""
+"""`import covid_ct as ct` is enough for what most people need, and costs nothing before it is
+used."""
 
 import inspect
 import json
@@ -55,7 +56,7 @@ def test_a_subpackage_can_be_called_and_imported_from(package, monkeypatch):
 
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError):
-        ct.no_such_name
+        _ = ct.no_such_name
 
 
 def test_the_readme_s_lines_use_only_the_public_face(root):
