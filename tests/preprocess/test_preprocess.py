@@ -206,9 +206,7 @@ def test_slices_that_become_more_but_smaller_are_made_small_first(monkeypatch):
     assert set(shapes) == {(5, 40, 40), (5, 8, 9)}
 
 
-def test_smaller_is_antialiased_like_scikit_image_and_closer_to_the_truth_than_plain_interpolation(
-    # takes no fixture
-):
+def test_smaller_is_antialiased_like_scikit_image_and_closer_to_the_truth():
     transform = pytest.importorskip("skimage.transform")
     z, y, x = np.meshgrid(*(np.arange(n) for n in (40, 96, 96)), indexing="ij")
 
