@@ -126,10 +126,10 @@ def _step_ratios(
     if len(greys) < 6:
         return np.zeros(1)
     e = _blocks(np.diff(greys, axis=0) ** 2, 8).sum((2, 4)).reshape(len(greys) - 1, -1)
-    l = np.log(e + 1e-6)
+    step = np.log(e + 1e-6)
     low = 0.02 * np.median(e[e > 1e-6]) if (e > 1e-6).any() else 0.0
     ok = (e[1:-1] > low) & (e[:-2] > low) & (e[2:] > low)
-    r = _middle(l[1:-1] - (l[:-2] + l[2:]) / 2, ok * e[1:-1] ** 0.25 + 1e-12)
+    r = _middle(step[1:-1] - (step[:-2] + step[2:]) / 2, ok * e[1:-1] ** 0.25 + 1e-12)
     return np.where(ok.mean(1) < 0.1, 0, r)
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #0ae944f1
@@ -162,8 +162,8 @@ def _enclosed(
 def slice_direction(
     greys: np.ndarray,  # `(D,h,w)` of telling slices
     empty: np.ndarray,  # bool `(D,h,w)`
-    # −1 … 1: above 0.25 slices run from the feet to the head, below −0.25 the other way, nan without
-    # lungs
+    # −1 … 1: above 0.25 slices run from the feet to the head, below −0.25 the other way, nan
+    # without lungs
 ) -> float:
     "Which way the slices run, from the shape of the lungs"
     lungs = _enclosed(greys, empty)
@@ -174,8 +174,8 @@ def slice_direction(
     mean_x = (lungs.sum(1) @ x).sum() / area.sum()
     mean_y = (lungs.sum(2) @ y) / n
     box = [
-        np.ptp(np.flatnonzero(l.any(0))) * np.ptp(np.flatnonzero(l.any(1))) if l.any() else 1
-        for l in lungs
+        np.ptp(np.flatnonzero(m.any(0))) * np.ptp(np.flatnonzero(m.any(1))) if m.any() else 1
+        for m in lungs
     ]
     hollow = -area / np.maximum(box, 1)
     wide, deep = (

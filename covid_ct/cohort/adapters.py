@@ -31,7 +31,8 @@ _KEY = ['label', 'patient_id', 'scan_id']
 
 
 def _table(folder, name) -> pd.DataFrame:
-    "One table of CC-CCII as text, columns and classes named as in the package; None where it is missing"
+    """One table of CC-CCII as text, columns and classes named as in the package; None where it is
+    missing"""
     csv = Path(folder) / f'{name}.csv'
     if not csv.is_file():
         return None
@@ -74,11 +75,12 @@ def _flags(df, folder) -> tuple:
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #0d8f2786
 def _cc_ccii_tables(
-    folder,  # holds `unzip_filenames.csv`; the cleaning flags and the release's split where they are there
+    folder,  # holds `unzip_filenames.csv`; perhaps also cleaning flags and the release's split
 ) -> (
     pd.DataFrame
 ):  # cohort without paths: `n_slice zip_file already_masked repeats repeat_ids order release_split`
-    "All scans of CC-CCII as its tables describe them, no pixel needed; raises `CohortError` for tables that are missing or damaged"
+    """All scans of CC-CCII as its tables describe them, no pixel needed; raises `CohortError` for
+    tables that are missing or damaged"""
     df = _table(folder, 'unzip_filenames')
     if df is None:
         raise CohortError(
@@ -122,7 +124,8 @@ def _folders(path) -> list:
 
 
 def _in_folders(root) -> list:
-    "Scans that lie unpacked: class, patient, scan, path, folder inside a zip file, pictures, other files"
+    """Scans that lie unpacked: class, patient, scan, path, folder inside a zip file, pictures,
+    other files"""
     return [
         (
             c.name,
@@ -323,7 +326,8 @@ def _header(path) -> tuple:
 def _read_medseg100(
     root,  # folder with `tr_im` and `tr_mask`
 ) -> pd.DataFrame:  # one row a slice
-    "Cohort of the slices of MedSeg 100, kept as a stack; raises `GeometryError` where masks do not fit it"
+    """Cohort of the slices of MedSeg 100, kept as a stack; raises `GeometryError` where masks do
+    not fit it"""
     root, rows = Path(root).resolve(), []
     files = {file_stem(f): f for f in root.iterdir() if file_ending(f) in IO_OF_ENDING}
     for part, image, masks in (
@@ -438,7 +442,8 @@ def restore_hu(
     low=-1250,  # HU that became 0
     high=250,  # HU that became 255
 ) -> Scan:  # HU, float32, within half a grey step inside the window, cut off outside
-    "HU of a scan that was stored as grey values of a documented window; raises `UnitsError` for other than uint8"
+    """HU of a scan that was stored as grey values of a documented window; raises `UnitsError` for
+    other than uint8"""
     v = scan.require('uint8').voxels.astype('f4') * ((high - low) / 255) + low
     return scan.replace(
         voxels=v,
@@ -742,7 +747,8 @@ ADAPTERS = {
 
 # %% ../../nbs/03_cohort/03_adapters.ipynb #3c03e915
 def _home(path, names) -> tuple:
-    "The one of `names` that recognises a path or, failing that, a folder in it, and that folder; None for none"
+    """The one of `names` that recognises a path or, failing that, a folder in it, and that folder;
+    None for none"""
     below = (
         sorted(d for d in path.iterdir() if d.is_dir() and not d.name.startswith('.'))
         if path.is_dir()
@@ -767,7 +773,8 @@ def open_cohort(
     path,  # CSV file or folder
     adapter: str = None,  # row of `ADAPTERS`; None: the one that recognises the path
 ) -> pd.DataFrame:  # checked cohort; `attrs`: `root`, `adapter`, `traps`, `left_out`
-    "Cohort of any layout that is known; raises `CohortError` listing the layouts that were expected"
+    """Cohort of any layout that is known; raises `CohortError` listing the layouts that were
+    expected"""
     path = Path(path)
     if adapter and adapter not in ADAPTERS:
         raise CohortError(

@@ -27,7 +27,7 @@ class DatasetFacts:
     layout: str  # what the folder looks like
     traps: tuple  # what to beware of
     uncertain: tuple = ()  # what was not seen with own eyes
-    files: tuple = ()  # `(name, url, checksum)` of what can be fetched; the checksum as `'md5:…'` or `'sha256:…'`
+    files: tuple = ()  # `(name, url, checksum)` to fetch; the checksum as `'md5:…'` or `'sha256:…'`
 
 # %% ../../nbs/03_cohort/01_datasets.ipynb #9915e14a
 DATASETS = dict(
@@ -36,7 +36,8 @@ DATASETS = dict(
         'not stated in what we saw: read the terms of its authors',
         'Zhang et al. 2020, Cell 181:1423; cleaning flags: He et al. 2020',
         'http://ncov-ai.big.ac.cn/download',
-        '{CP,NCP,Normal}-k.zip, or unpacked {CP,NCP,Normal}/patient/scan/slice.jpg|png, with unzip_filenames.csv; the tables alone will do without pixels',
+        '{CP,NCP,Normal}-k.zip, or unpacked {CP,NCP,Normal}/patient/scan/slice.jpg|png, with '
+        'unzip_filenames.csv; the tables alone will do without pixels',
         (
             '63 % of the flagged Normal scans are already masked, 0.3 % of CP',
             'the number of slices alone tells the class',
@@ -88,7 +89,8 @@ DATASETS |= dict(
         'https://mosmed.ai/datasets/covid19_1110',
         'studies/CT-{0,1,2,3,4}/study_0001.nii.gz and masks/study_0001_mask.nii.gz',
         (
-            'the label is a grade read from the scan, not a PCR test: CT-0 means no sign in the lungs',
+            'the label is a grade read from the scan, not a PCR test: CT-0 means no sign in the '
+            'lungs',
             'slices lie about 8 mm apart',
             'CT-3 and CT-4 are rare (45 and 2)',
             'masks for 50 scans only, all of CT-1',
@@ -102,10 +104,12 @@ DATASETS |= dict(
 DATASETS |= dict(
     ct_seg=DatasetFacts(
         'COVID-19-CT-Seg: 20 scans with lung and infection masks',
-        'CC BY 4.0 on Zenodo; the scans come from Coronacases and Radiopaedia, who have terms of their own',
+        'CC BY 4.0 on Zenodo; the scans come from Coronacases and Radiopaedia, who have terms of '
+        'their own',
         'Ma et al. 2021, doi 10.1002/mp.14676; Zenodo 3757476',
         'https://zenodo.org/records/3757476',
-        'COVID-19-CT-Seg_20cases/*.nii.gz and the same names in Lung_Mask/, Infection_Mask/ or Lung_and_Infection_Mask/',
+        'COVID-19-CT-Seg_20cases/*.nii.gz and the same names in Lung_Mask/, Infection_Mask/ or '
+        'Lung_and_Infection_Mask/',
         (
             'coronacases_* are in HU, radiopaedia_* are windowed [-1250,250] to [0,255]',
             'the two halves lie along other axes: scale and axes tell the source',
@@ -116,10 +120,16 @@ DATASETS |= dict(
         tuple(
             (n, f'https://zenodo.org/records/3757476/files/{n}', f'sha256:{h}')
             for n, h in {
-                'COVID-19-CT-Seg_20cases.zip': 'a5060480eff9315b069b086312dac4872777901fb80d268a5a83edd9f4e7b440',
+                'COVID-19-CT-Seg_20cases.zip': (
+                    'a5060480eff9315b069b086312dac4872777901fb80d268a5a83edd9f4e7b440'
+                ),
                 'Lung_Mask.zip': 'f060b0d0299939a6d95ddefdbfa281de1a779c4d230a5adbd32414711d6d8187',
-                'Infection_Mask.zip': '87901c73fdd2230260e61d2dbc57bf56026efc28264006b8ea2bf411453c1694',
-                'Lung_and_Infection_Mask.zip': '34f5a573cb8fb53cb15abe81868395d9addf436854826a6fd6e70c2b294f19c3',
+                'Infection_Mask.zip': (
+                    '87901c73fdd2230260e61d2dbc57bf56026efc28264006b8ea2bf411453c1694'
+                ),
+                'Lung_and_Infection_Mask.zip': (
+                    '34f5a573cb8fb53cb15abe81868395d9addf436854826a6fd6e70c2b294f19c3'
+                ),
             }.items()
         ),
     )
@@ -175,7 +185,8 @@ DATASETS |= dict(
         'CC0',
         'MedSeg, figshare 13521488',
         'https://doi.org/10.6084/m9.figshare.13521488',
-        'tr_im.nii.gz with tr_mask.nii.gz; tr_lungmasks_updated.nii.gz and val_im.nii.gz where they are there',
+        'tr_im.nii.gz with tr_mask.nii.gz; tr_lungmasks_updated.nii.gz and val_im.nii.gz where '
+        'they are there',
         (*_TRAPS, 'ten further slices, val_im, have no masks'),
         (
             'HU, said to be restored from grey pictures',
@@ -277,7 +288,8 @@ def fetch(
     out,  # folder to put it in
     progress: bool = False,  # show a bar for each file
 ) -> Path:  # the folder, ready for `open_cohort`
-    "Download a public set, each file against its checksum; raises `ReadError` with address and layout where that cannot be done"
+    """Download a public set, each file against its checksum; raises `ReadError` with address and
+    layout where that cannot be done"""
     facts, out = known_set(name), Path(out)
     if not facts.files:
         raise ReadError(name, 'is not fetched: no checksum of it is published', _by_hand(facts))

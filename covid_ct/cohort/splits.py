@@ -38,7 +38,8 @@ def patient_known(
 
 
 def _who(rows, source='cohort'):
-    "Names that must not stand on two sides: patients, or scans of unknown patients in a split that says so; else raises `SplitError`"
+    """Names that must not stand on two sides: patients, or scans of unknown patients in a split
+    that says so; else raises `SplitError`"""
     ids = _patients(rows)
     lost = ids == ''
     if not lost.any():
@@ -46,8 +47,10 @@ def _who(rows, source='cohort'):
     if not ('split_by' in rows and rows.split_by[lost].eq('scan_id').all()):
         raise SplitError(
             source,
-            f'{int(lost.sum())} of {len(rows)} scans have no patient_id, so that a split by patient is impossible',
-            "Find the patients, drop these scans, or say group='scan_id' and report that both sides may show one patient.",
+            f'{int(lost.sum())} of {len(rows)} scans have no patient_id, so that a split by '
+            'patient is impossible',
+            "Find the patients, drop these scans, or say group='scan_id' and report that both "
+            "sides may show one patient.",
         )
     return ids.where(~lost, 'scan ' + rows.scan_id.astype(str))
 
@@ -56,7 +59,8 @@ def leak_share(
     train: pd.DataFrame,  # rows of the training set
     test: pd.DataFrame,  # rows of the test set
 ) -> float:  # share of the test scans whose patient is in `train`, [0,1]
-    "How much of a test set comes from patients that were trained on; raises `SplitError` where patients are unknown"
+    """How much of a test set comes from patients that were trained on; raises `SplitError` where
+    patients are unknown"""
     return float(_who(test, 'test').isin(set(_who(train, 'train'))).mean())
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #1d341e2c
@@ -84,10 +88,11 @@ def shuffled_order(
 # %% ../../nbs/03_cohort/04_splits.ipynb #19fea242
 def _connected_blocks(
     cohort: pd.DataFrame,  # one row per scan
-    group='patient_id',  # column whose values stay together, or several; `'scan_id'`: patients, and scans of unknown patients alone
+    group='patient_id',  # column(s) kept whole; `'scan_id'`: scans of unknown patients alone
     together=(),  # sets of scan ids that stay together as well, as duplicates of one another
 ) -> pd.Series:  # name of the block of each row, text
-    "Connected components of rows that share a value or stand in one set; raises `SplitError` for a scan or a patient that is unknown"
+    """Connected components of rows that share a value or stand in one set; raises `SplitError` for
+    a scan or a patient that is unknown"""
     columns = [group] if isinstance(group, str) else list(group)
     stamped = cohort.assign(split_by='scan_id') if columns == ['scan_id'] else cohort
     ties = [
@@ -156,7 +161,8 @@ def _check(cohort, *columns):
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #03f56b00
 def _dealt(deck, folds, test, seed, what):
-    "Fold of each block of a deck `{block: stratum}`; raises `SplitError` for a stratum that is too small"
+    """Fold of each block of a deck `{block: stratum}`; raises `SplitError` for a stratum that is
+    too small"""
     fold, turn = {}, 0
     for name, ids in deck.groupby(deck).groups.items():
         ids = shuffled_order(ids, seed)
@@ -164,7 +170,8 @@ def _dealt(deck, folds, test, seed, what):
         if len(ids) - n < folds:
             raise SplitError(
                 f'stratum {name!r}',
-                f'{len(ids)} block(s) by {what}: too few for {folds} folds and {n} for the test set',
+                f'{len(ids)} block(s) by {what}: too few for {folds} folds and {n} for the test '
+                'set',
                 (f'Use folds ≤ {len(ids) - n}, a' if len(ids) - n > 1 else 'Add patients, use a')
                 + ' smaller test share, or balance fewer columns.',
             )
@@ -179,12 +186,13 @@ def split_patients(
     test: float = 0.2,  # share of the blocks of each stratum kept for the test set, [0,1)
     seed: int = 0,  # another seed, another split
     by=('label',),  # columns to balance, as `('label','centre')`
-    group='patient_id',  # what stays together: a column or several, as `('patient_id','centre')`; `'scan_id'` where patients are unknown
+    group='patient_id',  # what stays whole: column(s); `'scan_id'` where patients are unknown
     together=(),  # sets of scan ids that stay together too
 ) -> (
     pd.DataFrame
 ):  # the same rows with `fold`: −1 test set, 0 … k−1 folds; `split_by` where it was `'scan_id'`
-    "Stratified folds and test set that never tear a patient apart; raises `SplitError` or `CohortError`"
+    """Stratified folds and test set that never tear a patient apart; raises `SplitError` or
+    `CohortError`"""
     columns = [group] if isinstance(group, str) else list(group)
     _check(cohort, *columns, *by)
     if folds < 2 or not 0 <= test < 1:
@@ -204,7 +212,8 @@ def assert_disjoint(
     *parts,  # tables with a `patient_id`; two or three are called train, valid, test
     **named,  # the same, with names of your own
 ) -> None:
-    "Raise `SplitError` naming the patients that stand in more than one part, or for patients that nobody knows"
+    """Raise `SplitError` naming the patients that stand in more than one part, or for patients that
+    nobody knows"""
     named = {
         **{('train', 'valid', 'test')[i] if i < 3 else f'part {i}': p for i, p in enumerate(parts)},
         **named,
@@ -216,7 +225,8 @@ def assert_disjoint(
             if both:
                 raise SplitError(
                     f'{a} and {b}',
-                    f'{len(both)} patient(s) on both sides: {", ".join(both[:5])}{", …" if both[5:] else ""}',
+                    f'{len(both)} patient(s) on both sides: '
+                    f'{", ".join(both[:5])}{", …" if both[5:] else ""}',
                     'Split by patient with split_patients, or drop them from one side.',
                 )
 
@@ -244,7 +254,8 @@ test_part.__test__ = False  # pytest would run whatever is called test_
 
 # %% ../../nbs/03_cohort/04_splits.ipynb #e33b3ded
 def _text(cohort):
-    "The split as sorted CSV text: `scan_id,patient_id,fold`, and `split_by` where it was not by patient"
+    """The split as sorted CSV text: `scan_id,patient_id,fold`, and `split_by` where it was not by
+    patient"""
     t = (
         cohort[['scan_id', 'fold', *(['split_by'] if 'split_by' in cohort else [])]]
         .astype({'fold': int})
@@ -274,7 +285,8 @@ def read_split(
     cohort: pd.DataFrame,  # one row per scan
     path,  # CSV file with `scan_id,patient_id,fold`
 ) -> pd.DataFrame:  # the same rows with the stored `fold`
-    "Put a stored split on a cohort; raises `SplitError` where they do not fit or where the file leaks"
+    """Put a stored split on a cohort; raises `SplitError` where they do not fit or where the file
+    leaks"""
     _check(cohort)
     t = pd.read_csv(path, dtype=str, keep_default_na=False)
     if list(t)[:3] != ['scan_id', 'patient_id', 'fold'] or list(t)[3:] not in ([], ['split_by']):

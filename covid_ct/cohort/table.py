@@ -311,7 +311,8 @@ def _stack(path, stamp) -> np.ndarray:
 
 
 def _plane(path, index, keep=('L', 'I;16', 'I', 'F')) -> tuple:
-    "Slice `(1,H,W)` as stored, and the pictures that tell its unit; other modes than `keep` turn grey"
+    """Slice `(1,H,W)` as stored, and the pictures that tell its unit; other modes than `keep` turn
+    grey"""
     if not path.is_file():
         raise ReadError(path, 'does not exist', 'Check the path.')
     if file_ending(path) in PICTURE_ENDINGS:
@@ -418,7 +419,8 @@ def load_mask(
     root=None,  # folder that its paths start from
     scan: Scan = None,  # the scan that it must lie on; None: not checked
 ) -> np.ndarray:  # `(D,H,W)` uint8 labels of the package, LPS
-    "Mask of a row; raises `CohortError` where the row has none, `GeometryError` or `VoxelError` where it does not fit"
+    """Mask of a row; raises `CohortError` where the row has none, `GeometryError` or `VoxelError`
+    where it does not fit"""
     row = {k: v for k, v in dict(row).items() if not _blank(v)}
     if column not in row:
         raise CohortError(
@@ -500,7 +502,8 @@ def cohort_from_folder(
     root,  # folder that holds a folder for each class
     labels: dict = None,  # class folder → label; None: `LABEL_OF`, whatever the case
 ) -> pd.DataFrame:  # checked cohort; `attrs['left_out']` lists what did not fit
-    "Cohort of the layout class/patient/scan; raises `CohortError` for a class that is not known or for no scan at all"
+    """Cohort of the layout class/patient/scan; raises `CohortError` for a class that is not known
+    or for no scan at all"""
     root = Path(root).resolve()
     if not root.is_dir():
         raise CohortError(root, 'is no folder', 'Check the path.')
@@ -532,9 +535,7 @@ def cohort_from_folder(
         )
     df = pd.DataFrame(rows)
     ids = df.scan_id.duplicated(keep=False)
-    df.loc[ids, 'scan_id'] = (
-        df.patient_id[ids] + '-' + df.scan_id[ids]
-    )  # as `P1/1`, `P2/1` in public sets
+    df.loc[ids, 'scan_id'] = df.patient_id[ids] + '-' + df.scan_id[ids]  # as for `P1/1`, `P2/1`
     df = check_cohort(
         df[[*_NEEDED, *(c for c in df if c not in _NEEDED)]],
         root,

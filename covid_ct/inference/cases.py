@@ -109,19 +109,19 @@ class _CaseLoader:
         """Maps of every network for some classes and, where a voxel is named, its own attention. A
         scan is prepared once for networks that want it alike"""
         out, ready = {}, {}
-        for name, (model, recipe) in self.networks.items():
-            if recipe.prep not in ready:
-                ready[recipe.prep] = prepare_scan(
-                    scan, PREPS[recipe.prep] if recipe.prep else Prep(scan.shape), lungs=lungs
+        for name, (model, r) in self.networks.items():
+            if r.prep not in ready:
+                ready[r.prep] = prepare_scan(
+                    scan, PREPS[r.prep] if r.prep else Prep(scan.shape), lungs=lungs
                 )
             q, method, whose = (
-                ready[recipe.prep],
+                ready[r.prep],
                 _method_for(model),
                 f', {name}' if len(self.networks) > 1 else '',
             )
-            if recipe.task == 'classify':
+            if r.task == 'classify':
                 out |= {
-                    f'{method} {c}{whose}': explain(model, q, scan, c, method, recipe.classes)
+                    f'{method} {c}{whose}': explain(model, q, scan, c, method, r.classes)
                     for c in labels
                 }
             if at is not None:

@@ -172,7 +172,8 @@ def unzip(
     ratio: float = _MAX_RATIO,  # times that the archive may grow
     files: int = _MAX_FILES,  # members it may have
 ) -> Path:  # the folder
-    "Unpack a zip file whole or not at all; raises `ReadError` for what is not safe, not whole or not new"
+    """Unpack a zip file whole or not at all; raises `ReadError` for what is not safe, not whole or
+    not new"""
     path, out = Path(path), Path(out)
     if out.exists():
         raise ReadError(out, 'exists already', 'Remove it, or choose another folder.')

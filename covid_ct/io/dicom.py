@@ -168,7 +168,8 @@ def _series_of(d, path) -> tuple:
 
 
 def _text(d, key) -> str:
-    "A description without the words that also stand in a tag about a person, and without long numbers"
+    """A description without the words that also stand in a tag about a person, and without long
+    numbers"""
 
     def words(k):
         return re.findall(r'\w+', ' '.join(map(str, np.atleast_1d(d.get(k) or ''))))
@@ -335,7 +336,8 @@ def _check_upright(at, h, n, pixel, source, tilt) -> None:
     if bent > 0.5 * pixel:
         raise GeometryError(
             source,
-            f'slices jump sideways by {drift.max():.1f} mm: a moved table, or parts of several series',
+            f'slices jump sideways by {drift.max():.1f} mm: a moved table, or parts of several '
+            'series',
             'Separate the parts into series.',
         )
     if drift.max() > 0.5 * pixel and tilt != 'correct':
@@ -546,7 +548,7 @@ def _unpack(slices, source) -> np.ndarray:
     ]
     kind = (
         sitk.sitkFloat32
-        if any(x % 1 for l in lines for x in l)
+        if any(x % 1 for line in lines for x in line)
         else sitk.sitkInt16
         if -32768 <= min(ends) and max(ends) <= 32767
         else sitk.sitkInt32
@@ -613,7 +615,8 @@ def decode(
     slices,  # sorted `Slice`s
     source='series',  # what to name in errors
 ) -> np.ndarray:  # `(D,H,W)`, int16 where exact
-    "Pixels of the slices, each rescaled by its own header; raises `ReadError` for the file that fails"
+    """Pixels of the slices, each rescaled by its own header; raises `ReadError` for the file that
+    fails"""
     return _pixels(slices, source)[0]
 
 # %% ../../nbs/02_io/05_dicom.ipynb #c0620b4d
@@ -739,7 +742,7 @@ def _check_named(found, source, s=None) -> None:
 
 def _choose_series(
     found,  # `Series` of one folder
-    series,  # None, an index, a uid, a `scan_id`, or a part of description or kernel that only one has
+    series,  # None, index, uid, `scan_id`, or a part of description or kernel that only one has
     source,  # what to name in errors
 ) -> Series:  # the one that is meant
     "One of several series; raises `ReadError` with a list where that is open"
@@ -759,13 +762,13 @@ def _choose_series(
         return hits[0]
     rows = [(i, _row(x, source)) for i, x in enumerate(found) if x in (hits or found)]
     text = '; '.join(
-        f'[{i}] {r["modality"]} {r["description"]!r} kernel {r["kernel"]!r}, {r["slices"]} slices, {r["why_not"] or "readable"}'
+        f'[{i}] {r["modality"]} {r["description"]!r} kernel {r["kernel"]!r}, {r["slices"]} slices, '
+        f'{r["why_not"] or "readable"}'
         for i, r in rows[:8]
     )
-    fault = (
-        f'{len(hits)} {"CT " if ct else ""}series {"found" if series is None else f"match series={series!r}"}: {text}'
-        + f'; … {len(rows) - 8} more' * (len(rows) > 8)
-    )
+    what = 'found' if series is None else f'match series={series!r}'
+    fault = f'{len(hits)} {"CT " if ct else ""}series {what}: {text}'
+    fault += f'; … {len(rows) - 8} more' * (len(rows) > 8)
     if (
         series is None
         and ct
@@ -788,7 +791,7 @@ def read_dicom(
     series=None,  # as in `_choose_series`
     tilt='refuse',  # `'correct'` sets a tilted stack upright
     acquisition=None,  # which of several under one series UID, as in `choose_acquisition`
-) -> tuple:  # voxels `(D,H,W)`, `Grid`, dict of `units` (None if the header does not say), `patient_id`, `scan_id`, `remarks`, `ends`
+) -> tuple:  # voxels `(D,H,W)`, `Grid`, dict `units patient_id scan_id remarks ends`
     "One CT series of a folder, sorted, checked and in HU; raises a `DataError` for anything else"
     if tilt not in ('refuse', 'correct'):
         raise ReadError(path, f'tilt={tilt!r} is not known', "Use 'refuse' or 'correct'.")
@@ -808,11 +811,10 @@ def read_dicom(
         fault = f'pixels are {v.shape}, headers say {tuple(grid.shape)}'
         raise ReadError(path, fault, 'Export the series again.')
     seen += padded
-    seen += [
-        f'left out: {len(o.files)} files, {o.foreign or "series " + " ".join((o.description, o.kernel)).strip()}'
-        for o in found
-        if o is not s
-    ]
+    for o in found:
+        if o is not s:
+            what = o.foreign or 'series ' + ' '.join((o.description, o.kernel)).strip()
+            seen.append(f'left out: {len(o.files)} files, {what}')
     sure = slices[0].intercept is not None and not any('rescale type' in n for n in seen)
     sure = sure and not {'Modality', 'SOPClassUID'} <= s.lacking
     off = _tilt_offsets(slices, grid)
@@ -820,7 +822,8 @@ def read_dicom(
         mm = np.linalg.norm(off * grid.spacing[1:], axis=1).max()
         deg = np.degrees(np.arctan2(mm, grid.spacing[0] * (len(slices) - 1)))
         seen.append(
-            f'gantry tilt of {deg:.1f}° corrected: slices moved by up to {mm:.1f} mm in their planes, linearly interpolated'
+            f'gantry tilt of {deg:.1f}° corrected: slices moved by up to {mm:.1f} mm in their '
+            'planes, linearly interpolated'
         )
         air = -1024 if sure else v.min()
         v, grid = untilt(np.maximum(v, air), grid, off, air)
@@ -829,7 +832,7 @@ def read_dicom(
         v,
         grid,
         dict(
-            units='HU' if sure else None,
+            units='HU' if sure else None,  # None: the header does not say
             patient_id=_pseudonym(s.patient),
             scan_id=s.scan_id,
             remarks=tuple(seen),

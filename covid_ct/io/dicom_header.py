@@ -19,17 +19,18 @@ import numpy as np
 # %% ../../nbs/02_io/04_dicom_header.ipynb #98b8579f
 CT_IMAGE_CLASS = '1.2.840.10008.5.1.4.1.1.2'  # class of a CT image; the enhanced ones begin with it
 
-
 _TAGS = '''SOPClassUID SOPInstanceUID Modality StudyInstanceUID SeriesInstanceUID SeriesNumber
 FrameOfReferenceUID SeriesDescription ImageType Rows Columns NumberOfFrames SamplesPerPixel
-PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept
+PhotometricInterpretation BitsAllocated BitsStored HighBit PixelRepresentation
+ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept
 RescaleType GantryDetectorTilt ConvolutionKernel LossyImageCompression AcquisitionNumber
 TemporalPositionIdentifier AcquisitionTime PixelPaddingValue PixelPaddingRangeLimit PixelAspectRatio
 ModalityLUTSequence SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence'''.split()
 
 
-PERSON_TAGS = '''PatientName PatientID PatientBirthDate PatientAddress OtherPatientNames OtherPatientIDs AccessionNumber InstitutionName InstitutionAddress
-ReferringPhysicianName PerformingPhysicianName PhysiciansOfRecord OperatorsName RequestingPhysician StationName'''.split()
+PERSON_TAGS = '''PatientName PatientID PatientBirthDate PatientAddress OtherPatientNames
+OtherPatientIDs AccessionNumber InstitutionName InstitutionAddress ReferringPhysicianName
+PerformingPhysicianName PhysiciansOfRecord OperatorsName RequestingPhysician StationName'''.split()
 
 
 class Header(dict):
@@ -55,8 +56,9 @@ _CODECS = {
 
 
 _WORDS = set(
-    '''CT MR PT NM US CR DX MG XA RF OT SC ES ECG IO PX OPT OP SM XC SR PR KO DOC SEG REG FID RWV PLAN RTSTRUCT RTPLAN RTDOSE RTIMAGE RTRECORD
-MONOCHROME1 MONOCHROME2 RGB ARGB YBR_FULL YBR_FULL_422 YBR_ICT YBR_RCT HU HU_MOD OD MGML PCT Z_EFF ED EDW'''.split()
+    '''CT MR PT NM US CR DX MG XA RF OT SC ES ECG IO PX OPT OP SM XC SR PR KO DOC SEG REG FID
+RWV PLAN RTSTRUCT RTPLAN RTDOSE RTIMAGE RTRECORD MONOCHROME1 MONOCHROME2 RGB ARGB YBR_FULL
+YBR_FULL_422 YBR_ICT YBR_RCT HU HU_MOD OD MGML PCT Z_EFF ED EDW'''.split()
 )
 
 

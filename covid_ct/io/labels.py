@@ -163,10 +163,11 @@ def _named(masks, source) -> np.ndarray:
 # %% ../../nbs/02_io/02_labels.ipynb #1cd6b479
 def convert_lobes(
     mask,  # `(D,H,W)` whole numbers, or {name of TotalSegmentator: mask}
-    convention: str,  # row of `LOBE_CONVENTIONS`; a dict of masks needs none but `'totalsegmentator'`
+    convention: str,  # row of `LOBE_CONVENTIONS`; for a dict of masks `'totalsegmentator'`
     source='lobes',  # what to name in the error
 ) -> np.ndarray:  # `(D,H,W)` uint8: 0 outside, 1 … 5 in the order of `LOBES`
-    "Lobes in the numbers of the package; raises `VoxelError` for an unknown convention, label or name"
+    """Lobes in the numbers of the package; raises `VoxelError` for an unknown convention, label or
+    name"""
     if convention not in LOBE_CONVENTIONS:
         raise VoxelError(
             source,

@@ -110,7 +110,8 @@ def guess_units(
         return 'unit' if hi <= 1 and v.dtype.kind == 'f' else 'uint8'
     raise UnitsError(
         source,
-        f'values {lo:.5g} … {hi:.5g} are not HU (no air near −1000), not grey values 0 … 255, not in [0,1]',
+        f'values {lo:.5g} … {hi:.5g} are not HU (no air near −1000), not grey values 0 … 255, not '
+        'in [0,1]',
         "If you know better, pass units='HU' in Python "
         'or write HU into the column units of a cohort; '
         'else restore the intercept that the file has lost.',
@@ -118,7 +119,8 @@ def guess_units(
 
 # %% ../../nbs/02_io/06_read.ipynb #5b32935a
 def _whole(v, lo, hi) -> np.ndarray:
-    "int16 where that is exact, else float32; slice by slice, so that it stays in the processor's cache"
+    """int16 where that is exact, else float32; slice by slice, so that it stays in the processor's
+    cache"""
     if v.dtype == 'i2':
         return v
     if -32768 <= lo and hi <= 32767:
@@ -144,7 +146,8 @@ _MOST_HU = 1e6  # metal reaches 30,000; a wrong rescale line has no limit
 
 
 def _values(v, units, source, ends) -> tuple:
-    "Voxels in their unit, the unit, remarks; `ends` are the smallest and largest value where they are known"
+    """Voxels in their unit, the unit, remarks; `ends` are the smallest and largest value where they
+    are known"""
     lo, hi = ends or (float(v.min()), float(v.max()))
     if not np.isfinite(lo + hi):
         raise VoxelError(
@@ -172,7 +175,8 @@ def _values(v, units, source, ends) -> tuple:
     w, seen = _whole(v, lo, hi), []
     if lo < -1024:
         seen.append(
-            f'{_clip_to_air(w) / w.size:.2%} of the voxels lay below −1024, down to {lo:g} (padding or overshoot): set to −1024'
+            f'{_clip_to_air(w) / w.size:.2%} of the voxels lay below −1024, down to {lo:g} '
+            '(padding or overshoot): set to −1024'
         )
     return w, units, seen if _airy(w) else [*seen, 'no air near −1000: perhaps not HU']
 
@@ -262,7 +266,8 @@ def _read_volume(path, allow, units, **about) -> Scan:
     seen = [*header.notes, *([f'geometry unknown: {doubt}'] if doubt else [])]
     if set(how['grid'].spacing) == {1.0}:
         seen.append(
-            'spacing is exactly 1 × 1 × 1 mm: perhaps a placeholder, and the third axis perhaps not anatomy'
+            'spacing is exactly 1 × 1 × 1 mm: perhaps a placeholder, and the third axis perhaps '
+            'not anatomy'
         )
     with silent_reading(path):
         return _scan(
@@ -583,7 +588,8 @@ def write_mask(
     path,  # as in `write_scan`
     overwrite=False,  # replace a file of that name
 ) -> Path:  # the file, uint8
-    "Write a mask on a scan's own stored grid; raises `GeometryError` for another shape, `VoxelError` for no labels"
+    """Write a mask on a scan's own stored grid; raises `GeometryError` for another shape,
+    `VoxelError` for no labels"""
     m = np.asarray(mask)
     if m.size and (
         m.dtype != bool

@@ -34,7 +34,7 @@ def silent_reading(
     except DataError:
         raise
     except Exception as e:
-        last = ([l.strip() for l in str(e).splitlines() if l.strip()] or [type(e).__name__])[-1]
+        last = ([s.strip() for s in str(e).splitlines() if s.strip()] or [type(e).__name__])[-1]
         why = (
             re.sub(r'^(ITK|sitk::)\s?ERROR:\s*|\w+\(0x[0-9a-f]+\):\s*', '', last)
             .rstrip('. ')
@@ -526,7 +526,8 @@ def fill_voxels(
     s: VolumeHeader,  # promise
     out: np.ndarray,  # array of the promised shape, perhaps a turned view of another
 ) -> tuple:  # smallest and largest value; NaN if one is
-    "Unpack the voxels straight into an array; raises `ReadError` where bytes are missing, changed or too many"
+    """Unpack the voxels straight into an array; raises `ReadError` where bytes are missing, changed
+    or too many"""
     sink, jobs = _Sink(s, out), []
     with open(s.file, 'rb') as f, ThreadPoolExecutor(1) as pool:
         f.seek(s.start)

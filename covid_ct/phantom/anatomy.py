@@ -40,8 +40,8 @@ class Chest:
     def box(self, lo, hi) -> 'Chest':
         "The part between two corners `(z,y,x)` in mm; painting it paints the whole"
         k = tuple(
-            slice(*np.searchsorted(a.ravel(), (l, h)))
-            for a, l, h in zip((self.z, self.y, self.x), lo, hi, strict=False)
+            slice(*np.searchsorted(a.ravel(), (low, high)))
+            for a, low, high in zip((self.z, self.y, self.x), lo, hi, strict=False)
         )
         return replace(
             self,

@@ -350,10 +350,9 @@ def write_layout(
     layout: str,  # row of `LAYOUTS`
     shape=(16, 64, 64),  # voxels `(D,H,W)` of each phantom
     faults: dict = None,  # {name of `_FAULTS`: scan ids of `cohort` that get it, or `'all'`}
-) -> (
-    pd.DataFrame
-):  # the truth: `patient_id scan_id label` in the layout, `row` of `cohort`, `faults`, slice `k`
-    "Write phantoms as a public set lies on disk; raises `CohortError` for an unknown layout or fault, or a folder that exists"
+) -> pd.DataFrame:  # truth: its `patient_id scan_id label`, `row` of `cohort`, `faults`, slice `k`
+    """Write phantoms as a public set lies on disk; raises `CohortError` for an unknown layout or
+    fault, or a folder that exists"""
     out, faults = Path(out), faults or {}
     for n, table in ((layout, LAYOUTS), *((f, _FAULTS) for f in faults)):
         if n not in table:

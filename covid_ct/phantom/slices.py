@@ -40,7 +40,7 @@ def phantom_slices(
     while len(out) < n:
         hu, mask = phantom_chest(patient, (24, size, size))
         full = (mask > 0).sum((1, 2)).astype(float)
-        for k in range(min(per_patient, n - len(out))):
+        for _ in range(min(per_patient, n - len(out))):
             z = int(full.argmax())
             full[max(0, z - 2) : z + 3] = -1
             out.append(

@@ -82,7 +82,7 @@ def _code(file) -> str:
     "Hash of a module's lines, without those that are empty or only a comment"
     if file not in _SEEN:
         lines = Path(file).read_text(encoding='utf-8', errors='replace').splitlines()
-        _SEEN[file] = _digest([l for l in lines if l.strip() and not l.lstrip().startswith('#')])
+        _SEEN[file] = _digest([s for s in lines if s.strip() and not s.lstrip().startswith('#')])
     return _SEEN[file]
 
 
