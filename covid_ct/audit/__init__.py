@@ -1,4 +1,4 @@
-"""What is wrong with a data set, before any network; `covid_ct.audit(…)` calls `audit.audit.run_audit`"""
+"""What is wrong with a data set, before any network; calling it runs `audit.audit.run_audit`"""
 
 from .. import _make_callable
 

@@ -1,4 +1,4 @@
-"""Metrics, statistics, calibration and burden; `covid_ct.evaluate(…)` calls `train.study.evaluate`"""
+"""Metrics, statistics, calibration and burden; calling it runs `train.study.evaluate`"""
 
 from .. import _make_callable
 

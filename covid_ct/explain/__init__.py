@@ -1,4 +1,4 @@
-"""Where a network looked, and whether that can be believed; `covid_ct.explain(…)` calls `explain.cam.explain`"""
+"""Where a network looked, and checks of it; calling it runs `explain.cam.explain`"""
 
 from .. import _make_callable
 

@@ -1,4 +1,4 @@
-"""Losses, recipes, the training loop and what a training leaves; `covid_ct.train(…)` calls `train.study.train`"""
+"""Losses, recipes, the loop and what a training leaves; calling it runs `train.study.train`"""
 
 from .. import _make_callable
 
