@@ -110,7 +110,7 @@ def _hang(tasks, answers):
 
 
 def _flood(tasks, answers):
-    _run(tasks, answers, lambda p: (np.ones(10**8), "read")[1])
+    _run(tasks, answers, lambda p: (np.ones(15 * 10**7), "read")[1])
 
 
 def _other(tasks, answers):
