@@ -100,27 +100,20 @@ def _inspect(a):
 
 # %% ../nbs/14_cli.ipynb #3d54dcc8
 def _lungs(a):
-    from covid_ct.audit.one_scan import slice_warnings
+    from covid_ct.audit.one_scan import scan_warnings
     from covid_ct.io.read import read, write_mask
-    from covid_ct.preprocess.body import hu_warnings
     from covid_ct.preprocess.lung_warnings import mask_warnings
     from covid_ct.preprocess.lungs import lung_mask, lung_volume_l
 
     scan = read(a.path, series=a.series, **_how(a))
     mask = lung_mask(scan)
-    warnings = [*scan.remarks, *slice_warnings(scan), *hu_warnings(scan)]
-    warnings += mask_warnings(mask, scan)
+    warnings = [*scan_warnings(scan), *mask_warnings(mask, scan)]
     write_mask(mask, scan, a.out, overwrite=a.overwrite)
     litres = lung_volume_l(mask, scan)
-    if a.json:
-        print(
-            json.dumps(
-                dict(file=Path(a.out).name, lung_volume_l=litres, warnings=warnings), indent=1
-            )
-        )
-    else:
+    name = Path(a.out).name
+    if not a.json:
         _warn(warnings)
-        print(f'{litres:.2f} L of lung in {Path(a.out).name}')
+    _say(a, f'{litres:.2f} L of lung in {name}', file=name, lung_volume_l=litres, warnings=warnings)
 
 # %% ../nbs/14_cli.ipynb #5e9c0001
 def _network_lesions(a, scan):

@@ -158,7 +158,7 @@ def _order_facts(greys, empty, masked, hashes) -> dict:
     return dict(
         masked=masked,
         repeats=repeated_slices(hashes),
-        misplaced=count_misplaced(greys, 0.35 if masked else 0.75),
+        misplaced=count_misplaced(greys, masked),
         widest=round(step, 3),
         step_limit=limit,
         head_up=round(slice_direction(greys, empty), 3) if len(greys) > 8 else np.nan,

@@ -106,10 +106,10 @@ def _far_likeness(
 
 def count_misplaced(
     greys: np.ndarray,  # `(D,h,w)` of telling slices
-    limit: float = 0.75,  # of @eq-far; lower for masked scans, whose ends look alike
+    masked: bool = False,  # the lungs are cut out: both ends look alike, so @eq-far is lower
 ) -> int:  # slices
     "How many slices are out of order"
-    return int((_far_likeness(greys) < limit).sum())
+    return int((_far_likeness(greys) < (0.35 if masked else 0.75)).sum())
 
 # %% ../../nbs/04_audit/01_voxels.ipynb #03e6edee
 def _middle(x, weight) -> np.ndarray:  # `(K,)`

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..audit.one_scan import slice_warnings
+from ..audit.one_scan import scan_warnings
 from ..io.dicom import series_rows
 from ..io.read import read, scan_label
-from ..preprocess.body import hu_warnings
 from ..preprocess.lung_warnings import lung_region, mask_warnings
 from ..preprocess.lungs import lung_mask, lung_volume_l
 from ..scan import DataError, NotAChestError
@@ -54,12 +53,6 @@ def _lungs_of(
         return None, (f'not a chest: {e.fault}',)
     return mask, mask_warnings(mask, scan)
 
-
-def _warnings_of(scan) -> list:
-    "What the reader, the audit and the values say of a scan"
-    by_values = hu_warnings(scan) if scan.units == 'HU' else ()
-    return [*scan.remarks, *slice_warnings(scan), *by_values]
-
 # %% ../../nbs/09_inference/02_predict.ipynb #791c3db3
 def _facts_of(
     scan,  # `Scan`
@@ -77,7 +70,7 @@ def _facts_of(
         geometry_known=scan.geometry_known,
         lung_volume_l=None if mask is None else lung_volume_l(mask, scan),
         histogram=_histogram(scan),
-        warnings=[*_warnings_of(scan), *said],
+        warnings=[*scan_warnings(scan), *said],
     )
 
 # %% ../../nbs/09_inference/02_predict.ipynb #6a7bce03
@@ -208,7 +201,7 @@ def predict(
         return lung_region(scan, masks[-1])  # as training masked it
 
     prob, heat, config = predict_class(scan, network, lungs)
-    warnings = _warnings_of(scan)
+    warnings = scan_warnings(scan)
     for m in masks:
         warnings += mask_warnings(m, scan)
     found = dict(
