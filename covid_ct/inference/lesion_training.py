@@ -34,6 +34,7 @@ from covid_ct.inference.lesions import (
     lung_square,
     paste_square,
 )
+from ..scan import write_atomic
 from ..train.loop import Engine, fit
 from ..train.recipes import Recipe, recipe
 
@@ -259,10 +260,10 @@ def write_lesion_weights(
     halves = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     data = pack_tensors({k: v.contiguous() for k, v in halves.items()})
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'lesions.safetensors').write_bytes(data)
+    write_atomic(out / 'lesions.safetensors', data)
     told = card | dict(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
     text = json.dumps(told, indent=1, ensure_ascii=False) + '\n'
-    (out / 'lesions.json').write_text(text, encoding='utf-8')
+    write_atomic(out / 'lesions.json', text)
     return out
 
 # %% ../../nbs/09_inference/07_lesion_training.ipynb #37182c5e

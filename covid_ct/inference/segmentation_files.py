@@ -160,15 +160,20 @@ def slicer_fields(
     return fields
 
 # %% ../../nbs/09_inference/08_segmentation_files.ipynb #7f11e012
-def _save(path, write: Callable, overwrite: bool) -> Path:
-    "Write a file whole or not at all; raises `DataError` for one that exists"
-    path = Path(path)
+def _check_new(path: Path, overwrite: bool) -> None:
+    "Raise `DataError` for a file that exists and may not be replaced"
     if path.exists() and not overwrite:
         raise DataError(
             path,
             'exists already',
             'Choose another name, or pass overwrite=True (on the command line --overwrite).',
         )
+
+
+def _save(path, write: Callable, overwrite: bool) -> Path:
+    "Write a file whole or not at all; raises `DataError` for one that exists"
+    path = Path(path)
+    _check_new(path, overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_atomic(path, write)
 
@@ -413,12 +418,7 @@ def check_segmentation(
     "Raise what `write_segmentation` would raise, before the work and not after it"
     kind = segmentation_kind(path)
     for f in (Path(path), facts_path(path)):
-        if f.exists() and not overwrite:
-            raise DataError(
-                f,
-                'exists already',
-                'Choose another name, or pass overwrite=True (on the command line --overwrite).',
-            )
+        _check_new(f, overwrite)
     if kind == 'dicom':
         _highdicom()
         if source is not None:

@@ -9,7 +9,7 @@ __all__ = ['ProtocolError', 'assign_roles', 'departures_of', 'check_protocol', '
 # %% ../../nbs/papers/9a_plan.ipynb #9484e16c
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -320,7 +320,7 @@ def make_jobs(
             job = Job(v, recipe, k, p, home)
             rows = rows_of_job(cohort, job)
             n = int(((rows.fold >= 0) & (rows.fold != k)).sum())
-            jobs.append(Job(v, recipe, k, p, home, _steps_of(recipe, n)))
+            jobs.append(replace(job, steps=_steps_of(recipe, n)))
     return tuple(jobs)
 
 # %% ../../nbs/papers/9a_plan.ipynb #df26fb0f

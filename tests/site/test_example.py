@@ -6,11 +6,15 @@ import numpy as np
 import torch
 
 import covid_ct as ct
+from covid_ct.demo import example_run
+from covid_ct.phantom.cohort import phantom_of
+from covid_ct.preprocess.cache import prep_of_recipe
+from covid_ct.preprocess.resample import prepare_scan
 from covid_ct.train.run_folder import RunFolder
 
 
 def test_the_carried_run_is_whole_and_small():
-    run = ct.example_run()
+    run = example_run()
     size = sum(p.stat().st_size for p in run.folder.rglob("*") if p.is_file())
     assert size < 700_000 and run.status == "finished"
     assert "phantoms" in run.config["trained_on"]
@@ -23,15 +27,15 @@ def test_the_carried_run_is_whole_and_small():
 
 def test_its_predictions_are_those_of_its_network():
     "For three test patients, made again from the cohort of the demo"
-    run = ct.example_run()
+    run = example_run()
     recipe, test = run.recipe, run.predictions[run.predictions.part == "test"]
     cohort = ct.split_patients(ct.phantom_cohort(240, seed=0), 5, 1 / 3, seed=recipe.seed)
     rows = cohort[cohort.fold < 0]
     assert set(rows.scan_id) == set(test.scan_id)
     stored = test.set_index("scan_id")
     for _, row in rows.head(3).iterrows():
-        case = ct.phantom_of(row, shape=(48, 96, 96))
-        ready = ct.prepare_scan(case.scan, ct.prep_of_recipe(recipe), lungs=case.lungs)
+        case = phantom_of(row, shape=(48, 96, 96))
+        ready = prepare_scan(case.scan, prep_of_recipe(recipe), lungs=case.lungs)
         with torch.no_grad():
             prob = run.model(torch.tensor(np.array(ready.voxels))[None, None].float()).softmax(1)
         told = stored.loc[row.scan_id, [f"prob_{c}" for c in recipe.classes]].to_numpy(float)
@@ -39,6 +43,6 @@ def test_its_predictions_are_those_of_its_network():
 
 
 def test_the_features_of_its_scans_lie_beside_it():
-    run = ct.example_run()
+    run = example_run()
     table = Path(run.folder / "features.csv").read_text("utf-8").splitlines()
     assert len(table) - 1 == len(run.split)

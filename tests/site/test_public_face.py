@@ -41,7 +41,7 @@ def test_every_name_is_there_and_documented(name):
 
 
 def test_few_names():
-    assert 20 <= len(ct.__all__) <= 45 and set(PACKAGES) <= set(ct.__all__)
+    assert 20 <= len(ct.__all__) <= 35 and set(PACKAGES) <= set(ct.__all__)
 
 
 @pytest.mark.parametrize("package", PACKAGES)
